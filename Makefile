@@ -1,0 +1,48 @@
+# Everything runs from .venv, made from pyproject.toml under the exact versions in constraints.txt.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+UV     := $(BIN)/uv
+INSTALL = $(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt
+
+export OMP_NUM_THREADS ?= $(shell nproc)
+export DO_NOT_TRACK = 1
+
+.PHONY: demo test test-all lint format constraints clean
+
+demo: $(VENV)/.installed
+	$(BIN)/fovea run flows/pipelines/demo.yaml
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The lock: exact versions for every supported Python, no addresses.
+constraints: $(UV)
+	$(UV) pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header --all-extras pyproject.toml -o constraints.txt
+
+$(UV):
+	$(PYTHON) -c 'import sys; sys.exit("Fovea needs Python 3.11 or newer: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(UV)
+	@echo "Installing Fovea into $(VENV) (several GB on a new machine) ..."
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

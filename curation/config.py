@@ -1,0 +1,154 @@
+"""Settings of ingest, embedding and curation. Imports nothing heavy, so that `fovea --help` stays quick."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from infra.config import Config
+from pretrain.config import BackboneConfig, PixelDescriptor
+
+
+class EmbeddedSettings(Config):
+    """The embedded corpus: how many images of each sort."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of everything random in it."""
+    pool_per_class: int = Field(150, ge=1)
+    """Pool crops of each of the 18 photographs."""
+    seed_per_class: int = Field(60, ge=1)
+    """Labelled crops of each photograph in the curated seed."""
+    test_per_class: int = Field(50, ge=1)
+    """Labelled crops of each photograph in the evaluation set."""
+    flat: int = Field(200, ge=0)
+    """Junk: images of one colour."""
+    noise: int = Field(200, ge=0)
+    """Junk: random pixels."""
+    exact_copies: int = Field(300, ge=0)
+    """Byte-identical copies."""
+    near_copies: int = Field(400, ge=0)
+    """Re-encoded, resized or slightly cropped copies."""
+    leaks: int = Field(150, ge=0)
+    """Copies of evaluation images."""
+    broken: int = Field(40, ge=0)
+    """Files that are no images, or not whole."""
+
+
+class IngestSettings(Config):
+    """What counts as an image, and how shards are cut."""
+
+    labels: Literal["auto", "folders", "json", "none"] = "auto"
+    """folders: the first folder of a path is the class; json: a field of each image's .json file is; auto: folders if
+    every image lies in one, else .cls files where there are any; none: no labels."""
+    label_field: str = "label"
+    """The field, for `json`."""
+    max_pixels: int = Field(100_000_000, ge=1)
+    """Images that claim more are rejected unread."""
+    min_side: int = Field(8, ge=1)
+    """Images with a shorter side are rejected."""
+    shard_mb: int = Field(256, ge=1)
+    """Shards are closed at this size, in MiB."""
+
+
+class IngestConfig(IngestSettings):
+    """Images in, corpus out."""
+
+    source: str
+    """A folder of images, a folder of class folders, or tar shards: a folder, a glob or a {000..999} range."""
+    out: str
+    """URL of the corpus; {id} stands for its id."""
+
+
+class EmbedSettings(Config):
+    """What maps images to vectors."""
+
+    backbone: BackboneConfig = PixelDescriptor()
+    """A pixel descriptor, a Fovea checkpoint or an open_clip model."""
+    batch: int = Field(256, ge=1)
+    """Images a forward pass."""
+
+
+class EmbedConfig(EmbedSettings):
+    """Corpus in, embeddings out."""
+
+    corpus: str
+    """URL of the corpus."""
+    out: str
+    """URL of the embeddings; {id} stands for their id."""
+
+
+class Exact(Config):
+    """Drop images whose bytes another image has."""
+
+    kind: Literal["exact"] = "exact"
+
+
+class NearDuplicates(Config):
+    """Drop all but one image of every connected component of the similarity graph (DINOv2, appendix A)."""
+
+    kind: Literal["near_duplicates"] = "near_duplicates"
+    threshold: float = Field(0.6, gt=-1, le=1)
+    """Cosine similarity from which two images are joined."""
+    neighbours: int = Field(64, ge=1)
+    """Nearest neighbours of each image that are looked at."""
+    representative: Literal["resolution", "earliest"] = "resolution"
+    """Which image of a component stays: the one with most pixels, or the first of the corpus."""
+
+
+class Decontaminate(Config):
+    """Drop images too much like one of an evaluation set (DINOv2, appendix A)."""
+
+    kind: Literal["decontaminate"] = "decontaminate"
+    threshold: float = Field(0.45, gt=-1, le=1)
+    """Cosine similarity from which an image counts as a leak."""
+
+
+class Retrieve(Config):
+    """Keep only what is near a curated seed: the nearest images of each seed image (DINOv2, sample-based)."""
+
+    kind: Literal["retrieve"] = "retrieve"
+    neighbours: int = Field(4, ge=1)
+    """Nearest images kept for each seed image."""
+    min_similarity: float = Field(-1.0, ge=-1, le=1)
+    """Neighbours less similar than this are not kept."""
+
+
+Step = Annotated[Exact | NearDuplicates | Decontaminate | Retrieve, Field(discriminator="kind")]
+
+
+class CurateSettings(Config):
+    """Steps, in order; each sees what the ones before it kept."""
+
+    steps: list[Step] = Field(default_factory=lambda: [Exact(), NearDuplicates()], min_length=1)
+    """Any of exact, near_duplicates, decontaminate, retrieve."""
+
+
+class CurateConfig(CurateSettings):
+    """Corpus and embeddings in, a selection out: a verdict for every image."""
+
+    corpus: str
+    """URL of the corpus to choose from."""
+    embeddings: str | None = None
+    """URL of its embeddings; only `exact` does without."""
+    evaluation: list[str] = []
+    """URLs of the embeddings of evaluation sets, for `decontaminate`."""
+    seed: str | None = None
+    """URL of the embeddings of the curated seed, for `retrieve`."""
+    selection: str | None = None
+    """URL of an earlier selection over the same corpus to start from."""
+    out: str
+    """URL of the selection; {id} stands for its id."""
+
+
+class MaterializeConfig(Config):
+    """Corpus and selection in, a corpus of what was kept out. Images keep their bytes, metadata and keys."""
+
+    corpus: str
+    """URL of the corpus."""
+    selection: str
+    """URL of the selection."""
+    shard_mb: int = Field(256, ge=1)
+    """Shards are closed at this size, in MiB."""
+    out: str
+    """URL of the new corpus; {id} stands for its id."""

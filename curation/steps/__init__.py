@@ -1,0 +1,1 @@
+"""Curation steps: each looks at what is still kept and gives verdicts."""

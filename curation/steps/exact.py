@@ -1,0 +1,27 @@
+"""Exact duplicates, by content hash."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from curation.verdicts import Verdicts
+
+
+def exact(verdicts: Verdicts, sha256: np.ndarray) -> None:
+    """Of the kept images with the same bytes, keep the one whose key comes first."""
+    rows = verdicts.kept()
+    rows = rows[np.argsort(verdicts.keys[rows].astype(str), kind="stable")]
+    _, first, group, counts = np.unique(
+        sha256[rows].astype(str), return_index=True, return_inverse=True, return_counts=True
+    )
+    winners = rows[first][group]
+    losers = rows != winners
+    verdicts.drop(
+        rows[losers],
+        "exact",
+        "exact_duplicate",
+        verdicts.keys[winners[losers]],
+        np.ones(losers.sum(), dtype=np.float32),
+    )
+    verdicts.weight[rows[first]] *= counts
+    verdicts.cluster[rows] = winners

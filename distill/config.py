@@ -1,0 +1,62 @@
+"""Settings of distillation and publishing."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from infra.config import Config
+from pretrain.config import Optimizer, Runtime, Schedule, Sharding, Teacher, VisionTransformerConfig
+
+
+class DistillSettings(Config):
+    """Settings of a distillation. Objectives, heads and views are the teacher's."""
+
+    model: VisionTransformerConfig = VisionTransformerConfig()
+    """The student; its patch size is the teacher's."""
+    schedule: Schedule = Schedule()
+    """Length and batch."""
+    optimizer: Optimizer = Optimizer()
+    """Optimiser and its schedules."""
+    average: Teacher = Teacher()
+    """The moving average of the student, which is what is released, and the frozen teacher's temperature."""
+    sharding: Sharding = Sharding()
+    """Ranks and precision."""
+    runtime: Runtime = Runtime()
+    """Speed only."""
+
+
+class DistillConfig(DistillSettings):
+    """Teacher checkpoint and corpora in, student checkpoint out."""
+
+    teacher_checkpoint: str
+    """URL of the checkpoint of the frozen teacher, with its heads."""
+    corpora: list[str] = Field(min_length=1)
+    """URLs of the corpora to distill on."""
+    out: str
+    """URL of the checkpoint; {id} stands for its id."""
+
+
+class PublishSettings(Config):
+    """What a published backbone says of itself."""
+
+    name: str = Field("fovea-vit", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the model."""
+    license: str = "other"
+    """Licence of the weights, as a Hugging Face identifier."""
+    description: str = ""
+    """A sentence or two for the top of the model card."""
+    tolerance: float = Field(1e-5, gt=0)
+    """Largest difference of any feature between Fovea and timm; a larger one fails the publication."""
+
+
+class PublishConfig(PublishSettings):
+    """Checkpoint and reports in, backbone out."""
+
+    checkpoint: str
+    """URL of the checkpoint whose released backbone is published."""
+    images: str
+    """URL of a corpus; features of its first images are compared between Fovea and timm."""
+    reports: list[str] = []
+    """URLs of evaluation reports for the model card."""
+    out: str
+    """URL of the backbone; {id} stands for its id."""

@@ -1,0 +1,79 @@
+"""Self-supervised distillation from a frozen teacher with its heads (DINOv2, section 5), by pretraining's engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.config import DistillConfig
+from infra.artifacts import Artifact, Plan, open_artifact, produce
+from infra.corpora import Corpus
+from infra.errors import UserError
+from pretrain import objectives
+from pretrain.checkpoints import Checkpoint, initial_backbone, save_learner
+from pretrain.config import PretrainSettings, decisive
+from pretrain.engine import Training
+from pretrain.learner import Learner
+from pretrain.train import corpus_inputs, training_metrics, view_dataset
+
+VERSION = 1
+
+
+def distill(config: DistillConfig) -> Artifact:
+    """Train a student on the targets of a frozen teacher; return its checkpoint artifact.
+
+    Raises:
+        UserError: teacher or corpus is missing, or student and teacher do not fit.
+    """
+    teacher = Checkpoint.open(config.teacher_checkpoint)
+    settings = student_settings(config, teacher)
+
+    def write(directory: Path) -> Mapping[str, Any]:
+        dataset = view_dataset([Corpus.open(url) for url in config.corpora], settings)
+        learner = build_learner(settings, teacher)
+        trained = Training("distill", learner, dataset, settings, directory).run()
+        save_learner(learner, settings, directory)
+        return training_metrics(trained, learner, dataset)
+
+    return produce(plan(config), config.out, write, keep_work=True)
+
+
+def plan(config: DistillConfig) -> Plan:
+    """The checkpoint that a configuration asks for."""
+    teacher = open_artifact(config.teacher_checkpoint, "checkpoint").as_input()
+    inputs = {"teacher": teacher} | corpus_inputs(config.corpora)
+    return Plan("checkpoint", "distill", VERSION, decisive(config), inputs)
+
+
+def student_settings(config: DistillConfig, teacher: Checkpoint) -> PretrainSettings:
+    """The teacher's objectives and views with the student's model and schedules; stochastic depth is off."""
+    if config.model.patch_size != teacher.model.patch_size:
+        raise UserError(
+            f"model.patch_size: {config.model.patch_size}, but the teacher's is {teacher.model.patch_size}; "
+            "patch tokens must match one to one"
+        )
+    return PretrainSettings(
+        model=config.model.model_copy(update={"drop_path": 0.0}),
+        objectives=teacher.settings.objectives,
+        views=teacher.settings.views,
+        schedule=config.schedule,
+        optimizer=config.optimizer,
+        teacher=config.average,
+        sharding=config.sharding,
+        runtime=config.runtime,
+    )
+
+
+def build_learner(settings: PretrainSettings, teacher: Checkpoint) -> Learner:
+    """A new student under the released backbone of a checkpoint and the heads it was trained with."""
+    student = initial_backbone(settings.model, settings.schedule.seed)
+    torch.manual_seed(settings.schedule.seed + 1)
+    losses = objectives.build(settings.objectives, settings.model.dim, teacher.model.dim)
+    for name, objective in losses.items():
+        for part in ("teacher_head", "targets"):
+            if hasattr(objective, part):
+                getattr(objective, part).load_state_dict(teacher.weights(f"objectives.{name}.{part}."))
+    return Learner(student, teacher.backbone(), losses, settings.views, distilling=True)

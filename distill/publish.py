@@ -1,0 +1,123 @@
+"""Publish: the released backbone of a checkpoint as a directory that timm loads, checked there before it counts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from distill import timm_format
+from distill.config import PublishConfig, PublishSettings
+from infra.artifacts import Artifact, Input, Plan, produce
+from infra.corpora import Corpus
+from infra.errors import UserError
+from infra.lineage import Ancestor, ancestors
+from pretrain.backbones import center_crop
+from pretrain.checkpoints import Checkpoint
+from pretrain.config import Views
+from pretrain.data.decode import decode_rgb
+from pretrain.models.vit import VisionTransformer
+
+VERSION = 1
+_CHECKED_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class Release:
+    """All that a published directory is made from."""
+
+    settings: PublishSettings
+    checkpoint: Checkpoint
+    images: Corpus
+    reports: list[Artifact]
+
+
+def publish(config: PublishConfig) -> Artifact:
+    """Write weights, timm's config and the model card; return the backbone artifact.
+
+    Raises:
+        UserError: an input is missing, or timm's features differ by more than the tolerance.
+    """
+    from infra.artifacts import open_artifact
+
+    release = Release(
+        settings=config,
+        checkpoint=Checkpoint.open(config.checkpoint),
+        images=Corpus.open(config.images),
+        reports=[open_artifact(url, "report") for url in config.reports],
+    )
+    inputs = {"checkpoint": release.checkpoint.artifact.as_input(), "images": release.images.artifact.as_input()}
+    inputs |= {f"report_{i}": report.as_input() for i, report in enumerate(release.reports)}
+    settings = config.model_dump(mode="json", exclude={"checkpoint", "images", "reports", "out"})
+    plan = Plan("backbone", "publish", VERSION, settings, inputs)
+    return produce(plan, config.out, lambda directory: _write(release, inputs, directory))
+
+
+def _write(release: Release, inputs: dict[str, Input], directory: Path) -> Mapping[str, Any]:
+    backbone, views = release.checkpoint.backbone(), release.checkpoint.settings.views
+    save_file(timm_format.state_dict(backbone), directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(timm_format.config_json(backbone, views), indent=2))
+    difference = timm_difference(directory, backbone, _pixels(release.images, backbone, views))
+    if difference > release.settings.tolerance:
+        raise UserError(f"publish: timm's features differ by {difference:.1e}; raise tolerance only if you know why")
+    lineage = ancestors(inputs.values())
+    (directory / "lineage.json").write_text(json.dumps([each.as_dict() for each in lineage], indent=1))
+    (directory / "README.md").write_text(model_card(release, lineage, difference))
+    return {"timm_max_abs_diff": difference, "parameters": _parameters(backbone)}
+
+
+def _parameters(backbone: VisionTransformer) -> int:
+    return sum(value.numel() for value in timm_format.state_dict(backbone).values())
+
+
+def _pixels(images: Corpus, backbone: VisionTransformer, views: Views) -> torch.Tensor:
+    """The first images of a corpus, preprocessed and normalised, float32 `[n, 3, side, side]`."""
+    count = min(_CHECKED_IMAGES, len(images))
+    crops = [center_crop(decode_rgb(images.read_image(row)), backbone.config.image_size) for row in range(count)]
+    pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (views.mean, views.std))
+    return (pixels - mean) / std
+
+
+def timm_difference(directory: Path, backbone: VisionTransformer, pixels: torch.Tensor) -> float:
+    """Largest absolute difference of any feature between Fovea and timm in a process of its own."""
+    with torch.inference_mode():
+        ours = backbone([pixels])[0].class_token.numpy()
+    script = Path(__file__).with_name("timm_check.py")
+    with tempfile.TemporaryDirectory() as scratch:
+        inputs, outputs = Path(scratch, "pixels.npy"), Path(scratch, "features.npy")
+        np.save(inputs, pixels.numpy())
+        command = [sys.executable, "-I", str(script), str(directory.resolve()), str(inputs), str(outputs)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"publish: timm cannot load the backbone: {done.stderr.strip().splitlines()[-1]}")
+        theirs = np.load(outputs)
+    return float(np.abs(ours - theirs).max())
+
+
+def model_card(release: Release, lineage: list[Ancestor], difference: float) -> str:
+    """The model card, in Markdown with a Hugging Face metadata block."""
+    template = resources.files("distill").joinpath("templates/card.md.jinja").read_text()
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    settings = release.checkpoint.settings
+    return environment.from_string(template).render(
+        release=release.settings,
+        model=settings.model,
+        parameters=_parameters(release.checkpoint.backbone()),
+        recipe=json.dumps(release.checkpoint.artifact.manifest.config, indent=1),
+        training=release.checkpoint.artifact.metrics,
+        rows=[row for report in release.reports for row in report.read_json("report.json")["rows"]],
+        lineage=lineage,
+        difference=difference,
+    )

@@ -1,0 +1,128 @@
+"""The page of a whole run: one self-contained HTML file from which the run can be judged by looking."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from eval import charts
+from eval.config import ReportConfig
+from eval.gallery import data_uri, galleries
+from infra.artifacts import Artifact, Plan, find, produce
+from infra.errors import UserError
+from infra.lineage import Ancestor, ancestors
+from infra.progress import progress
+
+VERSION = 1
+PAGE = "index.html"
+
+
+@dataclass(frozen=True)
+class FunnelStep:
+    """How many images a step left."""
+
+    name: str
+    kept: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture with a heading and a note."""
+
+    title: str
+    note: str
+    source: str
+
+
+def report(config: ReportConfig) -> Artifact:
+    """Write the page of a run; return the report artifact.
+
+    Raises:
+        UserError: one of the artifacts is missing.
+    """
+    artifacts = {}
+    for name, url in config.artifacts.items():
+        artifact = find(url)
+        if artifact is None:
+            raise UserError(f"{name}: no artifact at {url}; run its stage first")
+        artifacts[name] = artifact
+    settings = {"title": config.title, "gallery": config.gallery, "facts": config.facts}
+    plan = Plan("report", "report", VERSION, settings, {name: each.as_input() for name, each in artifacts.items()})
+    return produce(plan, config.out, lambda directory: _write(config, artifacts, directory))
+
+
+def _write(config: ReportConfig, artifacts: Mapping[str, Artifact], directory: Path) -> Mapping[str, Any]:
+    sections: dict[str, Any] = {"funnel": funnel(artifacts), "galleries": [], "curves": [], "scores": []}
+    with progress("report", len(artifacts)) as advance:
+        for name, artifact in artifacts.items():
+            kind = artifact.manifest.kind
+            if kind == "selection":
+                sections["galleries"] += galleries(artifact, config.gallery)
+            elif kind == "checkpoint":
+                sections["curves"].append(_curves(name, artifact))
+            elif kind == "report":
+                sections["scores"] += _scores(name, artifact)
+            advance(note=name)
+    lineage = ancestors(each.as_input() for each in artifacts.values())
+    html = render(config, sections, lineage, artifacts)
+    (directory / PAGE).write_text(html, encoding="utf-8")
+    return {"bytes": len(html.encode()), "stages": len(artifacts)}
+
+
+def funnel(artifacts: Mapping[str, Artifact]) -> list[FunnelStep]:
+    """Images found, readable, and left by each curation step of the pool."""
+    selections = [each for each in artifacts.values() if each.manifest.kind == "selection"]
+    if not selections:
+        return []
+    pool = find(selections[0].manifest.inputs["corpus"].url)
+    steps = []
+    if pool is not None:
+        rejected = sum(pool.metrics.get("rejected", {}).values())
+        images = pool.metrics["images"]
+        steps = [FunnelStep("found", images + rejected, 0), FunnelStep("readable", images, rejected)]
+    for selection in selections:
+        entries = selection.metrics["funnel"]
+        for before, after in zip(entries, entries[1:], strict=False):
+            name = after["step"].replace("_", " ")
+            steps.append(FunnelStep(name, after["kept"], before["kept"] - after["kept"]))
+    return steps
+
+
+def _curves(name: str, artifact: Artifact) -> Chart:
+    rows = [json.loads(line) for line in artifact.read_bytes("metrics.jsonl").splitlines()]
+    terms = [term for term in rows[0] if term not in ("step", "lr", "momentum")]
+    picture = charts.losses({term: [row[term] for row in rows] for term in terms})
+    metrics = artifact.metrics
+    note = f"{metrics['steps']} steps over {metrics['images']} images, {metrics['parameters']:,} parameters."
+    return Chart(name, note, data_uri(picture, "image/png"))
+
+
+def _scores(name: str, artifact: Artifact) -> list[dict[str, Any]]:
+    if not any(file.path == "report.json" for file in artifact.manifest.files):
+        return []
+    rows = artifact.read_json("report.json")["rows"]
+    pca = None
+    if any(file.path == "pca.png" for file in artifact.manifest.files):
+        pca = data_uri(artifact.read_bytes("pca.png"), "image/png")
+    return [{"name": name, "rows": rows, "chart": data_uri(charts.accuracies(rows), "image/png"), "pca": pca}]
+
+
+def render(
+    config: ReportConfig, sections: Mapping[str, Any], lineage: list[Ancestor], artifacts: Mapping[str, Artifact]
+) -> str:
+    """The HTML. Everything that came from data is escaped."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = resources.files("eval").joinpath("templates/run.html.jinja").read_text(encoding="utf-8")
+    names = {artifact.id: name for name, artifact in artifacts.items()}
+    return environment.from_string(template).render(
+        title=config.title, facts=config.facts, lineage=lineage, names=names, **sections
+    )

@@ -1,0 +1,210 @@
+"""The command line: `fovea STAGE FILE.yaml --flag value`. Flags and file share the stage's configuration model."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+import docstring_parser
+from cyclopts import App, CycloptsError, Parameter
+from pydantic import ValidationError
+
+from curation.config import CurateConfig, EmbedConfig, IngestConfig, MaterializeConfig
+from distill.config import DistillConfig, PublishConfig
+from eval.config import EvaluateConfig, ReportConfig
+from flows.config import PipelineConfig
+from infra.artifacts import Artifact
+from infra.config import Config, describe, load_yaml
+from infra.errors import UserError
+from pretrain.config import PretrainConfig
+
+USER_MISTAKE = 2
+
+
+def _shown_default(value: Any) -> str:
+    """A default as the help shows it: lists of models by their kinds."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return " ".join(str(getattr(each, "kind", each)) for each in values)
+
+
+app = App(
+    name="fovea",
+    help="From a pile of images to a published vision backbone. Every command takes a YAML file, flags, or both "
+    "(flags win), writes one artifact, and returns at once if that artifact exists.",
+    default_parameter=Parameter(negative=(), negative_iterable=(), negative_bool=(), show_default=_shown_default),
+)
+
+File = Annotated[Path | None, Parameter(help="YAML file with the same keys as the flags.")]
+Flags = Parameter(name="*")
+
+
+@app.command(sort_key=0)
+def run(file: File = None, /, *, config: Annotated[PipelineConfig, Flags]) -> None:
+    """Run a whole pipeline: ingest, embed, deduplicate, retrieve, pretrain, evaluate, distill, publish, report."""
+    for name, value in _PREFECT_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    from flows.outcome import show
+    from flows.pipeline import pipeline
+
+    show(config, pipeline(config))
+
+
+# Prefect must neither call home nor print tracebacks of mistakes that are reported in one line here.
+_PREFECT_DEFAULTS = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",
+}
+
+
+@app.command(sort_key=1)
+def ingest(file: File = None, /, *, config: Annotated[IngestConfig, Flags]) -> None:
+    """Images to a corpus: a folder, class folders or tar shards, every unusable file listed with its reason."""
+    from curation.ingest import ingest
+
+    _made(ingest(config))
+
+
+@app.command(sort_key=2)
+def embed(file: File = None, /, *, config: Annotated[EmbedConfig, Flags]) -> None:
+    """A corpus to embeddings: one vector an image."""
+    from curation.embed import embed
+
+    _made(embed(config))
+
+
+@app.command(sort_key=3)
+def curate(file: File = None, /, *, config: Annotated[CurateConfig, Flags]) -> None:
+    """A corpus to a selection: duplicates, leaks and what is far from a seed dropped, with a verdict for every image."""
+    import curation
+
+    _made(curation.run(config))
+
+
+@app.command(sort_key=4)
+def materialize(file: File = None, /, *, config: Annotated[MaterializeConfig, Flags]) -> None:
+    """A selection to a corpus of its own, byte for byte."""
+    from curation.curate import materialize
+
+    _made(materialize(config))
+
+
+@app.command(sort_key=5)
+def pretrain(file: File = None, /, *, config: Annotated[PretrainConfig, Flags]) -> None:
+    """Corpora to a teacher checkpoint; start under torchrun for several ranks."""
+    import pretrain
+
+    _made(pretrain.run(config))
+
+
+@app.command(sort_key=6)
+def distill(file: File = None, /, *, config: Annotated[DistillConfig, Flags]) -> None:
+    """A teacher checkpoint to a smaller student's."""
+    import distill
+
+    _made(distill.run(config))
+
+
+@app.command(name="eval", sort_key=7)
+def evaluate(file: File = None, /, *, config: Annotated[EvaluateConfig, Flags]) -> None:
+    """A backbone to a report: kNN and linear probe, beside the untrained network and raw pixels."""
+    from eval.evaluate import evaluate
+
+    _made(evaluate(config))
+
+
+@app.command(sort_key=8)
+def publish(file: File = None, /, *, config: Annotated[PublishConfig, Flags]) -> None:
+    """A checkpoint to a backbone that timm loads, with a model card, checked before it counts."""
+    from distill.publish import publish
+
+    _made(publish(config))
+
+
+@app.command(sort_key=9)
+def report(file: File = None, /, *, config: Annotated[ReportConfig, Flags]) -> None:
+    """Artifacts of a run to one self-contained page."""
+    from eval.page import report
+
+    _made(report(config))
+
+
+def _made(artifact: Artifact) -> None:
+    print(artifact.url)
+
+
+_CONFIGS: dict[str, type[Config]] = {
+    "run": PipelineConfig,
+    "ingest": IngestConfig,
+    "embed": EmbedConfig,
+    "curate": CurateConfig,
+    "materialize": MaterializeConfig,
+    "pretrain": PretrainConfig,
+    "distill": DistillConfig,
+    "eval": EvaluateConfig,
+    "publish": PublishConfig,
+    "report": ReportConfig,
+}
+
+
+@app.meta.default
+def _with_file(*tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]) -> None:
+    """Read the YAML file that follows a command, if there is one, beneath its flags."""
+    if len(tokens) > 1 and not tokens[1].startswith("-") and tokens[0] in _CONFIGS:
+        content = load_yaml(tokens[1])
+        _check(content, _CONFIGS[tokens[0]], tokens[1])
+        # Below the command's name: on top, keys that are named like a command (pretrain, say) would be passed over.
+        app[tokens[0]].config = [cyclopts.config.Dict({tokens[0]: content}, source=tokens[1])]
+    app(tokens, exit_on_error=False, print_error=False)
+
+
+def _check(content: dict[str, Any], model: type[Config], file: str) -> None:
+    """Report what is wrong in the file itself; what is missing there may still come from a flag."""
+    try:
+        model.model_validate(content)
+    except ValidationError as error:
+        if any(problem["type"] != "missing" for problem in error.errors()):
+            raise UserError(f"{file}: {describe(error, model)}") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: a user's mistake is one line on standard error and exit code 2."""
+    _skip_class_docstrings()
+    try:
+        app.meta(arguments, exit_on_error=False, print_error=False)
+    except UserError as error:
+        _fail(str(error))
+    except CycloptsError as error:
+        _fail(_explain(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _skip_class_docstrings() -> None:
+    """Keep cyclopts from parsing the source of every model, and of pydantic's base, for each help page.
+
+    The fields carry their descriptions already; the parsing takes two seconds for the pipeline's help.
+    """
+    parse = docstring_parser.parse_from_object
+    docstring_parser.parse_from_object = lambda item: (
+        docstring_parser.Docstring() if isinstance(item, type) else parse(item)
+    )
+
+
+def _explain(error: CycloptsError) -> str:
+    """cyclopts' message; for a value that the model refuses, ours."""
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, ValidationError):
+        command = next(iter(error.command_chain or ()), "")
+        return describe(cause, _CONFIGS.get(command, Config))
+    return f"{error}; see fovea {' '.join(error.command_chain or ())} --help"
+
+
+def _fail(message: str) -> None:
+    print(f"fovea: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(USER_MISTAKE)

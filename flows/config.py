@@ -1,0 +1,94 @@
+"""A whole pipeline as one file."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from curation.config import CurateSettings, EmbeddedSettings, EmbedSettings, IngestSettings, Retrieve
+from distill.config import DistillSettings, PublishSettings
+from eval.config import EvaluateSettings, ReportSettings
+from infra.config import Config
+from pretrain.config import PretrainSettings
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+def expand(value: Any) -> Any:
+    """Replace `${NAME}` by the environment variable of that name."""
+    if not isinstance(value, str):
+        return value
+    for name in _VARIABLE.findall(value):
+        if name not in os.environ:
+            raise ValueError(f"the environment variable {name} is not set; set it to where the data lies")
+    return _VARIABLE.sub(lambda match: os.environ[match[1]], value)
+
+
+class Sources(Config):
+    """Where the images are: folders or tar shards at any URL; `${NAME}` is an environment variable."""
+
+    pool: str
+    """The pool to curate and train on."""
+    test: str
+    """The labelled evaluation set; the pool is decontaminated against it."""
+    train: str
+    """The labelled set that kNN and probe learn from."""
+    seed: str | None = None
+    """The curated seed of retrieval; joins the pool in training."""
+
+    _expand = field_validator("*", mode="before")(expand)
+
+
+class KnownLeaks(Config):
+    """A table of images of the pool that are known to be in the evaluation set."""
+
+    table: str
+    """Path of a CSV file; `${NAME}` is an environment variable."""
+    column: str
+    """Its column with the pool's keys."""
+
+    _expand = field_validator("table", mode="before")(expand)
+
+
+class PipelineConfig(Config):
+    """From images to a published backbone."""
+
+    name: str = "pipeline"
+    """Title of the report."""
+    root: str
+    """URL under which every artifact of the run is written."""
+    embedded: EmbeddedSettings | None = None
+    """Make the embedded corpus and run on it; or give `sources`."""
+    sources: Sources | None = None
+    """Images to run on."""
+    known_leaks: KnownLeaks | None = None
+    """Ground truth of decontamination, if there is any."""
+    ingest: IngestSettings = IngestSettings()
+    """What counts as an image."""
+    copies: EmbedSettings = EmbedSettings()
+    """Embedding by which copies are found."""
+    likeness: EmbedSettings = EmbedSettings()
+    """Embedding by which images like the seed are found."""
+    deduplicate: CurateSettings = CurateSettings()
+    """Steps that compare copies."""
+    retrieve: CurateSettings = Field(default_factory=lambda: CurateSettings(steps=[Retrieve()]))
+    """Steps that compare with the seed; left out where there is no seed."""
+    pretrain: PretrainSettings = PretrainSettings()
+    """The teacher."""
+    distill: DistillSettings = DistillSettings()
+    """The student."""
+    evaluate: EvaluateSettings = EvaluateSettings()
+    """Protocols for both."""
+    publish: PublishSettings = PublishSettings()
+    """The published student."""
+    report: ReportSettings = ReportSettings()
+    """The page."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PipelineConfig:
+        if (self.embedded is None) == (self.sources is None):
+            raise ValueError("give either sources or embedded")
+        return self

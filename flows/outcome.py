@@ -1,0 +1,46 @@
+"""What a finished run tells on the terminal: the numbers, and where to look."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from eval.page import PAGE
+from flows.config import PipelineConfig
+from flows.summary import SUMMARY
+from infra import storage
+
+
+def show(config: PipelineConfig, summary: dict[str, Any]) -> None:
+    """Print scores and locations to standard output."""
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(_curation(summary))
+    console.print(_evaluation(summary))
+    console.print(f"timm: features differ by at most {summary['publish']['timm_max_abs_diff']:.1e}\n")
+    places = {
+        "report": storage.join(summary["artifacts"]["report"]["url"], PAGE),
+        "backbone": storage.join(summary["artifacts"]["publish"]["url"], "model.safetensors"),
+        "model card": storage.join(summary["artifacts"]["publish"]["url"], "README.md"),
+        "summary": storage.join(config.root, SUMMARY),
+    }
+    for name, place in places.items():
+        console.print(f"[bold]{name:<11}[/bold]{place}")
+
+
+def _curation(summary: dict[str, Any]) -> Table:
+    table = Table("curation", "precision", "recall", title_justify="left", box=None)
+    for step in ("dedup", "decontamination", "retrieval"):
+        if step in summary:
+            scores = summary[step]
+            table.add_row(step, *(f"{scores[each]:.3f}" if each in scores else "" for each in ("precision", "recall")))
+    return table
+
+
+def _evaluation(summary: dict[str, Any]) -> Table:
+    subjects = list(summary["knn"])
+    table = Table("accuracy, %", *subjects, box=None)
+    for protocol in ("knn", "linear"):
+        table.add_row(protocol, *(f"{100 * summary[protocol][each]:.1f}" for each in subjects))
+    return table

@@ -1,0 +1,165 @@
+"""The whole pipeline: the stages' flows in order, each reading and writing artifacts."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from curation.config import CurateConfig, EmbedConfig, EmbedSettings, IngestConfig, MaterializeConfig
+from distill.config import DistillConfig, PublishConfig
+from eval.config import EvaluateConfig, ReportConfig
+from flows import stages, summary
+from flows.config import PipelineConfig, Sources
+from infra import storage
+from infra.errors import UserError
+from pretrain.config import CheckpointBackbone, PretrainConfig
+
+
+@dataclass
+class Run:
+    """A run of a pipeline: where its artifacts go, and which it has so far."""
+
+    config: PipelineConfig
+    urls: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=time.monotonic)
+
+    def out(self, stage: str) -> str:
+        """Where a stage writes: below the root, by stage and id."""
+        return storage.join(self.config.root, stage, "{id}")
+
+    def done(self, stage: str, url: str) -> str:
+        """Note a finished stage; return its artifact's URL."""
+        now = time.monotonic()
+        self.urls[stage], self.seconds[stage], self._last = url, round(now - self._last, 1), now
+        return url
+
+
+@flow(name="fovea-pipeline")
+def pipeline(config: PipelineConfig) -> dict[str, Any]:
+    """Ingest, embed, deduplicate, retrieve, pretrain, evaluate, distill, evaluate, publish, report.
+
+    Returns:
+        The summary that is also written to `summary.json` below the root.
+    """
+    run = Run(config)
+    sources, truth = _sources(config)
+    corpora = _ingest(run, sources)
+    curated = _curate(run, corpora)
+    training = [curated, *([corpora["seed"]] if "seed" in corpora else [])]
+    teacher = run.done("pretrain", stages.pretrain(_pretrain_config(run, training)))
+    _evaluate(run, "evaluate-teacher", teacher, corpora)
+    student = run.done("distill", stages.distill(_distill_config(run, teacher, training)))
+    _evaluate(run, "evaluate-student", student, corpora)
+    _publish(run, student, corpora)
+    facts = summary.curation_scores(config, run.urls, truth)
+    _report(run, facts)
+    return summary.write(config, run.urls, run.seconds, facts)
+
+
+def _sources(config: PipelineConfig) -> tuple[Sources, Path | None]:
+    """Where the images are, and the file with the truth about them, where there is one."""
+    if config.sources is not None:
+        return config.sources, None
+    from curation.embedded import TRUTH, generate
+
+    assert config.embedded is not None
+    if not storage.is_local(config.root):
+        raise UserError(f"root: {config.root}, but the embedded corpus is made on this machine; give a local root")
+    folder = generate(config.embedded, storage.local_path(config.root) / "embedded")
+    seed = str(folder / "seed")
+    return Sources(pool=str(folder / "pool"), test=str(folder / "test"), train=seed, seed=seed), folder / TRUTH
+
+
+def _ingest(run: Run, sources: Sources) -> dict[str, str]:
+    """Corpora by role; one source in two roles is one corpus."""
+    corpora: dict[str, str] = {}
+    ingested: dict[str, str] = {}
+    for role, source in sources.model_dump(exclude_none=True).items():
+        if source not in ingested:
+            settings = IngestConfig(**dict(run.config.ingest), source=source, out=run.out("ingest"))
+            ingested[source] = run.done(f"ingest-{role}", stages.ingest(settings))
+        corpora[role] = ingested[source]
+    return corpora
+
+
+def _embed(run: Run, stage: str, settings: EmbedSettings, corpus: str) -> str:
+    config = EmbedConfig(**dict(settings), corpus=corpus, out=run.out("embed"))
+    return run.done(stage, stages.embed(config))
+
+
+def _curate(run: Run, corpora: dict[str, str]) -> str:
+    """The corpus of what the curation steps leave of the pool."""
+    config = run.config
+    selection = run.done(
+        "deduplicate",
+        stages.curate(
+            CurateConfig(
+                **dict(config.deduplicate),
+                corpus=corpora["pool"],
+                embeddings=_embed(run, "embed-pool-copies", config.copies, corpora["pool"]),
+                evaluation=[_embed(run, "embed-test-copies", config.copies, corpora["test"])],
+                out=run.out("deduplicate"),
+            )
+        ),
+    )
+    if "seed" in corpora:
+        selection = run.done(
+            "retrieve",
+            stages.curate(
+                CurateConfig(
+                    **dict(config.retrieve),
+                    corpus=corpora["pool"],
+                    embeddings=_embed(run, "embed-pool-likeness", config.likeness, corpora["pool"]),
+                    seed=_embed(run, "embed-seed-likeness", config.likeness, corpora["seed"]),
+                    selection=selection,
+                    out=run.out("retrieve"),
+                )
+            ),
+        )
+    settings = MaterializeConfig(
+        corpus=corpora["pool"], selection=selection, shard_mb=config.ingest.shard_mb, out=run.out("materialize")
+    )
+    return run.done("materialize", stages.materialize(settings))
+
+
+def _pretrain_config(run: Run, corpora: list[str]) -> PretrainConfig:
+    return PretrainConfig(**dict(run.config.pretrain), corpora=corpora, out=run.out("pretrain"))
+
+
+def _distill_config(run: Run, teacher: str, corpora: list[str]) -> DistillConfig:
+    settings = dict(run.config.distill)
+    return DistillConfig(**settings, teacher_checkpoint=teacher, corpora=corpora, out=run.out("distill"))
+
+
+def _evaluate(run: Run, stage: str, checkpoint: str, corpora: dict[str, str]) -> None:
+    config = EvaluateConfig(
+        **dict(run.config.evaluate),
+        model=CheckpointBackbone(url=checkpoint),
+        train=corpora["train"],
+        test=corpora["test"],
+        out=run.out(stage),
+    )
+    run.done(stage, stages.evaluate(config))
+
+
+def _publish(run: Run, checkpoint: str, corpora: dict[str, str]) -> None:
+    config = PublishConfig(
+        **dict(run.config.publish),
+        checkpoint=checkpoint,
+        images=corpora["test"],
+        reports=[run.urls["evaluate-student"]],
+        out=run.out("publish"),
+    )
+    run.done("publish", stages.publish(config))
+
+
+def _report(run: Run, facts: dict[str, dict[str, float]]) -> None:
+    settings = dict(run.config.report) | {"title": run.config.name}
+    artifacts = dict(run.urls)
+    config = ReportConfig(**settings, artifacts=artifacts, facts=facts, out=run.out("report"))
+    run.done("report", stages.report(config))

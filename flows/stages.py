@@ -1,0 +1,91 @@
+"""Every stage as a Prefect flow: configuration in, URL of the artifact out."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from curation.config import CurateConfig, EmbedConfig, IngestConfig, MaterializeConfig
+from distill.config import DistillConfig, PublishConfig
+from eval.config import EvaluateConfig, ReportConfig
+from infra.artifacts import Plan, find
+from infra.launch import run_module
+from pretrain.config import PretrainConfig
+
+
+@flow
+def ingest(config: IngestConfig) -> str:
+    """Images to a corpus."""
+    from curation.ingest import ingest as run
+
+    return run(config).url
+
+
+@flow
+def embed(config: EmbedConfig) -> str:
+    """A corpus to embeddings."""
+    from curation.embed import embed as run
+
+    return run(config).url
+
+
+@flow
+def curate(config: CurateConfig) -> str:
+    """A corpus to a selection."""
+    from curation import run
+
+    return run(config).url
+
+
+@flow
+def materialize(config: MaterializeConfig) -> str:
+    """A selection to a corpus."""
+    from curation.curate import materialize as run
+
+    return run(config).url
+
+
+@flow
+def pretrain(config: PretrainConfig) -> str:
+    """Corpora to a teacher checkpoint, trained in a process of its own."""
+    from pretrain.train import plan
+
+    return _trained("pretrain", plan(config), config)
+
+
+@flow
+def distill(config: DistillConfig) -> str:
+    """A teacher checkpoint to a student checkpoint, trained in a process of its own."""
+    from distill.distill import plan
+
+    return _trained("distill", plan(config), config)
+
+
+def _trained(module: str, plan: Plan, config: PretrainConfig | DistillConfig) -> str:
+    url = plan.resolve(config.out)
+    if find(url) is None:
+        run_module(module, config)
+    return url
+
+
+@flow
+def evaluate(config: EvaluateConfig) -> str:
+    """A backbone to a report."""
+    from eval import run
+
+    return run(config).url
+
+
+@flow
+def publish(config: PublishConfig) -> str:
+    """A checkpoint to a published backbone."""
+    from distill.publish import publish as run
+
+    return run(config).url
+
+
+@flow
+def report(config: ReportConfig) -> str:
+    """A run to a page."""
+    from eval.page import report as run
+
+    return run(config).url

@@ -1,0 +1,1 @@
+"""Storage, artifacts, corpora, configuration, launching, telemetry. Knows nothing of vision."""

@@ -1,0 +1,241 @@
+"""Artifacts: what one stage hands to the next. A directory whose `manifest.json`, written last, commits it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from infra import storage
+from infra.config import Config
+from infra.errors import UserError
+from infra.hashing import hash_file, hash_json, hash_url
+
+Kind = Literal["corpus", "embeddings", "selection", "checkpoint", "backbone", "report"]
+MANIFEST = "manifest.json"
+SCHEMA = 1
+SHORT_ID = 12  # characters of an id that stand in a path
+
+
+class Input(Config):
+    """An artifact, or raw data, that another artifact was made from."""
+
+    id: str
+    url: str
+
+
+class File(Config):
+    """One file of an artifact."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Manifest(Config):
+    """The commit mark of an artifact and the record of what made it."""
+
+    kind: Kind
+    schema_version: int = Field(SCHEMA, alias="schema")
+    id: str
+    stage: str
+    inputs: dict[str, Input]
+    config: dict[str, Any]
+    files: list[File]
+    metrics: dict[str, Any]
+    created: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A committed artifact at a URL."""
+
+    url: str
+    manifest: Manifest
+
+    @property
+    def id(self) -> str:
+        return self.manifest.id
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return self.manifest.metrics
+
+    def as_input(self) -> Input:
+        return Input(id=self.id, url=self.url)
+
+    def url_of(self, path: str) -> str:
+        return storage.join(self.url, path)
+
+    def read_json(self, path: str) -> Any:
+        return json.loads(self.read_bytes(path))
+
+    def read_bytes(self, path: str) -> bytes:
+        """The content of one of the artifact's files, checked against the manifest.
+
+        Raises:
+            UserError: the content is not what the stage wrote.
+        """
+        data = storage.read_bytes(self.url_of(path))
+        entry = next((file for file in self.manifest.files if file.path == path), None)
+        if entry is not None and len(data) != entry.bytes:
+            raise UserError(f"{self.url_of(path)}: damaged; remove {self.url} and run its stage again")
+        return data
+
+    def local_file(self, path: str) -> Path:
+        """A local copy of one file, with its hash checked; the file itself where the artifact is local."""
+        entry = next((file for file in self.manifest.files if file.path == path), None)
+        if entry is None:
+            raise UserError(f"{self.url}: has no file {path}; is it the artifact you meant?")
+        local = storage.local_path(self.url_of(path))
+        if not storage.is_local(self.url):
+            local = cache_directory() / "files" / entry.sha256 / Path(path).name
+            if not local.exists():
+                local.parent.mkdir(parents=True, exist_ok=True)
+                partial = local.with_name(f"{local.name}.{os.getpid()}.part")
+                storage.download(self.url_of(path), partial)
+                partial.replace(local)
+        if not local.is_file() or local.stat().st_size != entry.bytes or hash_file(local) != entry.sha256:
+            raise UserError(f"{self.url_of(path)}: damaged; remove {self.url} and run its stage again")
+        return local
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is about to be made: everything that decides an artifact's id.
+
+    `version` is the stage's own: it is raised when the stage's output would change for the same inputs.
+    """
+
+    kind: Kind
+    stage: str
+    version: int
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, Input] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """SHA-256 over kind, stage, version, settings and the ids (not the URLs) of the inputs."""
+        return hash_json(
+            {
+                "kind": self.kind,
+                "stage": self.stage,
+                "version": self.version,
+                "config": self.settings,
+                "inputs": {name: each.id for name, each in self.inputs.items()},
+            }
+        )
+
+    def resolve(self, out: str) -> str:
+        """The URL to write to: `{id}` in `out` stands for the first characters of the id."""
+        return out.replace("{id}", self.id[:SHORT_ID])
+
+
+def cache_directory() -> Path:
+    """Where work for remote artifacts is staged: `$FOVEA_CACHE`, or `~/.cache/fovea`."""
+    return Path(os.environ.get("FOVEA_CACHE") or Path.home() / ".cache" / "fovea")
+
+
+def find(url: str) -> Artifact | None:
+    """The artifact at a URL, or None where no manifest commits one."""
+    location = storage.join(url, MANIFEST)
+    if not storage.exists(location):
+        return None
+    try:
+        return Artifact(url, Manifest.model_validate_json(storage.read_bytes(location)))
+    except ValidationError:
+        raise UserError(f"{location}: not a manifest this version of Fovea can read; remove it or upgrade") from None
+
+
+def open_artifact(url: str, kind: Kind) -> Artifact:
+    """The artifact of a given kind at a URL.
+
+    Raises:
+        UserError: none is there, or it is of another kind.
+    """
+    artifact = find(url)
+    if artifact is None:
+        raise UserError(f"{url}: no {kind} here (no {MANIFEST}); run the stage that makes it, or mend the path")
+    if artifact.manifest.kind != kind:
+        raise UserError(f"{url}: is a {artifact.manifest.kind}, not a {kind}; give a {kind}'s URL")
+    return artifact
+
+
+def verify(artifact: Artifact) -> list[str]:
+    """Read every file of an artifact and return the paths whose size or hash is wrong."""
+    return [
+        file.path
+        for file in artifact.manifest.files
+        if not storage.exists(artifact.url_of(file.path))
+        or hash_url(artifact.url_of(file.path)) != (file.bytes, file.sha256)
+    ]
+
+
+def produce(plan: Plan, out: str, write: Callable[[Path], Mapping[str, Any]], keep_work: bool = False) -> Artifact:
+    """Return the planned artifact, making it only if it does not exist yet.
+
+    Args:
+        plan: what decides the artifact's id.
+        out: the URL to write to; may hold `{id}`.
+        write: fills a local directory and returns the artifact's metrics.
+        keep_work: hand `write` what an interrupted attempt left in the directory, so that it can go on from there.
+
+    Raises:
+        UserError: the URL holds an artifact made from other inputs or settings.
+    """
+    url = plan.resolve(out)
+    found = find(url)
+    if found is not None:
+        if found.id != plan.id:
+            raise UserError(f"{url}: holds an artifact of other inputs or settings; remove it or choose another --out")
+        return found
+    work = storage.local_path(url) if storage.is_local(url) else cache_directory() / "work" / plan.id
+    if work.exists() and not keep_work:
+        _discard(work, plan.id)
+    work.mkdir(parents=True, exist_ok=True)
+    (work / _MARK).write_text(plan.id)
+    metrics = write(work)
+    (work / _MARK).unlink()
+    return _commit(plan, url, work, metrics)
+
+
+_MARK = ".unfinished"
+
+
+def _discard(work: Path, plan_id: str) -> None:
+    """Remove the debris of an attempt that did not finish, and nothing that could be anything else."""
+    if any(work.iterdir()) and not (work / _MARK).exists():
+        raise UserError(f"{work}: not empty and not written by Fovea; choose another --out")
+    shutil.rmtree(work)
+
+
+def _commit(plan: Plan, url: str, work: Path, metrics: Mapping[str, Any]) -> Artifact:
+    paths = sorted(path for path in work.rglob("*") if path.is_file())
+    files = [
+        File(path=path.relative_to(work).as_posix(), bytes=path.stat().st_size, sha256=hash_file(path))
+        for path in paths
+    ]
+    manifest = Manifest(
+        kind=plan.kind,
+        id=plan.id,
+        stage=plan.stage,
+        inputs=dict(plan.inputs),
+        config=dict(plan.settings),
+        files=files,
+        metrics=dict(metrics),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    if not storage.is_local(url):
+        for path, file in zip(paths, files, strict=True):
+            storage.upload(path, storage.join(url, file.path))
+    storage.write_atomic(storage.join(url, MANIFEST), manifest.model_dump_json(indent=2, by_alias=True).encode())
+    if not storage.is_local(url):
+        shutil.rmtree(work)
+    return Artifact(url, manifest)

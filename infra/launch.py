@@ -1,0 +1,73 @@
+"""Run a stage as a process of its own: a training must not share its process with an orchestrator."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from infra.errors import UserError
+
+M = TypeVar("M", bound=BaseModel)
+USER_MISTAKE = 2  # exit code
+_GRACE_SECONDS = 20
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+
+
+def run_module(module: str, config: BaseModel) -> None:
+    """Run `python -m module` on a configuration and wait for it; whatever ends this process ends that one too.
+
+    Raises:
+        UserError: what the module reported as the user's mistake.
+        ChildProcessError: it failed otherwise; its traceback is on standard error.
+    """
+    with tempfile.TemporaryDirectory(prefix="fovea-") as scratch:
+        job = Path(scratch)
+        (job / "config.json").write_text(config.model_dump_json())
+        process = subprocess.Popen([sys.executable, "-m", module, scratch], start_new_session=True)
+        try:
+            code = process.wait()
+        except BaseException:
+            _stop(process)
+            raise
+        if code == USER_MISTAKE:
+            raise UserError((job / "error.txt").read_text())
+        if code:
+            raise ChildProcessError(f"{module}: ended with exit code {code}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(_GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def module_main(model: type[M], run: Callable[[M], object]) -> None:
+    """The body of a module that `run_module` starts."""
+    _end_with_parent()
+    job = Path(sys.argv[1])
+    try:
+        run(model.model_validate_json((job / "config.json").read_text()))
+    except (UserError, ValidationError) as error:
+        (job / "error.txt").write_text(str(error))
+        sys.stdout.flush()
+        sys.exit(USER_MISTAKE)
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies, even by SIGKILL: two trainings must never share a folder."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        if os.getppid() == 1:
+            sys.exit("the process that started this one is gone")

@@ -1,0 +1,48 @@
+"""Progress bars on standard error: live on a terminal, one closing line a stage elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Advance = Callable[..., None]
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int | None, done: int = 0) -> Iterator[Advance]:
+    """Show the progress of one stage.
+
+    Yields a function `advance(count=1, note="")`; the note (losses, say) stands behind the bar.
+    """
+    console = Console(file=sys.stderr)
+    started = time.monotonic()
+    bar = Progress(
+        TextColumn("[bold]{task.description:<22}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[note]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    completed = done
+    last_note = ""
+
+    def advance(count: int = 1, note: str = "") -> None:
+        nonlocal completed, last_note
+        completed += count
+        last_note = note or last_note
+        bar.update(task, advance=count, note=last_note)
+
+    with bar:
+        task = bar.add_task(title, total=total, completed=done, note="")
+        yield advance
+    if not console.is_terminal:
+        seconds = time.monotonic() - started
+        print(f"{title}: {completed} in {seconds:.1f} s {last_note}".rstrip(), file=sys.stderr, flush=True)

@@ -1,0 +1,42 @@
+"""Selections: a verdict for every image of a corpus."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.artifacts import Artifact, open_artifact
+
+LEDGER = "selection.parquet"
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("keep", pa.bool_()),
+        ("step", pa.string()),  # the step that dropped it, or that said last why it is kept
+        ("reason", pa.string()),
+        ("winner", pa.string()),  # what it was compared with: a representative, an evaluation image, a seed image
+        ("score", pa.float32()),  # the similarity to it
+        ("cluster", pa.int64()),  # connected component of near-duplicates
+        ("weight", pa.float32()),  # how many images it stands for
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A selection artifact, opened: one row for each sample of the corpus, in its order."""
+
+    artifact: Artifact
+    ledger: pa.Table
+
+    @classmethod
+    def open(cls, url: str) -> Selection:
+        artifact = open_artifact(url, "selection")
+        return cls(artifact, pq.read_table(artifact.local_file(LEDGER), schema=SCHEMA))
+
+
+def write(directory: Path, ledger: pa.Table) -> None:
+    pq.write_table(ledger.cast(SCHEMA), directory / LEDGER)

@@ -1,0 +1,16 @@
+"""Corpus to teacher checkpoint: models, objectives, data and the training engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from infra.artifacts import Artifact
+    from pretrain.config import PretrainConfig
+
+
+def run(config: PretrainConfig) -> Artifact:
+    """Pretrain a backbone; see `pretrain.train.pretrain`."""
+    from pretrain.train import pretrain
+
+    return pretrain(config)

@@ -1,0 +1,156 @@
+"""Frozen backbones of any origin behind one call: images in, vectors out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from infra.artifacts import Input
+from infra.errors import UserError
+from infra.hashing import hash_file
+from pretrain.checkpoints import Checkpoint
+from pretrain.config import BackboneConfig, CheckpointBackbone, OpenClipBackbone, PixelDescriptor
+from pretrain.models.vit import Features, VisionTransformer
+
+
+class Backbone(Protocol):
+    """A frozen map from images to vectors."""
+
+    dim: int
+
+    def preprocess(self, image: Image.Image) -> np.ndarray | Tensor:
+        """One RGB image to the array that `features` takes a stack of."""
+
+    def features(self, batch: Tensor) -> Tensor:
+        """A stack of preprocessed images to float32 `[n, dim]`."""
+
+
+def load(config: BackboneConfig) -> Backbone:
+    """Load a backbone onto the GPU, if there is one.
+
+    Raises:
+        UserError: the checkpoint is missing or does not fit.
+    """
+    if isinstance(config, PixelDescriptor):
+        return Pixels(config)
+    if isinstance(config, CheckpointBackbone):
+        return CheckpointedViT.open(config)
+    return OpenClip(config)
+
+
+def identity(config: BackboneConfig) -> tuple[dict[str, Any], dict[str, Input]]:
+    """What of a backbone goes into an artifact's id: settings without URLs, and inputs."""
+    settings = config.model_dump(mode="json", exclude={"url", "checkpoint"})
+    if isinstance(config, CheckpointBackbone):
+        return settings, {"backbone": Checkpoint.open(config.url).artifact.as_input()}
+    if isinstance(config, OpenClipBackbone):
+        if not Path(config.checkpoint).is_file():
+            raise UserError(f"{config.checkpoint}: no such file; give the path of an open_clip checkpoint")
+        return settings, {"backbone": Input(id=hash_file(Path(config.checkpoint)), url=config.checkpoint)}
+    return settings, {}
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Pixels:
+    """Low-frequency cosine coefficients of a thumbnail, centred at mid-grey and weighted by frequency."""
+
+    def __init__(self, config: PixelDescriptor) -> None:
+        from scipy.fft import dct
+
+        self.side, self.signs = config.side, config.signs
+        kept = min(config.frequencies, config.side)
+        self.transform = torch.from_numpy(dct(np.eye(config.side), axis=0, norm="ortho")[:kept]).float()
+        rank = torch.arange(kept, dtype=torch.float32)
+        radius = (rank[:, None] ** 2 + rank[None, :] ** 2).sqrt()
+        self.weights = radius**config.whiten  # 0**0 is 1: without whitening the mean colour counts, with it not
+        self.dim = 3 * kept * kept
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        return np.asarray(image.resize((self.side, self.side), Image.Resampling.BOX))
+
+    def features(self, batch: Tensor) -> Tensor:
+        pixels = batch.permute(0, 3, 1, 2).float() / 255 - 0.5
+        coefficients = self.transform @ pixels @ self.transform.T
+        return (coefficients if self.signs else coefficients.abs()).mul(self.weights).flatten(1)
+
+
+@dataclass
+class CheckpointedViT:
+    """A Vision Transformer of a Fovea checkpoint; its vector is the class token."""
+
+    model: VisionTransformer
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def open(cls, config: CheckpointBackbone) -> CheckpointedViT:
+        checkpoint = Checkpoint.open(config.url)
+        model = checkpoint.untrained() if config.untrained else checkpoint.backbone()
+        device = default_device()
+        views = checkpoint.settings.views
+        mean, std = (torch.tensor(each, device=device).view(1, 3, 1, 1) for each in (views.mean, views.std))
+        return cls(model.to(device), mean, std)
+
+    @property
+    def dim(self) -> int:  # type: ignore[override]
+        return self.model.config.dim
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        return center_crop(image, self.model.config.image_size)
+
+    def features(self, batch: Tensor) -> Tensor:
+        return self.tokens(batch).class_token.float().cpu()
+
+    @torch.inference_mode()
+    def tokens(self, batch: Tensor) -> Features:
+        """Class and patch tokens of preprocessed images, uint8 `[n, side, side, 3]`."""
+        pixels = batch.to(self.mean.device).permute(0, 3, 1, 2).float() / 255
+        return self.model([(pixels - self.mean) / self.std])[0]  # type: ignore[no-any-return]
+
+
+class OpenClip:
+    """The image tower of an open_clip model."""
+
+    def __init__(self, config: OpenClipBackbone) -> None:
+        import open_clip
+
+        try:
+            model, _, preprocess = open_clip.create_model_and_transforms(config.model, pretrained=config.checkpoint)
+        except (RuntimeError, KeyError) as error:
+            raise UserError(
+                f"{config.checkpoint}: not a checkpoint of {config.model}: {error}".splitlines()[0]
+            ) from None
+        self._preprocess: Any = preprocess
+        self.model = model.requires_grad_(False).eval().to(default_device())
+        self.dim = int(model.visual.output_dim)
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        return self._preprocess(image)  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def features(self, batch: Tensor) -> Tensor:
+        return self.model.encode_image(batch.to(default_device())).float().cpu()  # type: ignore[operator, no-any-return]
+
+
+def center_crop(image: Image.Image, side: int) -> np.ndarray:
+    """The middle square of an image at a given side, uint8 `[side, side, 3]`.
+
+    Larger sides keep a border of one eighth, as in ImageNet's 256 to 224; small ones, where it would be a few pixels,
+    keep none.
+    """
+    resize = round(side * 256 / 224) if side >= 64 else side
+    scale = resize / min(image.size)
+    width, height = (max(side, round(each * scale)) for each in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - side) // 2, (height - side) // 2
+    return np.asarray(image.crop((left, top, left + side, top + side)))

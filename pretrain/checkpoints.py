@@ -1,0 +1,75 @@
+"""Checkpoint artifacts: weights of a learner that load without DeepSpeed, and what is needed to rebuild it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from infra.artifacts import Artifact, open_artifact
+from pretrain.config import PretrainSettings, VisionTransformerConfig
+from pretrain.learner import Learner
+from pretrain.models.vit import VisionTransformer
+
+WEIGHTS = "learner.safetensors"
+DESCRIPTION = "learner.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint artifact, opened."""
+
+    artifact: Artifact
+    settings: PretrainSettings
+    released: str
+    """Prefix of the released backbone's weights: `teacher` or `average`."""
+
+    @classmethod
+    def open(cls, url: str) -> Checkpoint:
+        artifact = open_artifact(url, "checkpoint")
+        description = artifact.read_json(DESCRIPTION)
+        return cls(artifact, PretrainSettings.model_validate(description["settings"]), description["released"])
+
+    @property
+    def model(self) -> VisionTransformerConfig:
+        return self.settings.model
+
+    def weights(self, prefix: str = "") -> dict[str, Tensor]:
+        """Weights whose name starts with `prefix`, without it."""
+        state = load_file(self.artifact.local_file(WEIGHTS))
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+    def backbone(self) -> VisionTransformer:
+        """The released backbone, for inference."""
+        return self._inference(self.weights(f"{self.released}."))
+
+    def untrained(self) -> VisionTransformer:
+        """The backbone as it was before the first step: same settings, same seed."""
+        return self._inference(initial_backbone(self.model, self.settings.schedule.seed).state_dict())
+
+    def _inference(self, weights: dict[str, Tensor]) -> VisionTransformer:
+        backbone = VisionTransformer(self.model.model_copy(update={"attention": "sdpa", "drop_path": 0.0}))
+        backbone.load_state_dict(weights)
+        return backbone.requires_grad_(False).eval()
+
+
+def initial_backbone(model: VisionTransformerConfig, seed: int) -> VisionTransformer:
+    """A backbone with the initial weights of a seed."""
+    torch.manual_seed(seed)
+    return VisionTransformer(model)
+
+
+def save_learner(learner: Learner, settings: PretrainSettings, directory: Path) -> None:
+    """Write weights and description of a learner into an artifact's directory."""
+    state = {name: value.detach().cpu().contiguous() for name, value in learner.state_dict().items()}
+    save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
+    description: dict[str, Any] = {
+        "settings": settings.model_dump(mode="json", exclude={"corpora", "out", "teacher_checkpoint"}),
+        "released": "teacher" if learner.average is None else "average",
+    }
+    (directory / DESCRIPTION).write_text(json.dumps(description, indent=1))

@@ -1,0 +1,309 @@
+"""Everything a pretraining run can be told. Imports no torch, so that `fovea --help` stays quick."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from infra.config import Config
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Backend = Literal["sdpa", "xformers", "reference"]
+Centering = Literal["softmax", "sinkhorn"]
+
+
+class Photometric(Config):
+    """How strongly one kind of crop is recoloured. Probabilities are per image."""
+
+    jitter: float = Field(0.8, ge=0, le=1)
+    """Probability of colour jitter."""
+    brightness: float = Field(0.4, ge=0)
+    """Brightness is scaled by a factor in 1 ± this."""
+    contrast: float = Field(0.4, ge=0)
+    """Contrast is scaled by a factor in 1 ± this."""
+    saturation: float = Field(0.2, ge=0)
+    """Saturation is scaled by a factor in 1 ± this."""
+    hue: float = Field(0.1, ge=0, le=0.5)
+    """Hue is turned by up to this share of the circle."""
+    grey: float = Field(0.2, ge=0, le=1)
+    """Probability of a grey image."""
+    blur: float = Field(0.0, ge=0, le=1)
+    """Probability of a Gaussian blur with sigma 0.1 to 2 pixels."""
+    solarize: float = Field(0.0, ge=0, le=1)
+    """Probability of inverting the values of 128 and above."""
+    invert: float = Field(0.0, ge=0, le=1)
+    """Probability of a negative."""
+    channels: float = Field(0.0, ge=0, le=1)
+    """Probability of a random order of the colour channels."""
+
+
+class Crops(Config):
+    """One kind of random crop, resized to a square."""
+
+    size: int = Field(224, ge=8)
+    """Side in pixels after resizing; a multiple of the patch size."""
+    scale: tuple[float, float] = (0.32, 1.0)
+    """Least and largest share of the image's area."""
+    photometric: list[Photometric] = Field(default_factory=lambda: [Photometric()], min_length=1)
+    """Recolouring of each crop; where there are fewer of these than crops, the last one serves the rest."""
+
+
+class Views(Config):
+    """Multi-crop views (SwAV, arXiv 2006.09882; scales and colours of DINOv2, arXiv 2304.07193)."""
+
+    globals: Crops = Crops(photometric=[Photometric(blur=0.0), Photometric(blur=0.9, solarize=0.2)])
+    """The two global crops."""
+    locals: Crops = Crops(size=96, scale=(0.05, 0.32), photometric=[Photometric(blur=0.5)])
+    """The local crops."""
+    local_count: int = Field(8, ge=0)
+    """Local crops an image."""
+    flip: float = Field(0.5, ge=0, le=1)
+    """Probability of a horizontal flip, drawn for each crop."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Mean of each channel that is subtracted, values 0 to 1."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Standard deviation of each channel that is divided by."""
+    mask_share: float = Field(0.5, ge=0, le=1)
+    """Share of the global crops whose patch tokens are masked for the student."""
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    """Least and largest share of masked patch tokens in such a crop."""
+
+
+class VisionTransformerConfig(Config):
+    """Dimensions of a Vision Transformer."""
+
+    dim: int = Field(384, ge=8)
+    """Width of the token vectors."""
+    depth: int = Field(12, ge=1)
+    """Number of blocks."""
+    heads: int = Field(6, ge=1)
+    """Attention heads; divides `dim`."""
+    patch_size: int = Field(16, ge=2)
+    """Side of a patch in pixels."""
+    image_size: int = Field(224, ge=8)
+    """Side in pixels for which the position embedding is made; it is interpolated for others."""
+    registers: int = Field(0, ge=0)
+    """Register tokens (arXiv 2309.16588)."""
+    mlp_ratio: float = Field(4.0, gt=0)
+    """Hidden width of the MLP as a multiple of `dim`."""
+    layer_scale: float = Field(1e-5, gt=0)
+    """Initial value of LayerScale."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Share of each batch that skips a branch in training (stochastic depth)."""
+    attention: Backend = "sdpa"
+    """Kernel: sdpa (PyTorch), xformers (CUDA) or reference (plain, for tests)."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> VisionTransformerConfig:
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is no multiple of heads {self.heads}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
+        return self
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+
+class HeadConfig(Config):
+    """A DINO projection head."""
+
+    hidden: int = Field(2048, ge=1)
+    """Width of the two hidden layers."""
+    bottleneck: int = Field(256, ge=1)
+    """Width of the normalised vector before the prototypes."""
+    prototypes: int = Field(65536, ge=2)
+    """Number of prototypes, K."""
+
+
+class DinoConfig(Config):
+    """Agreement of class tokens between crops (DINO)."""
+
+    kind: Literal["dino"] = "dino"
+    weight: float = Field(1.0, ge=0)
+    """Factor of the loss."""
+    head: HeadConfig = HeadConfig()
+    """The projection head."""
+    centering: Centering = "sinkhorn"
+    """How the teacher's targets are balanced."""
+    student_temperature: float = Field(0.1, gt=0)
+    """Softmax temperature of the student."""
+
+
+class IbotConfig(Config):
+    """Prediction of masked patch tokens (iBOT)."""
+
+    kind: Literal["ibot"] = "ibot"
+    weight: float = Field(1.0, ge=0)
+    """Factor of the loss."""
+    head: HeadConfig = HeadConfig()
+    """The projection head."""
+    centering: Centering = "sinkhorn"
+    """How the teacher's targets are balanced."""
+    student_temperature: float = Field(0.1, gt=0)
+    """Softmax temperature of the student."""
+
+
+class KoleoConfig(Config):
+    """Spread of class tokens over the sphere (KoLeo)."""
+
+    kind: Literal["koleo"] = "koleo"
+    weight: float = Field(0.1, ge=0)
+    """Factor of the loss."""
+
+
+ObjectiveConfig = Annotated[DinoConfig | IbotConfig | KoleoConfig, Field(discriminator="kind")]
+
+
+class Optimizer(Config):
+    """AdamW with a linear warmup and cosine schedules."""
+
+    base_lr: float = Field(4e-3, gt=0)
+    """Peak learning rate at the reference batch; scaled by sqrt(global batch / reference batch)."""
+    reference_batch: int = Field(1024, ge=1)
+    """Global batch for which `base_lr` is meant."""
+    min_lr: float = Field(1e-6, ge=0)
+    """Learning rate at the end."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: tuple[float, float] = (0.04, 0.4)
+    """First and last weight decay; a cosine between. Biases, norms and LayerScale have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment factors."""
+    clip: float = Field(3.0, gt=0)
+    """Largest norm of the whole gradient."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Factor of the learning rate from each block to the one before it."""
+    patch_embed_lr: float = Field(0.2, gt=0)
+    """Factor of the learning rate of the patch embedding."""
+    freeze_last_layer_steps: int = Field(0, ge=0)
+    """Steps in which the prototypes stay as they are."""
+
+
+class Teacher(Config):
+    """The teacher: an exponential moving average of the student, in float32."""
+
+    momentum: tuple[float, float] = (0.992, 1.0)
+    """First and last momentum; a cosine between."""
+    temperature: tuple[float, float] = (0.04, 0.07)
+    """First and last softmax temperature of the teacher."""
+    temperature_warmup_steps: int = Field(0, ge=0)
+    """Steps over which the temperature rises."""
+
+
+class Sharding(Config):
+    """How the training is spread over ranks."""
+
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    """deepspeed, or plain torch: one process, the oracle of tests."""
+    zero_stage: Literal[0, 1, 2] = 0
+    """DeepSpeed ZeRO stage: 1 shards the optimiser, 2 the gradients too."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of matrix products; parameters, optimiser and teacher stay in float32."""
+
+
+class Runtime(Config):
+    """What changes how fast a run goes and nothing of its result."""
+
+    workers: int = Field(2, ge=0)
+    """Loader processes a rank; 0 loads in the training process."""
+    checkpoint_every: int = Field(200, ge=1)
+    """Steps between checkpoints to resume from."""
+
+
+class Schedule(Config):
+    """How long, on how much, from which seed."""
+
+    steps: int = Field(125_000, ge=1)
+    """Optimiser steps."""
+    micro_batch: int = Field(64, ge=1)
+    """Images a rank and forward pass."""
+    accumulation: int = Field(1, ge=1)
+    """Micro-batches a step."""
+    seed: int = Field(0, ge=0)
+    """Seed of weights, order, augmentation, masks and dropout."""
+
+
+class PretrainSettings(Config):
+    """Settings of a pretraining run."""
+
+    model: VisionTransformerConfig = VisionTransformerConfig()
+    """The backbone."""
+    objectives: list[ObjectiveConfig] = Field(
+        default_factory=lambda: [DinoConfig(), IbotConfig(), KoleoConfig()], min_length=1
+    )
+    """Losses; their weighted sum is optimised. The default is DINOv2's."""
+    views: Views = Views()
+    """Crops and augmentation."""
+    schedule: Schedule = Schedule()
+    """Length and batch."""
+    optimizer: Optimizer = Optimizer()
+    """Optimiser and its schedules."""
+    teacher: Teacher = Teacher()
+    """The teacher and its schedules."""
+    sharding: Sharding = Sharding()
+    """Ranks and precision."""
+    runtime: Runtime = Runtime()
+    """Speed only."""
+
+    @model_validator(mode="after")
+    def _crops_fit_patches(self) -> PretrainSettings:
+        for name, crops in (("globals", self.views.globals), ("locals", self.views.locals)):
+            if crops.size % self.model.patch_size:
+                raise ValueError(f"views.{name}.size {crops.size} is no multiple of patch_size {self.model.patch_size}")
+        return self
+
+
+class PretrainConfig(PretrainSettings):
+    """Corpora in, teacher checkpoint out."""
+
+    corpora: list[str] = Field(min_length=1)
+    """URLs of the corpora to train on."""
+    out: str
+    """URL of the checkpoint; {id} stands for its id."""
+
+
+class PixelDescriptor(Config):
+    """Low frequencies of a small thumbnail: a descriptor that needs no training."""
+
+    kind: Literal["pixels"] = "pixels"
+    side: int = Field(16, ge=2)
+    """Side of the thumbnail in pixels."""
+    frequencies: int = Field(8, ge=1)
+    """Lowest frequencies kept in each direction, at most `side`."""
+    whiten: float = Field(1.0, ge=0)
+    """Power of the frequency that coefficients are multiplied by: 1 evens out natural images, 0 keeps plain pixels."""
+    signs: bool = True
+    """Keep the coefficients' signs. Without them mirrored and negative images are alike: good for likeness, not copies."""
+
+
+class CheckpointBackbone(Config):
+    """The released backbone of a Fovea checkpoint, or the same backbone before its first step."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    url: str
+    """URL of the checkpoint artifact."""
+    untrained: bool = False
+    """Take the initial weights instead."""
+
+
+class OpenClipBackbone(Config):
+    """The image tower of an open_clip model."""
+
+    kind: Literal["open_clip"] = "open_clip"
+    model: str
+    """open_clip's model name."""
+    checkpoint: str
+    """Path of its weights on this machine."""
+
+
+BackboneConfig = Annotated[PixelDescriptor | CheckpointBackbone | OpenClipBackbone, Field(discriminator="kind")]
+
+
+def decisive(config: Config) -> dict[str, object]:
+    """The settings that decide a stage's result: all but where it reads, where it writes and how fast it goes."""
+    return config.model_dump(mode="json", exclude={"corpora", "teacher_checkpoint", "out", "runtime"})

@@ -1,0 +1,85 @@
+"""Bytes to RGB pixels, with a named reason for every image that cannot be had."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Image.MAX_IMAGE_PIXELS = None  # the limit is ours, checked before any pixel is decoded
+
+DEFAULT_MAX_PIXELS = 100_000_000
+
+
+class ImageRejected(Exception):
+    """An image that cannot be used. `reason` is one of `REASONS`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+REASONS = {
+    "empty": "no bytes",
+    "not_an_image": "no known image format",
+    "too_many_pixels": "more pixels than allowed (a decompression bomb, perhaps)",
+    "too_small": "a side shorter than allowed",
+    "truncated": "the file ends before the image does",
+    "undecodable": "the decoder failed",
+}
+
+
+def open_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """Read an image's header and check its size; no pixel is decoded yet.
+
+    Raises:
+        ImageRejected: empty, not_an_image, too_many_pixels or undecodable.
+    """
+    if not data:
+        raise ImageRejected("empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise ImageRejected("not_an_image") from None
+    except Exception:  # a hostile header can raise anything in the format's plug-in
+        raise ImageRejected("undecodable") from None
+    if image.width * image.height > max_pixels:
+        raise ImageRejected("too_many_pixels")
+    return image
+
+
+def decode_rgb(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """Decode to 8-bit RGB, upright.
+
+    Grey, palette, CMYK and 16-bit images are converted; transparency is laid on white.
+
+    Raises:
+        ImageRejected: with the reason.
+    """
+    image = open_image(data, max_pixels)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except OSError as error:
+        raise ImageRejected("truncated" if "truncated" in str(error) else "undecodable") from None
+    except Exception:
+        raise ImageRejected("undecodable") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith(("I", "F")):  # 16- and 32-bit grey: Pillow would clip instead of scaling
+        low, high = image.getextrema()
+        scale = 255.0 / (65535.0 if isinstance(high, int) and high > 255 else max(float(high), 1.0))
+        return image.point(lambda value: value * scale).convert("L").convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")

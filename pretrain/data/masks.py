@@ -1,0 +1,51 @@
+"""Block masks over patch tokens (BEiT, arXiv 2106.08254, algorithm 1) as iBOT and DINOv2 draw them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def block_mask(height: int, width: int, target: int, rng: np.random.Generator) -> np.ndarray:
+    """A mask of rectangles covering at most `target` patches, bool `[height, width]`.
+
+    Rectangles have at least 4 patches and a log-uniform aspect between 0.3 and 1/0.3; drawing stops when ten in a row
+    add nothing, so the mask may fall short of its target.
+    """
+    mask = np.zeros((height, width), dtype=bool)
+    log_aspect = (math.log(0.3), math.log(1 / 0.3))
+    largest = 0.5 * height * width
+    while (remaining := target - int(mask.sum())) > 0:
+        for _ in range(10):
+            area = rng.uniform(min(4, remaining), min(remaining, largest))
+            aspect = math.exp(rng.uniform(*log_aspect))
+            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if not (0 < h < height and 0 < w < width):
+                continue
+            top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
+            added = h * w - int(mask[top : top + h, left : left + w].sum())
+            if 0 < added <= remaining:
+                mask[top : top + h, left : left + w] = True
+                break
+        else:
+            break
+    return mask
+
+
+def batch_masks(
+    count: int, grid: tuple[int, int], share: float, ratio: tuple[float, float], rng: np.random.Generator
+) -> np.ndarray:
+    """Masks for a batch of global crops, bool `[count, patches]`.
+
+    A share of the crops is masked; their target ratios fill the range `ratio` evenly (DINOv2's `collate_data_and_cast`).
+    """
+    height, width = grid
+    masked = int(count * share)
+    edges = np.linspace(*ratio, masked + 1)
+    masks = np.zeros((count, height * width), dtype=bool)
+    chosen = rng.permutation(count)[:masked]
+    for i, row in enumerate(chosen):
+        target = int(height * width * rng.uniform(edges[i], edges[i + 1]))
+        masks[row] = block_mask(height, width, target, rng).reshape(-1)
+    return masks

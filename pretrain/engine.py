@@ -1,0 +1,174 @@
+"""The training loop: schedules, steps, checkpoints, telemetry. It knows no loss."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infra.errors import UserError
+from infra.progress import progress
+from pretrain import schedules, sharding
+from pretrain.config import PretrainSettings
+from pretrain.data import order
+from pretrain.data.loader import Batch, Place, ViewDataset, batches
+from pretrain.learner import Learner
+
+METRICS = "metrics.jsonl"
+TRAINING = "training"  # the last state of engine and optimiser, from which training can go on
+_STEPS = "steps"
+
+
+@dataclass
+class Trained:
+    """What a training leaves behind, besides the learner itself."""
+
+    metrics: list[dict[str, float]]
+    images_per_second: float
+    resumed_at: int
+
+
+class Training:
+    """One training of a learner, resumable from the last checkpoint in its work directory."""
+
+    def __init__(
+        self, title: str, learner: Learner, dataset: ViewDataset, settings: PretrainSettings, work: Path
+    ) -> None:
+        self.title, self.learner, self.settings, self.work = title, learner, settings, work
+        self.dataset = dataset
+        self.rank, self.world_size = sharding.world()
+        self.global_batch = schedules.global_batch(settings.schedule, self.world_size)
+        groups = parameter_groups(learner, settings)
+        self.engine = sharding.build(learner, groups, settings.optimizer, settings.schedule, settings.sharding)
+        self.groups = groups
+        self.metrics: list[dict[str, float]] = []
+
+    def run(self) -> Trained:
+        """Train from wherever the work directory says to the last step."""
+        first = self._resume()
+        steps, accumulation = self.settings.schedule.steps, self.settings.schedule.accumulation
+        place = Place(self.rank, self.world_size, self.settings.schedule.micro_batch, accumulation, first, steps)
+        source = batches(self.dataset, place, self.settings.runtime.workers)
+        started = time.monotonic()
+        self.learner.train()
+        with progress(self.title, steps, done=first) as advance:
+            for step in range(first, steps):
+                losses = self._step(step, source)
+                advance(note=f"loss {losses['loss']:.3f}")
+                if (step + 1) % self.settings.runtime.checkpoint_every == 0 and step + 1 < steps:
+                    self._checkpoint(step + 1)
+        seconds = time.monotonic() - started
+        self._finish()
+        return Trained(self.metrics, (steps - first) * self.global_batch / max(seconds, 1e-9), first)
+
+    def _step(self, step: int, source: Iterator[Batch]) -> dict[str, float]:
+        position = schedules.at(self.settings, step, self.global_batch)
+        self._apply(position)
+        _seed_dropout(self.settings.schedule.seed, step, self.rank)
+        totals: dict[str, Tensor] = {}
+        accumulation = self.settings.schedule.accumulation
+        for _ in range(accumulation):
+            batch = next(source).to(self.engine.device)
+            loss, terms = self.engine.forward(batch, position.temperature)
+            self.engine.backward(loss)
+            self.engine.step()
+            for name, value in {"loss": loss.detach(), **terms}.items():
+                totals[name] = totals.get(name, 0) + value / accumulation
+        self.learner.update_averages(position.momentum)
+        losses = {name: float(value) for name, value in totals.items()}
+        if not math.isfinite(losses["loss"]):
+            raise UserError(f"{self.title}: the loss is {losses['loss']} at step {step}; lower optimizer.base_lr")
+        self.metrics.append({"step": step, "lr": position.lr, "momentum": position.momentum, **losses})
+        return losses
+
+    def _apply(self, position: schedules.Position) -> None:
+        for group in self.groups:
+            frozen = group["last_layer"] and position.last_layer_frozen
+            group["lr"] = 0.0 if frozen else position.lr * group["lr_multiplier"]
+            group["weight_decay"] = position.weight_decay * group["weight_decay_multiplier"]
+
+    def _checkpoint(self, step: int) -> None:
+        """Write all state under a temporary name, then rename: a checkpoint is whole or absent."""
+        folder = self.work / _STEPS / str(step)
+        partial = folder.with_name(f"{step}.part")
+        if self.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        _barrier()
+        self.engine.save(partial)
+        _barrier()
+        if self.rank == 0:
+            _write_jsonl(partial / METRICS, self.metrics)
+            partial.rename(folder)
+            for other in folder.parent.iterdir():
+                if other != folder:
+                    shutil.rmtree(other)
+        _barrier()
+
+    def _resume(self) -> int:
+        """Load the last checkpoint, if there is one; return the next step."""
+        steps = [int(found.name) for found in (self.work / _STEPS).glob("*") if found.name.isdigit()]
+        if not steps:
+            return 0
+        folder = self.work / _STEPS / str(max(steps))
+        self.engine.load(folder)
+        self.metrics = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+        return max(steps)
+
+    def _finish(self) -> None:
+        target = self.work / TRAINING
+        if self.rank == 0:
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir()
+        _barrier()
+        self.engine.save(target)
+        _barrier()
+        if self.rank == 0:
+            _write_jsonl(self.work / METRICS, self.metrics)
+            shutil.rmtree(self.work / _STEPS, ignore_errors=True)
+
+
+def parameter_groups(learner: Learner, settings: PretrainSettings) -> list[dict[str, Any]]:
+    """AdamW groups of parameters that share their multipliers, in a fixed order."""
+    last_layers = {
+        id(parameter)
+        for objective in learner.losses()
+        for layer in objective.last_layers()
+        for parameter in layer.parameters()
+    }
+    groups: dict[schedules.Multipliers, list[torch.nn.Parameter]] = {}
+    for name, parameter in learner.named_parameters():
+        if parameter.requires_grad:
+            key = schedules.multipliers(name, settings.optimizer, settings.model, id(parameter) in last_layers)
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr_multiplier": key.lr,
+            "weight_decay_multiplier": key.weight_decay,
+            "last_layer": key.last_layer,
+        }
+        for key, parameters in groups.items()
+    ]
+
+
+def _seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Make stochastic depth a function of the step, so that nothing about it need be saved."""
+    torch.manual_seed(int(order.generator(seed, order.DROPOUT, step, rank).integers(2**62)))
+
+
+def _write_jsonl(path: Path, rows: list[dict[str, float]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _barrier() -> None:
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.barrier()

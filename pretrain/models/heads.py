@@ -1,0 +1,42 @@
+"""Projection heads."""
+
+from __future__ import annotations
+
+import copy
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from pretrain.config import HeadConfig
+
+
+class PrototypeHead(nn.Module):
+    """MLP, L2 normalisation, then weight-normalised prototypes (arXiv 2104.14294, section 3.1)."""
+
+    def __init__(self, dim: int, config: HeadConfig) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, config.hidden),
+            nn.GELU(),
+            nn.Linear(config.hidden, config.hidden),
+            nn.GELU(),
+            nn.Linear(config.hidden, config.bottleneck),
+        )
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        prototypes = nn.Linear(config.bottleneck, config.prototypes, bias=False)
+        self.last_layer = weight_norm(prototypes)
+        nn.init.ones_(self.last_layer.parametrizations.weight.original0)  # type: ignore[union-attr, arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[n, dim]` to logits `[n, prototypes]`, each in -1 to 1 at initialisation."""
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1, eps=1e-6))  # type: ignore[no-any-return]
+
+
+def teacher_copy(head: PrototypeHead, config: HeadConfig, dim: int, teacher_dim: int) -> PrototypeHead:
+    """The teacher's head: the student's again, or a new one where the teacher is of another width."""
+    copied = copy.deepcopy(head) if teacher_dim == dim else PrototypeHead(teacher_dim, config)
+    return copied.requires_grad_(False)

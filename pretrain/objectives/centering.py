@@ -1,0 +1,72 @@
+"""Teacher logits to target distributions, kept from collapsing."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pretrain.config import Centering
+
+_SINKHORN_ITERATIONS = 3
+
+
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """The sum over all ranks, in place; the value itself where there is one process."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def sinkhorn_knopp(logits: Tensor, temperature: float) -> Tensor:
+    """Balanced assignment of n samples, over all ranks, to K prototypes (arXiv 2006.09882, section 3.1).
+
+    Args:
+        logits: `[n, K]` of this rank; n may differ between ranks.
+
+    Returns:
+        float32 `[n, K]`: each row sums to 1, each column, over all ranks, to about the number of samples / K.
+    """
+    scaled = logits.float() / temperature
+    largest = scaled.max() if len(scaled) else scaled.new_tensor(-torch.inf)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    q = torch.exp(scaled - largest)  # the constant cancels; it keeps exp from overflowing
+    samples = all_reduce_sum(q.new_tensor(float(len(q))))
+    for _ in range(_SINKHORN_ITERATIONS):
+        columns = all_reduce_sum(q.sum(0, keepdim=True))
+        q = q / columns.clamp_min(1e-30) / q.shape[1]
+        q = q / q.sum(1, keepdim=True).clamp_min(1e-30) / samples
+    return q * samples
+
+
+class Targets(nn.Module):
+    """Targets from teacher logits, by Sinkhorn-Knopp or by a centred softmax (arXiv 2104.14294, section 3.1)."""
+
+    center: Tensor
+
+    def __init__(self, prototypes: int, centering: Centering, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.centering = centering
+        self.momentum = momentum
+        self.register_buffer("center", torch.zeros(1, prototypes))
+
+    @torch.no_grad()
+    def forward(self, logits: Tensor, temperature: float) -> Tensor:
+        """`[n, K]` to distributions `[n, K]`, float32. In training the center then moves towards these logits."""
+        if self.centering == "sinkhorn":
+            return sinkhorn_knopp(logits, temperature)
+        targets = ((logits.float() - self.center) / temperature).softmax(-1)
+        if self.training:
+            self._move_center(logits)
+        return targets
+
+    def _move_center(self, logits: Tensor) -> None:
+        count = all_reduce_sum(logits.new_tensor(float(len(logits)), dtype=torch.float32))
+        total = all_reduce_sum(logits.float().sum(0, keepdim=True))
+        self.center.lerp_(total / count.clamp_min(1), 1 - self.momentum)
+
+
+def cross_entropy(targets: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """-sum(targets * log softmax(logits / temperature)) for each row: `[n, K]`, `[n, K]` to float32 `[n]`."""
+    return -(targets * (logits.float() / temperature).log_softmax(-1)).sum(-1)

@@ -1,0 +1,52 @@
+"""DINO (arXiv 2104.14294), with DINOv2's normalisation: agreement of class tokens between crops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from pretrain.config import DinoConfig
+from pretrain.data.loader import Batch
+from pretrain.data.views import GLOBAL_COUNT
+from pretrain.models.heads import PrototypeHead, teacher_copy
+from pretrain.objectives.base import Objective, Outputs
+from pretrain.objectives.centering import Targets, cross_entropy
+
+
+class Dino(Objective):
+    """Cross-entropy from each teacher global crop to every other student crop."""
+
+    def __init__(self, config: DinoConfig, dim: int, teacher_dim: int) -> None:
+        super().__init__()
+        self.weight = config.weight
+        self.student_temperature = config.student_temperature
+        self.head = PrototypeHead(dim, config.head)
+        self.teacher_head = teacher_copy(self.head, config.head, dim, teacher_dim)
+        self.targets = Targets(config.head.prototypes, config.centering)
+
+    def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
+        """`dino_global` and `dino_local`: means over the 2 + 2L crop pairs together (DINOv2, ssl_meta_arch)."""
+        targets = self.targets(self.teacher_head(outputs.teacher_globals.class_token.float()), temperature)
+        student_globals = self.head(outputs.student_globals.class_token)
+        local_crops = 0
+        terms = {}
+        images = len(targets) // GLOBAL_COUNT
+        if outputs.student_locals is not None:
+            logits = self.head(outputs.student_locals.class_token)
+            local_crops = len(logits) // images
+        pairs = GLOBAL_COUNT * (GLOBAL_COUNT - 1) + GLOBAL_COUNT * local_crops
+        swapped = targets.roll(images, 0)
+        both = cross_entropy(swapped, student_globals, self.student_temperature)
+        terms["dino_global"] = GLOBAL_COUNT * both.mean() / pairs
+        if local_crops:
+            # Every local crop meets both teacher crops: the mean over pairs is linear in the targets.
+            summed = targets.unflatten(0, (GLOBAL_COUNT, images)).sum(0).repeat(local_crops, 1)
+            terms["dino_local"] = local_crops * cross_entropy(summed, logits, self.student_temperature).mean() / pairs
+        return terms
+
+    def head_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        yield self.head, self.teacher_head
+
+    def last_layers(self) -> Iterator[nn.Module]:
+        yield self.head.last_layer

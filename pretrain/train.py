@@ -1,0 +1,74 @@
+"""The pretraining stage: corpora to a teacher checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infra.artifacts import Artifact, Input, Plan, open_artifact, produce
+from infra.corpora import Corpus
+from pretrain import objectives
+from pretrain.checkpoints import initial_backbone, save_learner
+from pretrain.config import PretrainConfig, PretrainSettings, decisive
+from pretrain.data.loader import MaskPlan, ViewDataset
+from pretrain.engine import Trained, Training
+from pretrain.learner import Learner
+
+VERSION = 1
+
+
+def pretrain(config: PretrainConfig) -> Artifact:
+    """Train student and teacher; return the checkpoint artifact.
+
+    Raises:
+        UserError: a corpus is missing or empty, or the loss is no longer finite.
+    """
+
+    def write(directory: Path) -> Mapping[str, Any]:
+        dataset = view_dataset([Corpus.open(url) for url in config.corpora], config)
+        learner = build_learner(config)
+        trained = Training("pretrain", learner, dataset, config, directory).run()
+        save_learner(learner, config, directory)
+        return training_metrics(trained, learner, dataset)
+
+    return produce(plan(config), config.out, write, keep_work=True)
+
+
+def plan(config: PretrainConfig) -> Plan:
+    """The checkpoint that a configuration asks for."""
+    return Plan("checkpoint", "pretrain", VERSION, decisive(config), corpus_inputs(config.corpora))
+
+
+def corpus_inputs(urls: Sequence[str]) -> dict[str, Input]:
+    return {f"corpus_{i}": open_artifact(url, "corpus").as_input() for i, url in enumerate(urls)}
+
+
+def view_dataset(corpora: list[Corpus], settings: PretrainSettings) -> ViewDataset:
+    views = settings.views
+    masks = MaskPlan(settings.model.patch_size, views.mask_share, views.mask_ratio)
+    return ViewDataset(corpora, views, masks, settings.schedule.seed)
+
+
+def build_learner(settings: PretrainSettings) -> Learner:
+    """Student, teacher and heads with the initial weights of the settings' seed; the teacher starts as the student."""
+    student = initial_backbone(settings.model, settings.schedule.seed)
+    teacher = initial_backbone(settings.model.model_copy(update={"drop_path": 0.0}), settings.schedule.seed)
+    teacher.load_state_dict(student.state_dict())
+    torch.manual_seed(settings.schedule.seed + 1)
+    losses = objectives.build(settings.objectives, settings.model.dim, settings.model.dim)
+    return Learner(student, teacher, losses, settings.views)
+
+
+def training_metrics(trained: Trained, learner: Learner, dataset: ViewDataset) -> dict[str, Any]:
+    last = trained.metrics[-1]
+    return {
+        "images": dataset.size,
+        "steps": len(trained.metrics),
+        "parameters": sum(parameter.numel() for parameter in learner.student.parameters()),
+        "loss": {name: value for name, value in last.items() if name not in ("step", "lr", "momentum")},
+        "images_per_second": round(trained.images_per_second, 1),
+        "resumed_at": trained.resumed_at,
+    }
