@@ -117,10 +117,14 @@ class Retrieve(Config):
 Step = Annotated[Exact | NearDuplicates | Decontaminate | Retrieve, Field(discriminator="kind")]
 
 
+def _default_steps() -> list[Step]:
+    return [Exact(), NearDuplicates()]
+
+
 class CurateSettings(Config):
     """Steps, in order; each sees what the ones before it kept."""
 
-    steps: list[Step] = Field(default_factory=lambda: [Exact(), NearDuplicates()], min_length=1)
+    steps: list[Step] = Field(default_factory=_default_steps, min_length=1)
     """Any of exact, near_duplicates, decontaminate, retrieve."""
 
 
@@ -131,7 +135,7 @@ class CurateConfig(CurateSettings):
     """URL of the corpus to choose from."""
     embeddings: str | None = None
     """URL of its embeddings; only `exact` does without."""
-    evaluation: list[str] = []
+    evaluation: list[str] = Field(default_factory=list)
     """URLs of the embeddings of evaluation sets, for `decontaminate`."""
     seed: str | None = None
     """URL of the embeddings of the curated seed, for `retrieve`."""

@@ -1,8 +1,8 @@
 """The embedded corpus: a small web-like pool with known truth, made from pictures that come with dependencies.
 
-Classes are photographs of scikit-image and scikit-learn. An image is a random crop of one at a random scale, 32x32, with
-random tint, gamma, channel order and inversion, so that colour alone says nothing. Pool and seed are cut from the left
-part of each photograph, the evaluation set from the right part, with no pixel in common.
+Classes are photographs of scikit-image and scikit-learn. An image is a random crop of one at a random scale, 32x32,
+with random tint, gamma, channel order and inversion, so that colour alone says nothing. Pool and seed are cut from the
+left part of each photograph, the evaluation set from the right part, with no pixel in common.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SIDE = 32
 TRUTH = "truth.json"
 _LEFT_SHARE = 0.6
 _LEAST_CONTRAST = 0.08
-_TRIES = 6
+_TRIES = 20
 _SMALLEST, _LARGEST = 48, 200  # sides of crops in pixels of the photograph
 _VERSION = 1
 
@@ -183,7 +183,8 @@ def _pool(
 def _junk(settings: EmbeddedSettings, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
     from sklearn.datasets import load_digits
 
-    for digit in load_digits().images:
+    digits: Any = load_digits()  # type: ignore[no-untyped-call]
+    for digit in digits.images:
         grey = Image.fromarray((digit * (255 / 16)).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         yield "digit", np.asarray(grey.convert("RGB"))
     for _ in range(settings.flat):

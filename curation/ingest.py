@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from curation.config import IngestConfig, IngestSettings
 from curation.sources import BrokenShard, Sample, Source, fingerprint, open_source
 from infra.artifacts import Artifact, Plan, produce
@@ -73,15 +75,12 @@ class Intake:
         self.seen += 1
         image = sample.image()
         if image is None:
-            return self.reject(sample.key, "no_image", sum(len(each.data) for each in sample.members))
-        if sample.key in self._keys:
-            return self.reject(sample.key, "duplicate_key", len(image.data))
-        try:
-            picture = decode_rgb(image.data, self.settings.max_pixels)
-        except ImageRejected as error:
-            return self.reject(sample.key, error.reason, len(image.data))
-        if min(picture.size) < self.settings.min_side:
-            return self.reject(sample.key, "too_small", len(image.data))
+            self.reject(sample.key, "no_image", sum(len(each.data) for each in sample.members))
+            return None
+        reason, picture = self._look(sample.key, image.data)
+        if picture is None:
+            self.reject(sample.key, reason, len(image.data))
+            return None
         self._keys.add(sample.key)
         self.class_names.append(self._class_name(sample))
         return {
@@ -91,6 +90,18 @@ class Intake:
             "label": _label(sample),
             "caption": sample.text("txt"),
         }
+
+    def _look(self, key: str, data: bytes) -> tuple[str, Image.Image | None]:
+        """The decoded image, or the reason why there is none."""
+        if key in self._keys:
+            return "duplicate_key", None
+        try:
+            picture = decode_rgb(data, self.settings.max_pixels)
+        except ImageRejected as error:
+            return error.reason, None
+        if min(picture.size) < self.settings.min_side:
+            return "too_small", None
+        return "", picture
 
     def _class_name(self, sample: Sample) -> str | None:
         if self.settings.labels == "json":
@@ -130,8 +141,9 @@ def _assign_labels(rows: list[dict[str, Any]], intake: Intake) -> list[str]:
             raise UserError(f"labels: {labels}, but {found.count(None)} images have no class; mend them or choose none")
         return []
     names = sorted({name for name in found if name is not None})
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(names)}
     for row, name in zip(rows, found, strict=True):
-        row["label"] = names.index(name)
+        row["label"] = numbers[name]
     return names
 
 

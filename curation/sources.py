@@ -79,7 +79,9 @@ class BrokenShard(Exception):
 class Source(Protocol):
     """Something `ingest` can read."""
 
-    files: list[SourceFile]
+    @property
+    def files(self) -> list[SourceFile]:
+        """Every file that is read."""
 
     @property
     def in_place(self) -> bool:
@@ -154,7 +156,8 @@ class FolderSource:
         extensions = {file.name: PurePosixPath(file.name).suffix.removeprefix(".").lower() for file in files}
         images = [file for file in files if extensions[file.name] not in _SIDECARS]
         sidecars = [file for file in files if extensions[file.name] in _SIDECARS]
-        for image in images or [None]:
+        candidates: list[SourceFile | None] = [*images] or [None]
+        for image in candidates:
             key = stem if len(images) < 2 or image is None else f"{stem}_{extensions[image.name]}"
             chosen = ([image] if image else []) + sidecars
             members = [
@@ -214,3 +217,6 @@ def _tar_members(shard: SourceFile) -> Iterator[Member]:
                 if len(data) != entry.size:
                     raise tarfile.ReadError("truncated member")
                 yield Member(entry.name, "", data, entry.offset_data if plain else None)
+            # tarfile takes an archive for finished that was cut inside or right before a member's header.
+            if plain and (shard.bytes % tarfile.BLOCKSIZE or tar.offset >= shard.bytes):  # type: ignore[attr-defined]
+                raise tarfile.ReadError("no end-of-archive block")

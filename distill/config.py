@@ -56,7 +56,7 @@ class PublishConfig(PublishSettings):
     """URL of the checkpoint whose released backbone is published."""
     images: str
     """URL of a corpus; features of its first images are compared between Fovea and timm."""
-    reports: list[str] = []
+    reports: list[str] = Field(default_factory=list)
     """URLs of evaluation reports for the model card."""
     out: str
     """URL of the backbone; {id} stands for its id."""

@@ -9,15 +9,14 @@ from typing import Any
 import torch
 
 from distill.config import DistillConfig
-from infra.artifacts import Artifact, Plan, open_artifact, produce
+from infra.artifacts import Artifact, Plan, open_artifact
 from infra.corpora import Corpus
 from infra.errors import UserError
 from pretrain import objectives
-from pretrain.checkpoints import Checkpoint, initial_backbone, save_learner
+from pretrain.checkpoints import Checkpoint, initial_backbone
 from pretrain.config import PretrainSettings, decisive
-from pretrain.engine import Training
 from pretrain.learner import Learner
-from pretrain.train import corpus_inputs, training_metrics, view_dataset
+from pretrain.train import corpus_inputs, produce_together, train, view_dataset
 
 VERSION = 1
 
@@ -33,12 +32,9 @@ def distill(config: DistillConfig) -> Artifact:
 
     def write(directory: Path) -> Mapping[str, Any]:
         dataset = view_dataset([Corpus.open(url) for url in config.corpora], settings)
-        learner = build_learner(settings, teacher)
-        trained = Training("distill", learner, dataset, settings, directory).run()
-        save_learner(learner, settings, directory)
-        return training_metrics(trained, learner, dataset)
+        return train("distill", build_learner(settings, teacher), dataset, settings, directory)
 
-    return produce(plan(config), config.out, write, keep_work=True)
+    return produce_together(plan(config), config.out, write)
 
 
 def plan(config: DistillConfig) -> Plan:

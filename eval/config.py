@@ -56,7 +56,7 @@ class ReportConfig(ReportSettings):
 
     artifacts: dict[str, str]
     """Name of each stage and URL of its artifact, in the order of the run."""
-    facts: dict[str, dict[str, float]] = {}
+    facts: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Named scores to show on top, where the truth is known."""
     out: str
     """URL of the report; {id} stands for its id."""

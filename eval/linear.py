@@ -33,7 +33,7 @@ def predict(
         fit, choose = train_test_split(np.arange(len(labels)), test_size=held_out, random_state=seed, stratify=stratify)
         scores = [_probe(c).fit(train[fit], labels[fit]).score(train[choose], labels[choose]) for c in strengths]
         best = strengths[int(np.argmax(scores))]
-    return _probe(best).fit(train, labels).predict(test)  # type: ignore[no-any-return]
+    return _probe(best).fit(train, labels).predict(test)
 
 
 def _probe(strength: float) -> Pipeline:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def funnel(artifacts: Mapping[str, Artifact]) -> list[FunnelStep]:
         steps = [FunnelStep("found", images + rejected, 0), FunnelStep("readable", images, rejected)]
     for selection in selections:
         entries = selection.metrics["funnel"]
-        for before, after in zip(entries, entries[1:], strict=False):
+        for before, after in pairwise(entries):
             name = after["step"].replace("_", " ")
             steps.append(FunnelStep(name, after["kept"], before["kept"] - after["kept"]))
     return steps

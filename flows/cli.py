@@ -80,7 +80,7 @@ def embed(file: File = None, /, *, config: Annotated[EmbedConfig, Flags]) -> Non
 
 @app.command(sort_key=3)
 def curate(file: File = None, /, *, config: Annotated[CurateConfig, Flags]) -> None:
-    """A corpus to a selection: duplicates, leaks and what is far from a seed dropped, with a verdict for every image."""
+    """A corpus to a selection: a verdict for every image, by duplicates, leaks and nearness to a seed."""
     import curation
 
     _made(curation.run(config))

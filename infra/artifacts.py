@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -196,28 +198,52 @@ def produce(plan: Plan, out: str, write: Callable[[Path], Mapping[str, Any]], ke
         if found.id != plan.id:
             raise UserError(f"{url}: holds an artifact of other inputs or settings; remove it or choose another --out")
         return found
-    work = storage.local_path(url) if storage.is_local(url) else cache_directory() / "work" / plan.id
-    if work.exists() and not keep_work:
-        _discard(work, plan.id)
-    work.mkdir(parents=True, exist_ok=True)
-    (work / _MARK).write_text(plan.id)
-    metrics = write(work)
-    (work / _MARK).unlink()
-    return _commit(plan, url, work, metrics)
+    work = work_directory(plan, out)
+    with _claimed(work):
+        if not keep_work:
+            _discard_debris(work)
+        metrics = write(work)
+        artifact = _commit(plan, url, work, metrics)
+        (work / _MARK).unlink()
+    if not storage.is_local(url):
+        shutil.rmtree(work)
+    return artifact
+
+
+def work_directory(plan: Plan, out: str) -> Path:
+    """The local directory in which an artifact is made: its own place, or a staging one where that is remote."""
+    url = plan.resolve(out)
+    return storage.local_path(url) if storage.is_local(url) else cache_directory() / "work" / plan.id
 
 
 _MARK = ".unfinished"
 
 
-def _discard(work: Path, plan_id: str) -> None:
-    """Remove the debris of an attempt that did not finish, and nothing that could be anything else."""
+@contextlib.contextmanager
+def _claimed(work: Path) -> Iterator[None]:
+    """Hold a work directory: marked as Fovea's, and locked against other processes for as long as this one lives."""
+    work.mkdir(parents=True, exist_ok=True)
     if any(work.iterdir()) and not (work / _MARK).exists():
         raise UserError(f"{work}: not empty and not written by Fovea; choose another --out")
-    shutil.rmtree(work)
+    with (work / _MARK).open("w") as mark:
+        try:
+            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{work}: another process is making this artifact; wait for it or stop it") from None
+        yield
+
+
+def _discard_debris(work: Path) -> None:
+    """Remove what an attempt that did not finish left behind."""
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != _MARK:
+            path.unlink()
 
 
 def _commit(plan: Plan, url: str, work: Path, metrics: Mapping[str, Any]) -> Artifact:
-    paths = sorted(path for path in work.rglob("*") if path.is_file())
+    paths = sorted(path for path in work.rglob("*") if path.is_file() and path.name != _MARK)
     files = [
         File(path=path.relative_to(work).as_posix(), bytes=path.stat().st_size, sha256=hash_file(path))
         for path in paths
@@ -236,6 +262,4 @@ def _commit(plan: Plan, url: str, work: Path, metrics: Mapping[str, Any]) -> Art
         for path, file in zip(paths, files, strict=True):
             storage.upload(path, storage.join(url, file.path))
     storage.write_atomic(storage.join(url, MANIFEST), manifest.model_dump_json(indent=2, by_alias=True).encode())
-    if not storage.is_local(url):
-        shutil.rmtree(work)
     return Artifact(url, manifest)

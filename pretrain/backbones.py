@@ -22,8 +22,6 @@ from pretrain.models.vit import Features, VisionTransformer
 class Backbone(Protocol):
     """A frozen map from images to vectors."""
 
-    dim: int
-
     def preprocess(self, image: Image.Image) -> np.ndarray | Tensor:
         """One RGB image to the array that `features` takes a stack of."""
 
@@ -72,7 +70,6 @@ class Pixels:
         rank = torch.arange(kept, dtype=torch.float32)
         radius = (rank[:, None] ** 2 + rank[None, :] ** 2).sqrt()
         self.weights = radius**config.whiten  # 0**0 is 1: without whitening the mean colour counts, with it not
-        self.dim = 3 * kept * kept
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         return np.asarray(image.resize((self.side, self.side), Image.Resampling.BOX))
@@ -100,10 +97,6 @@ class CheckpointedViT:
         mean, std = (torch.tensor(each, device=device).view(1, 3, 1, 1) for each in (views.mean, views.std))
         return cls(model.to(device), mean, std)
 
-    @property
-    def dim(self) -> int:  # type: ignore[override]
-        return self.model.config.dim
-
     def preprocess(self, image: Image.Image) -> np.ndarray:
         return center_crop(image, self.model.config.image_size)
 
@@ -114,7 +107,7 @@ class CheckpointedViT:
     def tokens(self, batch: Tensor) -> Features:
         """Class and patch tokens of preprocessed images, uint8 `[n, side, side, 3]`."""
         pixels = batch.to(self.mean.device).permute(0, 3, 1, 2).float() / 255
-        return self.model([(pixels - self.mean) / self.std])[0]  # type: ignore[no-any-return]
+        return self.model([(pixels - self.mean) / self.std])[0]
 
 
 class OpenClip:
@@ -131,14 +124,13 @@ class OpenClip:
             ) from None
         self._preprocess: Any = preprocess
         self.model = model.requires_grad_(False).eval().to(default_device())
-        self.dim = int(model.visual.output_dim)
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        return self._preprocess(image)  # type: ignore[no-any-return]
+        return self._preprocess(image)
 
     @torch.inference_mode()
     def features(self, batch: Tensor) -> Tensor:
-        return self.model.encode_image(batch.to(default_device())).float().cpu()  # type: ignore[operator, no-any-return]
+        return self.model.encode_image(batch.to(default_device())).float().cpu()
 
 
 def center_crop(image: Image.Image, side: int) -> np.ndarray:

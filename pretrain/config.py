@@ -159,6 +159,10 @@ class KoleoConfig(Config):
 ObjectiveConfig = Annotated[DinoConfig | IbotConfig | KoleoConfig, Field(discriminator="kind")]
 
 
+def _default_objectives() -> list[ObjectiveConfig]:
+    return [DinoConfig(), IbotConfig(), KoleoConfig()]
+
+
 class Optimizer(Config):
     """AdamW with a linear warmup and cosine schedules."""
 
@@ -233,9 +237,7 @@ class PretrainSettings(Config):
 
     model: VisionTransformerConfig = VisionTransformerConfig()
     """The backbone."""
-    objectives: list[ObjectiveConfig] = Field(
-        default_factory=lambda: [DinoConfig(), IbotConfig(), KoleoConfig()], min_length=1
-    )
+    objectives: list[ObjectiveConfig] = Field(default_factory=_default_objectives, min_length=1)
     """Losses; their weighted sum is optimised. The default is DINOv2's."""
     views: Views = Views()
     """Crops and augmentation."""
@@ -278,7 +280,7 @@ class PixelDescriptor(Config):
     whiten: float = Field(1.0, ge=0)
     """Power of the frequency that coefficients are multiplied by: 1 evens out natural images, 0 keeps plain pixels."""
     signs: bool = True
-    """Keep the coefficients' signs. Without them mirrored and negative images are alike: good for likeness, not copies."""
+    """Keep the coefficients' signs. Without them mirrored and negative images are alike: for likeness, not copies."""
 
 
 class CheckpointBackbone(Config):

@@ -102,16 +102,16 @@ class Training:
         if self.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        _barrier()
+        sharding.barrier()
         self.engine.save(partial)
-        _barrier()
+        sharding.barrier()
         if self.rank == 0:
             _write_jsonl(partial / METRICS, self.metrics)
             partial.rename(folder)
             for other in folder.parent.iterdir():
                 if other != folder:
                     shutil.rmtree(other)
-        _barrier()
+        sharding.barrier()
 
     def _resume(self) -> int:
         """Load the last checkpoint, if there is one; return the next step."""
@@ -128,9 +128,9 @@ class Training:
         if self.rank == 0:
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir()
-        _barrier()
+        sharding.barrier()
         self.engine.save(target)
-        _barrier()
+        sharding.barrier()
         if self.rank == 0:
             _write_jsonl(self.work / METRICS, self.metrics)
             shutil.rmtree(self.work / _STEPS, ignore_errors=True)
@@ -167,8 +167,3 @@ def _seed_dropout(seed: int, step: int, rank: int) -> None:
 
 def _write_jsonl(path: Path, rows: list[dict[str, float]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _barrier() -> None:
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        torch.distributed.barrier()

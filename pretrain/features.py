@@ -37,4 +37,4 @@ def stream(backbone: Backbone, corpus: Corpus, batch: int, title: str) -> Iterat
 def extract(backbone: Backbone, corpus: Corpus, batch: int, title: str) -> np.ndarray:
     """Features of a whole corpus, float32 `[n, dim]`, each vector set to unit length."""
     features = np.concatenate(list(stream(backbone, corpus, batch, title)))
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)  # type: ignore[no-any-return]
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)

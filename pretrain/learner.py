@@ -97,8 +97,8 @@ class Learner(nn.Module):
     def update_averages(self, momentum: float) -> None:
         """Move every average towards its source: average = momentum * average + (1 - momentum) * source."""
         pairs = list(self.averages())
-        sources = list(chain.from_iterable(source.parameters() for source, _ in pairs))
-        averages = list(chain.from_iterable(average.parameters() for _, average in pairs))
+        sources: list[Tensor] = list(chain.from_iterable(source.parameters() for source, _ in pairs))
+        averages: list[Tensor] = list(chain.from_iterable(average.parameters() for _, average in pairs))
         torch._foreach_lerp_(averages, sources, 1 - momentum)
 
     def released(self) -> VisionTransformer:

@@ -52,6 +52,12 @@ def world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
 class TorchEngine:
     """One process, no sharding: what every sharded run is compared with."""
 
@@ -175,4 +181,5 @@ def _join_process_group(device: torch.device) -> None:
         dist.init_process_group(backend)
     else:
         os.environ.setdefault("LOCAL_RANK", "0")
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from infra.artifacts import Artifact, Input, Plan, open_artifact, produce
+from infra.artifacts import Artifact, Input, Plan, find, open_artifact, produce, work_directory
 from infra.corpora import Corpus
-from pretrain import objectives
+from pretrain import objectives, sharding
 from pretrain.checkpoints import initial_backbone, save_learner
 from pretrain.config import PretrainConfig, PretrainSettings, decisive
 from pretrain.data.loader import MaskPlan, ViewDataset
@@ -29,12 +29,32 @@ def pretrain(config: PretrainConfig) -> Artifact:
 
     def write(directory: Path) -> Mapping[str, Any]:
         dataset = view_dataset([Corpus.open(url) for url in config.corpora], config)
-        learner = build_learner(config)
-        trained = Training("pretrain", learner, dataset, config, directory).run()
-        save_learner(learner, config, directory)
-        return training_metrics(trained, learner, dataset)
+        return train("pretrain", build_learner(config), dataset, config, directory)
 
-    return produce(plan(config), config.out, write, keep_work=True)
+    return produce_together(plan(config), config.out, write)
+
+
+def train(
+    title: str, learner: Learner, dataset: ViewDataset, settings: PretrainSettings, directory: Path
+) -> Mapping[str, Any]:
+    """Train a learner to the end, write it into a checkpoint's directory and return the checkpoint's metrics."""
+    trained = Training(title, learner, dataset, settings, directory).run()
+    if sharding.world()[0] == 0:
+        save_learner(learner, settings, directory)
+    return training_metrics(trained, learner, dataset)
+
+
+def produce_together(plan: Plan, out: str, write: Callable[[Path], Mapping[str, Any]]) -> Artifact:
+    """`produce` on all ranks of a training: every rank trains, the first one commits."""
+    url = plan.resolve(out)
+    if sharding.world()[1] == 1 or find(url) is not None:
+        return produce(plan, out, write, keep_work=True)
+    if sharding.world()[0] == 0:
+        produce(plan, out, write, keep_work=True)
+    else:
+        write(work_directory(plan, out))
+    sharding.barrier()
+    return open_artifact(url, "checkpoint")
 
 
 def plan(config: PretrainConfig) -> Plan:

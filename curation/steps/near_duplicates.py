@@ -38,7 +38,7 @@ def components(vectors: np.ndarray, threshold: float, neighbours: int) -> np.nda
     source, place = np.nonzero(similarities >= threshold)
     target = found[source, place]
     graph = coo_array((np.ones(len(source), dtype=bool), (source, target)), shape=(n, n))
-    return connected_components(graph, directed=False)[1]  # type: ignore[no-any-return]
+    return connected_components(graph, directed=False)[1]
 
 
 def _preference(verdicts: Verdicts, rows: np.ndarray, pixels: np.ndarray, policy: str) -> np.ndarray:

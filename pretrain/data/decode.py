@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 Image.MAX_IMAGE_PIXELS = None  # the limit is ours, checked before any pixel is decoded
@@ -75,9 +76,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode.startswith(("I", "F")):  # 16- and 32-bit grey: Pillow would clip instead of scaling
-        low, high = image.getextrema()
-        scale = 255.0 / (65535.0 if isinstance(high, int) and high > 255 else max(float(high), 1.0))
-        return image.point(lambda value: value * scale).convert("L").convert("RGB")
+        values = np.asarray(image, dtype=np.float32)
+        largest = 65535.0 if image.mode.startswith("I") and values.max(initial=0) > 255 else values.max(initial=1.0)
+        return Image.fromarray((values * (255 / largest)).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")

@@ -142,7 +142,7 @@ def batches(dataset: ViewDataset, place: Place, workers: int) -> Iterator[Batch]
     """Micro-batches from a place to the end of the training, prepared by `workers` processes (0: in this one)."""
     loader = DataLoader(
         dataset,
-        sampler=list(place.positions()),  # type: ignore[arg-type]
+        sampler=list(place.positions()),
         batch_size=None,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),

@@ -38,7 +38,7 @@ def batch_masks(
 ) -> np.ndarray:
     """Masks for a batch of global crops, bool `[count, patches]`.
 
-    A share of the crops is masked; their target ratios fill the range `ratio` evenly (DINOv2's `collate_data_and_cast`).
+    A share of the crops is masked; their target ratios fill the range `ratio` evenly (DINOv2, data/collate.py).
     """
     height, width = grid
     masked = int(count * share)

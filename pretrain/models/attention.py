@@ -6,6 +6,7 @@ The only module that imports xformers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,7 +57,7 @@ def _reference(qkv: Tensor, shapes: Sequence[Shape]) -> Tensor:
 
 def _require_xformers() -> None:
     try:
-        import xformers.ops  # type: ignore[import-untyped]  # noqa: F401
+        import xformers.ops  # noqa: F401
     except ImportError:
         raise UserError("attention: xformers is not installed; pip install 'fovea[gpu]' or choose sdpa") from None
 
@@ -67,4 +68,4 @@ def _xformers(qkv: Tensor, shapes: Sequence[Shape]) -> Tensor:
     lengths = [tokens for crops, tokens in shapes for _ in range(crops)]
     mask = fmha.BlockDiagonalMask.from_seqlens(lengths, device=qkv.device)
     query, key, value = qkv.unsqueeze(0).unbind(2)
-    return memory_efficient_attention(query, key, value, attn_bias=mask).squeeze(0).flatten(1)  # type: ignore[no-any-return]
+    return memory_efficient_attention(query, key, value, attn_bias=mask).squeeze(0).flatten(1)

@@ -29,11 +29,11 @@ class PrototypeHead(nn.Module):
                 nn.init.zeros_(layer.bias)
         prototypes = nn.Linear(config.bottleneck, config.prototypes, bias=False)
         self.last_layer = weight_norm(prototypes)
-        nn.init.ones_(self.last_layer.parametrizations.weight.original0)  # type: ignore[union-attr, arg-type]
+        nn.init.ones_(self.last_layer.parametrizations.weight.original0)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[n, dim]` to logits `[n, prototypes]`, each in -1 to 1 at initialisation."""
-        return self.last_layer(F.normalize(self.mlp(x), dim=-1, eps=1e-6))  # type: ignore[no-any-return]
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1, eps=1e-6))
 
 
 def teacher_copy(head: PrototypeHead, config: HeadConfig, dim: int, teacher_dim: int) -> PrototypeHead:

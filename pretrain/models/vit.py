@@ -39,7 +39,7 @@ class Attend(nn.Module):
 
     def forward(self, x: Tensor, shapes: Sequence[Shape]) -> Tensor:
         qkv = self.qkv(x).unflatten(1, (3, self.heads, -1))
-        return self.proj(self.attention(qkv, shapes))  # type: ignore[no-any-return]
+        return self.proj(self.attention(qkv, shapes))
 
 
 class Mlp(nn.Module):
@@ -52,7 +52,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, config.dim)
 
     def forward(self, x: Tensor, shapes: Sequence[Shape]) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class LayerScale(nn.Module):
@@ -85,7 +85,7 @@ class Block(nn.Module):
 
     def _branch(self, x: Tensor, shapes: Sequence[Shape], norm: nn.Module, body: nn.Module, scale: nn.Module) -> Tensor:
         if not self.training or self.drop_path == 0:
-            return x + scale(body(norm(x), shapes))  # type: ignore[no-any-return]
+            return x + scale(body(norm(x), shapes))
         rows, kept, factors = _subset(shapes, self.drop_path, x.device)
         branch = scale(body(norm(x[rows]), kept))
         return x.index_add(0, rows, (branch * factors).to(x.dtype))
@@ -112,7 +112,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, config.dim, config.patch_size, config.patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images)  # type: ignore[no-any-return]
+        return self.proj(images)
 
 
 class VisionTransformer(nn.Module):

@@ -1,0 +1,88 @@
+"""Shared by the tests: tiny corpora with known truth, and the real image sets where they are present."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from curation.config import EmbeddedSettings, IngestConfig
+from curation.embedded import TRUTH, generate
+from curation.ingest import ingest
+from infra.corpora import Corpus
+
+SMALL = EmbeddedSettings(
+    pool_per_class=12,
+    seed_per_class=10,
+    test_per_class=6,
+    flat=10,
+    noise=10,
+    exact_copies=20,
+    near_copies=30,
+    leaks=20,
+    broken=10,
+)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The embedded corpus, small, ingested."""
+
+    folder: Path
+    pool: str
+    seed: str
+    test: str
+
+    @property
+    def truth(self) -> Path:
+        return self.folder / TRUTH
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Embedded:
+    root = tmp_path_factory.mktemp("embedded")
+    folder = generate(SMALL, root)
+    urls = {
+        role: ingest(IngestConfig(source=str(folder / role), out=str(root / "corpora" / "{id}"))).url
+        for role in ("pool", "seed", "test")
+    }
+    return Embedded(folder, **urls)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real image sets: `$FOVEA_DATA`, or `../shared/data` beside the checkout."""
+    path = Path(os.environ.get("FOVEA_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not path.is_dir():
+        pytest.skip("no real image sets here: set FOVEA_DATA to their folder")
+    return path
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 32), mode: str = "RGB") -> Image.Image:
+    """A picture of random soft blobs, the same for the same seed."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def image_folder(folder: Path, count: int, classes: int = 0, first: int = 0) -> Path:
+    """A folder of PNG pictures, in class folders if asked."""
+    for number in range(first, first + count):
+        parent = folder / f"class{number % classes}" if classes else folder
+        parent.mkdir(parents=True, exist_ok=True)
+        (parent / f"{number:04d}.png").write_bytes(encoded(picture(number)))
+    return folder
+
+
+def ingested(source: Path, out: Path, **settings: object) -> Corpus:
+    return Corpus.open(ingest(IngestConfig(source=str(source), out=str(out), **settings)).url)

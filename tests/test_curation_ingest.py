@@ -1,0 +1,199 @@
+"""Ingest: everything usable in the index, everything else listed with its reason."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import tarfile
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from infra.corpora import REJECTED, Corpus
+from infra.errors import UserError
+from pretrain.data.decode import REASONS, ImageRejected, decode_rgb
+from tests.conftest import Embedded, encoded, image_folder, ingested, picture
+
+
+def rejected(corpus: Corpus) -> dict[str, str]:
+    table = pq.read_table(corpus.artifact.local_file(REJECTED))
+    return dict(zip(table["key"].to_pylist(), table["reason"].to_pylist(), strict=True))
+
+
+def tar(path: Path, members: dict[str, bytes]) -> Path:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    data = buffer.getvalue()
+    path.write_bytes(gzip.compress(data) if path.name.endswith(".gz") else data)
+    return path
+
+
+def test_the_embedded_pool_is_split_into_usable_and_broken(embedded: Embedded) -> None:
+    corpus = Corpus.open(embedded.pool)
+    reasons = corpus.artifact.metrics["rejected"]
+    assert reasons == {"empty": 2, "not_an_image": 4, "too_many_pixels": 2, "truncated": 2}
+    assert len(corpus) + 10 == len(list((embedded.folder / "pool").iterdir()))
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("L", "PNG"), ("1", "PNG"), ("RGBA", "PNG"), ("LA", "PNG"), ("P", "GIF"), ("CMYK", "JPEG"), ("I;16", "PNG")],
+)
+def test_every_mode_becomes_rgb(mode: str, kind: str) -> None:
+    if mode == "I;16":
+        image = Image.new("I;16", (8, 8), 40_000)
+    else:
+        image = picture(1).convert(mode)
+    decoded = decode_rgb(encoded(image, kind))
+    assert decoded.mode == "RGB"
+    assert decoded.size == image.size
+    if mode == "I;16":
+        assert decoded.getpixel((0, 0)) == (155, 155, 155)
+
+
+def test_transparency_is_laid_on_white() -> None:
+    assert decode_rgb(encoded(Image.new("RGBA", (8, 8), (255, 0, 0, 0)))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_turned_photograph_is_put_upright() -> None:
+    image = picture(1, (40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_rgb(encoded(image, "JPEG", exif=exif)).size == (20, 40)
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_crash_the_decoder(data: bytes) -> None:
+    with pytest.raises(ImageRejected) as caught:
+        decode_rgb(data)
+    assert caught.value.reason in REASONS
+
+
+@given(st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF"]), st.data())
+def test_no_damage_to_an_image_crashes_the_decoder(kind: str, data: st.DataObject) -> None:
+    content = bytearray(encoded(picture(2), kind))
+    for _ in range(data.draw(st.integers(1, 5))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(content)))
+    try:
+        assert decode_rgb(bytes(content[:cut])).mode == "RGB"
+    except ImageRejected as error:
+        assert error.reason in REASONS
+
+
+def test_class_folders_become_labels(tmp_path: Path) -> None:
+    corpus = ingested(image_folder(tmp_path / "images", 9, classes=3), tmp_path / "corpus")
+    assert corpus.classes == ["class0", "class1", "class2"]
+    assert [f"class{label}" for label in corpus.labels] == [key.split("/")[0] for key in corpus.keys]
+
+
+def test_images_of_one_name_keep_their_extension_in_the_key(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(encoded(picture(1)))
+    (folder / "a.jpg").write_bytes(encoded(picture(2), "JPEG"))
+    (folder / "b.v2.png").write_bytes(encoded(picture(3)))
+    (folder / "lonely.txt").write_text("a caption without an image")
+    corpus = ingested(folder, tmp_path / "corpus")
+    assert corpus.keys == ["a_jpg", "a_png", "b_v2"]
+    assert rejected(corpus) == {"lonely": "no_image"}
+
+
+def test_small_images_and_bombs_are_turned_away(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images", 1)
+    (folder / "tiny.png").write_bytes(encoded(picture(1, (4, 40))))
+    (folder / "big.png").write_bytes(encoded(picture(1, (100, 100))))
+    corpus = ingested(folder, tmp_path / "corpus", max_pixels=5000)
+    assert rejected(corpus) == {"tiny": "too_small", "big": "too_many_pixels"}
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_shards_of_others_are_read_as_they_are(tmp_path: Path, suffix: str) -> None:
+    members = {f"{i}.{ext}": data for i in range(6) for ext, data in (("jpg", encoded(picture(i), "JPEG")), ("cls", b"%d" % (i % 2)), ("txt", b"blob"))}
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    tar(folder / f"x-000{suffix}", members)
+    corpus = ingested(folder, tmp_path / "corpus")
+    assert corpus.keys == [str(i) for i in range(6)]
+    assert corpus.labels.tolist() == [0, 1, 0, 1, 0, 1]
+    assert corpus.table["caption"].to_pylist() == ["blob"] * 6
+    assert [corpus.read_image(row) for row in range(6)] == [members[f"{i}.jpg"] for i in range(6)]
+    in_place = not (tmp_path / "corpus" / "shards").exists()
+    assert in_place == (suffix == ".tar")
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_a_shard_cut_short_gives_what_it_has(tmp_path: Path, suffix: str) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    whole = tar(folder / f"a{suffix}", {f"a{i}.png": encoded(picture(i)) for i in range(8)})
+    whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    tar(folder / f"b{suffix}", {f"b{i}.png": encoded(picture(i)) for i in range(3)})
+    corpus = ingested(folder, tmp_path / "corpus")
+    assert rejected(corpus) == {f"a{suffix}": "broken_shard"}
+    assert {"a0", "a1", "b0", "b1", "b2"} <= set(corpus.keys)
+    assert all(decode_rgb(corpus.read_image(row)) for row in range(len(corpus)))
+
+
+def test_a_repeated_key_is_listed(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name in ("a", "b"):
+        tar(folder / f"{name}.tar", {"same.png": encoded(picture(1))})
+    assert rejected(ingested(folder, tmp_path / "corpus")) == {"same": "duplicate_key"}
+
+
+def test_brace_ranges_and_globs_name_shards(tmp_path: Path) -> None:
+    for i in range(3):
+        tar(tmp_path / f"s-{i:03d}.tar", {f"k{i}.png": encoded(picture(i))})
+    ranged = ingested(tmp_path / "s-{000..001}.tar", tmp_path / "ranged")
+    globbed = ingested(tmp_path / "s-*.tar", tmp_path / "globbed")
+    assert ranged.keys == ["k0", "k1"]
+    assert globbed.keys == ["k0", "k1", "k2"]
+
+
+def test_labels_come_from_a_json_field(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images", 4)
+    for i, path in enumerate(sorted(folder.glob("*.png"))):
+        path.with_suffix(".json").write_text(f'{{"source": "s{i % 2}"}}')
+    corpus = ingested(folder, tmp_path / "corpus", labels="json", label_field="source")
+    assert corpus.classes == ["s0", "s1"]
+    assert corpus.labels.tolist() == [0, 1, 0, 1]
+
+
+def test_the_id_follows_the_content_not_the_place(tmp_path: Path) -> None:
+    ids = [
+        ingested(image_folder(tmp_path / name, 4), tmp_path / f"corpus-{name}").artifact.id for name in ("here", "there")
+    ]
+    assert ids[0] == ids[1]
+    (tmp_path / "here" / "0000.png").write_bytes(encoded(picture(99)))
+    assert ingested(tmp_path / "here", tmp_path / "again").artifact.id != ids[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda path: None, "not found"),
+        (lambda path: path.mkdir(), "no files here"),
+        (lambda path: (path.mkdir(), (path / "x.jpg").write_bytes(b"")), "no usable image among 1; reasons: empty 1"),
+    ],
+)
+def test_nothing_to_read_is_said_plainly(tmp_path: Path, make: object, expected: str) -> None:
+    make(tmp_path / "images")  # type: ignore[operator]
+    with pytest.raises(UserError, match=expected):
+        ingested(tmp_path / "images", tmp_path / "corpus")
+
+
+def test_real_shards_are_indexed_in_place(shared_data: Path, tmp_path: Path) -> None:
+    corpus = ingested(shared_data / "webpool" / "pool-000000.tar", tmp_path / "webpool")
+    assert corpus.artifact.metrics["rejected"] == {}
+    assert not (tmp_path / "webpool" / "shards").exists()
+    assert decode_rgb(corpus.read_image(7)).size == (corpus.table["width"][7].as_py(), corpus.table["height"][7].as_py())

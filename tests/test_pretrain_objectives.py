@@ -1,0 +1,134 @@
+"""Losses against brute force and against identities."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pretrain.config import DinoConfig, HeadConfig, IbotConfig, KoleoConfig
+from pretrain.data.loader import Batch
+from pretrain.models.vit import Features
+from pretrain.objectives.base import Outputs
+from pretrain.objectives.centering import Targets, cross_entropy, sinkhorn_knopp
+from pretrain.objectives.dino import Dino
+from pretrain.objectives.ibot import Ibot
+from pretrain.objectives.koleo import Koleo, koleo
+
+B, LOCALS, DIM, PATCHES, K = 5, 3, 12, 9, 16
+HEAD = HeadConfig(hidden=24, bottleneck=8, prototypes=K)
+
+
+@pytest.fixture
+def outputs() -> Outputs:
+    torch.manual_seed(0)
+
+    def features(n: int) -> Features:
+        return Features(torch.randn(n, DIM), torch.randn(n, PATCHES, DIM))
+
+    return Outputs(features(2 * B), features(LOCALS * B), features(2 * B))
+
+
+@pytest.fixture
+def batch() -> Batch:
+    torch.manual_seed(1)
+    masks = torch.rand(2 * B, PATCHES) < 0.4
+    masks[::2] = False
+    empty = torch.empty(0)
+    return Batch(empty, empty, empty, empty, masks, empty)
+
+
+def test_sinkhorn_balances_prototypes_and_gives_distributions() -> None:
+    torch.manual_seed(0)
+    targets = sinkhorn_knopp(torch.randn(512, 8), 0.5)
+    torch.testing.assert_close(targets.sum(1), torch.ones(512))
+    torch.testing.assert_close(targets.sum(0), torch.full((8,), 64.0), rtol=0.1, atol=0)
+
+
+def test_sinkhorn_survives_large_logits() -> None:
+    assert torch.isfinite(sinkhorn_knopp(torch.randn(64, 8) * 1e4, 0.04)).all()
+
+
+def test_softmax_centering_moves_its_center_after_use() -> None:
+    targets = Targets(K, "softmax", momentum=0.9)
+    logits = torch.randn(32, K)
+    torch.testing.assert_close(targets(logits, 0.1), (logits / 0.1).softmax(-1))
+    torch.testing.assert_close(targets.center, 0.1 * logits.mean(0, keepdim=True))
+    torch.testing.assert_close(targets(logits, 0.1), ((logits - 0.1 * logits.mean(0)) / 0.1).softmax(-1))
+    targets.eval()
+    before = targets.center.clone()
+    targets(logits, 0.1)
+    assert torch.equal(targets.center, before)
+
+
+def test_a_uniform_teacher_and_student_cost_log_k() -> None:
+    uniform = torch.full((7, K), 1 / K)
+    torch.testing.assert_close(cross_entropy(uniform, torch.zeros(7, K), 0.1), torch.full((7,), math.log(K)))
+
+
+def test_dino_is_the_mean_over_pairs_of_different_crops(outputs: Outputs, batch: Batch) -> None:
+    dino = Dino(DinoConfig(head=HEAD), DIM, DIM)
+    terms = dino(outputs, batch, 0.05)
+    targets = dino.targets(dino.teacher_head(outputs.teacher_globals.class_token), 0.05).chunk(2)
+    assert outputs.student_locals is not None
+    students = [
+        *dino.head(outputs.student_globals.class_token).chunk(2),
+        *dino.head(outputs.student_locals.class_token).chunk(LOCALS),
+    ]
+    pairs = [
+        cross_entropy(target, student, 0.1).mean()
+        for i, target in enumerate(targets)
+        for j, student in enumerate(students)
+        if i != j
+    ]
+    assert len(pairs) == 2 + 2 * LOCALS
+    torch.testing.assert_close(terms["dino_global"] + terms["dino_local"], torch.stack(pairs).mean())
+
+
+def test_ibot_weighs_images_equally_whatever_their_masks(outputs: Outputs, batch: Batch) -> None:
+    ibot = Ibot(IbotConfig(head=HEAD), DIM, DIM)
+    loss = ibot(outputs, batch, 0.05)["ibot"]
+    targets = ibot.targets(ibot.teacher_head(outputs.teacher_globals.patch_tokens[batch.masks]), 0.05)
+    losses = cross_entropy(targets, ibot.head(outputs.student_globals.patch_tokens[batch.masks]), 0.1)
+    images = batch.masks.nonzero()[:, 0]
+    expected = sum(losses[images == image].mean() for image in images.unique()) / (2 * B)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_ibot_does_not_look_at_visible_patches(outputs: Outputs, batch: Batch) -> None:
+    ibot = Ibot(IbotConfig(head=HEAD), DIM, DIM)
+    before = ibot(outputs, batch, 0.05)["ibot"]
+    outputs.student_globals.patch_tokens[~batch.masks] = 100.0
+    outputs.teacher_globals.patch_tokens[~batch.masks] = -100.0
+    torch.testing.assert_close(ibot(outputs, batch, 0.05)["ibot"], before)
+
+
+def test_without_masks_ibot_is_zero(outputs: Outputs, batch: Batch) -> None:
+    batch.masks[:] = False
+    loss = Ibot(IbotConfig(head=HEAD), DIM, DIM)(outputs, batch, 0.05)["ibot"]
+    assert loss.item() == 0
+
+
+def test_koleo_of_orthonormal_vectors() -> None:
+    assert koleo(torch.eye(8)).item() == pytest.approx(-math.log(math.sqrt(2)), abs=1e-5)
+
+
+def test_koleo_sees_each_crop_by_itself(outputs: Outputs, batch: Batch) -> None:
+    term = Koleo(KoleoConfig(), DIM, DIM)(outputs, batch, 0.05)["koleo"]
+    first, second = outputs.student_globals.class_token.chunk(2)
+    torch.testing.assert_close(term, koleo(first) + koleo(second))
+
+
+def test_koleo_is_in_float32_under_autocast() -> None:
+    x = torch.randn(16, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(koleo(x), koleo(x.float()))
+        assert koleo(x).dtype == torch.float32
+
+
+def test_koleo_is_the_brute_force_distance_to_the_nearest() -> None:
+    """Distances by brute force."""
+    x = torch.nn.functional.normalize(torch.randn(10, 4), dim=1)
+    nearest = [min((x[i] - x[j] + 1e-8).norm() for j in range(10) if j != i) for i in range(10)]
+    torch.testing.assert_close(koleo(x), -(torch.stack(nearest) + 1e-8).log().mean(), rtol=1e-4, atol=1e-4)
