@@ -183,7 +183,7 @@ def _pool(
 def _junk(settings: EmbeddedSettings, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
     from sklearn.datasets import load_digits
 
-    digits: Any = load_digits()  # type: ignore[no-untyped-call]
+    digits: Any = load_digits()
     for digit in digits.images:
         grey = Image.fromarray((digit * (255 / 16)).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         yield "digit", np.asarray(grey.convert("RGB"))

@@ -218,5 +218,5 @@ def _tar_members(shard: SourceFile) -> Iterator[Member]:
                     raise tarfile.ReadError("truncated member")
                 yield Member(entry.name, "", data, entry.offset_data if plain else None)
             # tarfile takes an archive for finished that was cut inside or right before a member's header.
-            if plain and (shard.bytes % tarfile.BLOCKSIZE or tar.offset >= shard.bytes):  # type: ignore[attr-defined]
+            if plain and (shard.bytes % tarfile.BLOCKSIZE or tar.offset >= shard.bytes):
                 raise tarfile.ReadError("no end-of-archive block")

@@ -91,7 +91,7 @@ class Corpus:
         """
         if self.table["label"].null_count:
             raise UserError(f"{self.artifact.url}: has samples without a label; ingest a folder of class folders")
-        return self.table["label"].to_numpy()
+        return np.array(self.table["label"].to_numpy())
 
     @cached_property
     def classes(self) -> list[str]:

@@ -117,7 +117,11 @@ def test_small_images_and_bombs_are_turned_away(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
 def test_shards_of_others_are_read_as_they_are(tmp_path: Path, suffix: str) -> None:
-    members = {f"{i}.{ext}": data for i in range(6) for ext, data in (("jpg", encoded(picture(i), "JPEG")), ("cls", b"%d" % (i % 2)), ("txt", b"blob"))}
+    members = {
+        f"{i}.{ext}": data
+        for i in range(6)
+        for ext, data in (("jpg", encoded(picture(i), "JPEG")), ("cls", b"%d" % (i % 2)), ("txt", b"blob"))
+    }
     folder = tmp_path / "shards"
     folder.mkdir()
     tar(folder / f"x-000{suffix}", members)
@@ -171,7 +175,8 @@ def test_labels_come_from_a_json_field(tmp_path: Path) -> None:
 
 def test_the_id_follows_the_content_not_the_place(tmp_path: Path) -> None:
     ids = [
-        ingested(image_folder(tmp_path / name, 4), tmp_path / f"corpus-{name}").artifact.id for name in ("here", "there")
+        ingested(image_folder(tmp_path / name, 4), tmp_path / f"corpus-{name}").artifact.id
+        for name in ("here", "there")
     ]
     assert ids[0] == ids[1]
     (tmp_path / "here" / "0000.png").write_bytes(encoded(picture(99)))
@@ -196,4 +201,7 @@ def test_real_shards_are_indexed_in_place(shared_data: Path, tmp_path: Path) -> 
     corpus = ingested(shared_data / "webpool" / "pool-000000.tar", tmp_path / "webpool")
     assert corpus.artifact.metrics["rejected"] == {}
     assert not (tmp_path / "webpool" / "shards").exists()
-    assert decode_rgb(corpus.read_image(7)).size == (corpus.table["width"][7].as_py(), corpus.table["height"][7].as_py())
+    assert decode_rgb(corpus.read_image(7)).size == (
+        corpus.table["width"][7].as_py(),
+        corpus.table["height"][7].as_py(),
+    )

@@ -16,6 +16,7 @@ from infra.artifacts import Input, Plan, find, open_artifact, produce, verify
 from infra.errors import UserError
 from infra.hashing import hash_json
 
+ROOT = Path(__file__).parents[1]
 PLAN = Plan("report", "test", 1, {"b": 1, "a": [1.5, None]}, {"x": Input(id="1", url="here")})
 
 
@@ -89,7 +90,11 @@ def test_the_id_depends_on_what_decides_the_result_and_on_nothing_else() -> None
         assert other.id != PLAN.id
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+    )
+)
 def test_equal_settings_have_equal_hashes(value: object) -> None:
     assert hash_json(value) == hash_json(json.loads(json.dumps(value)))
 
@@ -134,10 +139,10 @@ def test_a_write_cut_short_leaves_the_old_file(tmp_path: Path) -> None:
 def test_two_processes_cannot_make_one_artifact_at_once(tmp_path: Path) -> None:
     def nested(directory: Path) -> dict[str, int]:
         script = (
-            "from pathlib import Path; from infra.artifacts import Plan, produce, Input\n"
-            f"produce(Plan('report', 'test', 1, {{'b': 1, 'a': [1.5, None]}}, {{'x': Input(id='1', url='h')}}), {str(tmp_path / 'a')!r}, print)"
+            "from tests.test_infra_artifacts import PLAN; from infra.artifacts import produce\n"
+            f"produce(PLAN, {str(tmp_path / 'a')!r}, print)"
         )
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
         assert "another process" in done.stderr
         return write(directory)
 

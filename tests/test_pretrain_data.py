@@ -46,7 +46,8 @@ def test_a_step_sees_the_same_samples_on_any_number_of_ranks(step: int, ranks: t
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> ViewDataset:
     root = tmp_path_factory.mktemp("data")
     corpora = [
-        ingested(image_folder(root / name, 7, first=first), root / f"{name}-corpus") for name, first in (("a", 0), ("b", 50))
+        ingested(image_folder(root / name, 7, first=first), root / f"{name}-corpus")
+        for name, first in (("a", 0), ("b", 50))
     ]
     return ViewDataset(corpora, VIEWS, MASKS, seed=3)
 
@@ -81,7 +82,7 @@ def test_a_sample_gone_bad_is_named_from_a_worker(tmp_path: Path) -> None:
     shard = Path(corpus.shard_url(0))
     shard.write_bytes(b"\0" * shard.stat().st_size)
     broken = ViewDataset([corpus], VIEWS, MASKS, seed=0)
-    with pytest.raises(UserError, match="sample 000[0-3] is not_an_image now"):
+    with pytest.raises(UserError, match=r"sample 000[0-3] is not_an_image now"):
         next(batches(broken, Place(0, 1, 2, 1, 0, 1), workers=1))
 
 
@@ -100,7 +101,9 @@ def test_crop_areas_are_spread_as_torchvisions() -> None:
     blank = torch.empty(3, 160, 200)
     sizes = [RandomResizedCrop.get_params(blank, [0.32, 1.0], [3 / 4, 4 / 3])[2:] for _ in range(3000)]
     theirs = [height * width / 32_000 for height, width in sizes]
-    np.testing.assert_allclose(np.quantile(ours, [0, 0.25, 0.5, 0.75, 0.95]), np.quantile(theirs, [0, 0.25, 0.5, 0.75, 0.95]), atol=0.02)
+    np.testing.assert_allclose(
+        np.quantile(ours, [0, 0.25, 0.5, 0.75, 0.95]), np.quantile(theirs, [0, 0.25, 0.5, 0.75, 0.95]), atol=0.02
+    )
 
 
 def test_a_whole_crop_is_the_image() -> None:
@@ -149,7 +152,9 @@ def test_recolouring_is_drawn_as_often_as_asked() -> None:
     spec = Photometric(jitter=0.8, grey=0.2, blur=0.5, solarize=0.2, invert=0.1, channels=0.3)
     rng = np.random.default_rng(0)
     table = np.stack([photometric.draw(spec, rng) for _ in range(4000)])
-    shares = [(table[:, column] != neutral).mean() for column, neutral in ((3, 0), (4, 0), (5, 0), (6, 0), (7, 0), (8, 0))]
+    shares = [
+        (table[:, column] != neutral).mean() for column, neutral in ((3, 0), (4, 0), (5, 0), (6, 0), (7, 0), (8, 0))
+    ]
     np.testing.assert_allclose(shares, [0.8, 0.2, 0.5, 0.2, 0.1, 0.3], atol=0.03)
     assert 0.6 <= table[:, 0].min() < 0.65
     assert 1.35 < table[:, 0].max() <= 1.4

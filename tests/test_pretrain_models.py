@@ -8,7 +8,7 @@ import torch
 
 from distill import timm_format
 from infra.errors import UserError
-from pretrain.config import HeadConfig, VisionTransformerConfig, Views
+from pretrain.config import HeadConfig, Views, VisionTransformerConfig
 from pretrain.models.attention import attention
 from pretrain.models.heads import PrototypeHead
 from pretrain.models.vit import VisionTransformer, _subset

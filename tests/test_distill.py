@@ -1,0 +1,178 @@
+"""Distillation keeps its teacher fixed; what is published is what was trained, in timm alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import distill
+import pretrain
+from distill.config import DistillConfig, PublishConfig
+from distill.distill import build_learner, student_settings
+from distill.publish import publish
+from eval import run as evaluate
+from eval.config import EvaluateConfig
+from infra.errors import UserError
+from pretrain.backbones import load
+from pretrain.checkpoints import Checkpoint
+from pretrain.config import CheckpointBackbone
+from tests.conftest import Embedded
+from tests.test_pretrain_training import config
+
+STUDENT = {
+    "model": {"dim": 24, "depth": 1, "heads": 2, "patch_size": 8, "image_size": 32, "registers": 2},
+    "schedule": {"steps": 6, "micro_batch": 8},
+    "optimizer": {"base_lr": 2e-2},
+    "average": {"momentum": [0.5, 1.0]},
+    "sharding": {"engine": "torch"},
+    "runtime": {"workers": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(embedded: Embedded, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    settings = {"schedule": {"steps": 6, "micro_batch": 8}, "sharding": {"engine": "torch"}, "runtime": {"workers": 0}}
+    return Checkpoint.open(pretrain.run(config(embedded.seed, out, **settings)).url)
+
+
+@pytest.fixture(scope="module")
+def student(embedded: Embedded, teacher: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    settings = distillation(teacher, embedded.seed, tmp_path_factory.mktemp("student") / "run")
+    return Checkpoint.open(distill.run(settings).url)
+
+
+def distillation(teacher: Checkpoint, corpus: str, out: Path, **changes: object) -> DistillConfig:
+    content = {**STUDENT, **changes, "teacher_checkpoint": teacher.artifact.url, "corpora": [corpus], "out": str(out)}
+    return DistillConfig.model_validate(content)
+
+
+def test_the_teacher_and_its_heads_are_those_of_the_checkpoint(teacher: Checkpoint) -> None:
+    settings = distillation(teacher, "x", Path("y"))
+    learner = build_learner(student_settings(settings, teacher), teacher)
+    for name, value in teacher.weights("teacher.").items():
+        assert torch.equal(learner.teacher.state_dict()[name], value)
+    heads = teacher.weights("objectives.dino.teacher_head.")
+    state = learner.state_dict()
+    assert all(torch.equal(state[f"objectives.dino.teacher_head.{name}"], value) for name, value in heads.items())
+
+
+def test_distilling_moves_the_student_and_its_average_and_not_the_teacher(
+    teacher: Checkpoint, student: Checkpoint
+) -> None:
+    assert student.released == "average"
+    for name, value in teacher.weights("teacher.").items():
+        assert torch.equal(student.weights("teacher.")[name], value)
+    for name, value in teacher.weights("objectives.ibot.teacher_head.").items():
+        assert torch.equal(student.weights("objectives.ibot.teacher_head.")[name], value)
+    first, average, last = (
+        state["blocks.0.mlp.fc1.weight"]
+        for state in (student.untrained().state_dict(), student.backbone().state_dict(), student.weights("student."))
+    )
+    assert not torch.equal(first, average)
+    assert not torch.equal(average, last)
+
+
+def test_the_student_sees_everything(teacher: Checkpoint, embedded: Embedded) -> None:
+    from infra.corpora import Corpus
+    from pretrain.train import view_dataset
+
+    settings = student_settings(distillation(teacher, "x", Path("y")), teacher)
+    learner = build_learner(settings, teacher).eval()
+    batch = view_dataset([Corpus.open(embedded.seed)], settings).batch(np.arange(4))
+    seen: list[object] = []
+    learner.student.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
+    learner(batch, 0.07)
+    assert batch.masks.any()
+    assert seen == [[None, None]]
+
+
+def test_patch_sizes_must_match(teacher: Checkpoint, embedded: Embedded, tmp_path: Path) -> None:
+    model = {**STUDENT["model"], "patch_size": 4}  # type: ignore[dict-item]
+    with pytest.raises(UserError, match="the teacher's is 8"):
+        distill.run(distillation(teacher, embedded.seed, tmp_path / "x", model=model))
+
+
+@pytest.fixture(scope="module")
+def published(embedded: Embedded, student: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("published")
+    report = evaluate(
+        EvaluateConfig(
+            model=CheckpointBackbone(url=student.artifact.url),
+            train=embedded.seed,
+            test=embedded.test,
+            knn_k=5,
+            out=str(out / "report"),
+        )
+    )
+    settings = PublishConfig(
+        checkpoint=student.artifact.url,
+        images=embedded.test,
+        reports=[report.url],
+        license="cc0-1.0",
+        out=str(out / "backbone"),
+    )
+    artifact = publish(settings)
+    assert artifact.metrics["timm_max_abs_diff"] <= 1e-5
+    return Path(artifact.url)
+
+
+LOAD = """
+import sys, json, numpy as np, timm, torch
+from PIL import Image
+model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+with torch.inference_mode():
+    features = model(transform(Image.open(sys.argv[2])).unsqueeze(0))
+assert not {"pretrain", "infra", "distill"} & set(sys.modules)
+print(json.dumps(features[0].tolist()))
+"""
+
+
+@pytest.mark.multiprocess
+def test_the_model_cards_snippet_gives_our_features(embedded: Embedded, student: Checkpoint, published: Path) -> None:
+    """The transform included, on an image file, in a process that never imports Fovea."""
+    path = sorted((embedded.folder / "test").rglob("*.png"))[3]
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", LOAD, str(published), str(path)], capture_output=True, text=True, check=True
+    )
+    backbone = load(CheckpointBackbone(url=student.artifact.url))
+    image = torch.as_tensor(np.array(backbone.preprocess(Image.open(path).convert("RGB"))))
+    np.testing.assert_allclose(json.loads(done.stdout), backbone.features(image[None])[0], rtol=0, atol=1e-5)
+
+
+def test_the_card_tells_numbers_lineage_and_licence(published: Path) -> None:
+    card = (published / "README.md").read_text()
+    assert card.startswith("---\nlicense: cc0-1.0\n")
+    assert "| knn | model |" in card
+    assert "| linear | untrained |" in card
+    lineage = json.loads((published / "lineage.json").read_text())
+    assert {each["stage"] for each in lineage} >= {"source", "ingest", "pretrain", "distill", "evaluate"}
+    known: set[str] = set()
+    for each in lineage:
+        assert set(each["inputs"].values()) <= known  # everything comes after what it was made from
+        known.add(each["id"])
+
+
+def test_a_backbone_that_timm_sees_differently_is_not_published(
+    embedded: Embedded, student: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distill import timm_format
+
+    honest = timm_format.config_json
+    monkeypatch.setattr(
+        timm_format,
+        "config_json",
+        lambda *arguments: (config := honest(*arguments)) | {"model_args": config["model_args"] | {"num_heads": 1}},
+    )
+    settings = PublishConfig(checkpoint=student.artifact.url, images=embedded.test, out=str(tmp_path / "b"))
+    with pytest.raises(UserError, match="timm's features differ"):
+        publish(settings)
+    assert not (tmp_path / "b" / "manifest.json").exists()

@@ -1,0 +1,198 @@
+"""The command line and the whole pipeline, run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows.config import PipelineConfig
+from infra.artifacts import find, verify
+from tests.conftest import SMALL, image_folder
+from tests.test_distill import STUDENT
+from tests.test_pretrain_training import TINY
+
+FOVEA = Path(sys.executable).with_name("fovea")
+COMMANDS = ("run", "ingest", "embed", "curate", "materialize", "pretrain", "distill", "eval", "publish", "report")
+
+
+def fovea(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(FOVEA), *arguments], capture_output=True, text=True, env={**os.environ, **environment}, timeout=550
+    )
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_imports_nothing_heavy(command: str) -> None:
+    script = (
+        "import sys; from flows.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'prefect', 'faiss', 'timm', 'sklearn', 'deepspeed', 'pyarrow'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    arguments = [command, "--help"] if command else ["--help"]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: fovea" in done.stdout
+    if command in ("run", "pretrain"):
+        assert "Peak learning rate at the reference batch" in " ".join(re.sub("[│\n ]+", " ", done.stdout).split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["run", "nope.yaml"], "nope.yaml: no such file"),
+        (["bogus"], 'Unknown command "bogus"'),
+        (["ingest", "--source", "/nope", "--out", "o"], "/nope: not found"),
+        (["ingest", "--sorce", "x", "--out", "o"], "Did you mean"),
+        (["ingest", "--out", "o"], "source: required"),
+        (["ingest", "--source", "ftq://x", "--out", "o"], "ftq://x"),
+        (["pretrain", "--corpora", "/nope", "--out", "o"], "/nope: no corpus here"),
+        (["pretrain", "--corpora", "x", "--out", "o", "--optimizer.clip", "-1"], "optimizer.clip"),
+        (
+            ["eval", "--model.kind", "checkpoint", "--model.url", "/n", "--train", "a", "--test", "b", "--out", "o"],
+            "/n",
+        ),
+        (["run", "--root", "x"], "either sources or embedded"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], expected: str, tmp_path: Path) -> None:
+    done = subprocess.run([str(FOVEA), *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("fovea: ")
+    assert done.stderr.count("\n") == 1
+    assert expected in done.stderr
+
+
+def test_an_unreachable_bucket_is_one_line(tmp_path: Path) -> None:
+    done = fovea(
+        *("ingest", "--source", "s3://nowhere/images", "--out", str(tmp_path / "o")),
+        AWS_ENDPOINT_URL="http://127.0.0.1:9",
+        AWS_ACCESS_KEY_ID="key",
+        AWS_SECRET_ACCESS_KEY="very-secret",
+    )
+    assert done.returncode == 2
+    assert "s3://nowhere/images: the endpoint is unreachable" in done.stderr
+    assert "very-secret" not in done.stderr
+
+
+def test_a_wrong_key_in_a_file_is_named_with_the_file(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text("root: x\nembedded: {}\npretrian: {}\n")
+    done = fovea("run", str(tmp_path / "p.yaml"))
+    assert done.returncode == 2
+    assert "p.yaml: pretrian: unknown key; allowed here: copies" in done.stderr
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    image_folder(tmp_path / "images", 3)
+    (tmp_path / "i.yaml").write_text(
+        yaml.safe_dump({"source": str(tmp_path / "images"), "out": "nowhere", "min_side": 9})
+    )
+    done = fovea("ingest", str(tmp_path / "i.yaml"), "--out", str(tmp_path / "corpus"))
+    assert done.stdout.strip() == str(tmp_path / "corpus")
+    artifact = find(str(tmp_path / "corpus"))
+    assert artifact is not None
+    assert artifact.manifest.config["min_side"] == 9
+
+
+def pipeline(root: Path) -> dict[str, object]:
+    settings = {
+        "name": "Test",
+        "root": str(root),
+        "embedded": SMALL.settings(),
+        "copies": {"backbone": {"kind": "pixels", "whiten": 1.5}},
+        "deduplicate": {
+            "steps": [
+                {"kind": "exact"},
+                {"kind": "near_duplicates", "threshold": 0.95},
+                {"kind": "decontaminate", "threshold": 0.88},
+            ]
+        },
+        "pretrain": TINY,
+        "distill": STUDENT,
+        "evaluate": {"knn_k": 5, "linear_c": [1.0]},
+    }
+    PipelineConfig.model_validate(settings)
+    return settings
+
+
+def run_pipeline(root: Path, home: Path) -> subprocess.CompletedProcess[str]:
+    file = root.parent / f"{root.name}.yaml"
+    file.write_text(yaml.safe_dump(pipeline(root)))
+    return fovea("run", str(file), PREFECT_HOME=str(home))
+
+
+def ids(root: Path) -> dict[str, str]:
+    summary = json.loads((root / "summary.json").read_text())
+    return {stage: each["id"] for stage, each in summary["artifacts"].items()}
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_the_pipeline_runs_resumes_and_survives_kill(tmp_path: Path) -> None:
+    """Run it, run it again, and kill it with SIGKILL at random moments until it ends: the artifacts are the same."""
+    home = tmp_path / "prefect"
+    first = run_pipeline(tmp_path / "whole", home)
+    assert first.returncode == 0, first.stderr
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert set(summary) == {
+        *("dedup", "decontamination", "retrieval", "knn", "linear", "publish", "artifacts", "seconds"),
+    }
+    assert set(summary["knn"]) == set(summary["linear"]) == {"teacher", "student", "untrained", "pixels"}
+    assert summary["publish"]["timm_max_abs_diff"] <= 1e-5
+    for stage, each in summary["artifacts"].items():
+        artifact = find(each["url"])
+        assert artifact is not None, stage
+        assert artifact.id == each["id"]
+        assert verify(artifact) == []
+        assert each["url"] in first.stdout or stage not in ("report", "publish")
+
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "whole").rglob("*") if path.name != "summary.json"}
+    again = run_pipeline(tmp_path / "whole", home)
+    assert again.returncode == 0, again.stderr
+    unchanged = {path: path.stat().st_mtime_ns for path in times if path.is_file()}
+    assert unchanged == {path: times[path] for path in unchanged}
+
+    assert _killed_until_done(tmp_path / "killed", home) >= 2
+    assert ids(tmp_path / "killed") == ids(tmp_path / "whole")
+    for stage, each in summary["artifacts"].items():
+        url = json.loads((tmp_path / "killed" / "summary.json").read_text())["artifacts"][stage]["url"]
+        before, after = find(each["url"]), find(url)
+        assert before is not None
+        assert after is not None
+        same = {file.path: file.sha256 for file in before.manifest.files if not _tells_places(file.path)}
+        assert {file.path: file.sha256 for file in after.manifest.files if not _tells_places(file.path)} == same, stage
+
+
+def _tells_places(path: str) -> bool:
+    """Files that name URLs, or that DeepSpeed's and timm's containers stamp, are alike but not equal."""
+    return path in ("lineage.json", "shards.json") or path.startswith("training/")
+
+
+def _killed_until_done(root: Path, home: Path) -> int:
+    file = root.parent / f"{root.name}.yaml"
+    file.write_text(yaml.safe_dump(pipeline(root)))
+    environment = {**os.environ, "PREFECT_HOME": str(home)}
+    rng = random.Random(0)
+    for kills in range(20):
+        process = subprocess.Popen([str(FOVEA), "run", str(file)], env=environment, start_new_session=True)
+        try:
+            process.wait(timeout=12 + rng.random() * 14 + 6 * kills)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            time.sleep(1)
+            continue
+        assert process.returncode == 0
+        return kills
+    pytest.fail("twenty attempts were not enough")

@@ -1,0 +1,81 @@
+"""The same stages on an S3-compatible server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from moto.server import ThreadedMotoServer
+
+from curation import run
+from curation.config import CurateConfig, EmbedConfig, Exact, IngestConfig, MaterializeConfig, NearDuplicates
+from curation.curate import materialize
+from curation.embed import embed
+from curation.ingest import ingest
+from infra import storage
+from infra.artifacts import verify
+from infra.corpora import Corpus
+from infra.errors import UserError
+from tests.conftest import image_folder, ingested
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        host, port = server.get_host_and_port()
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("FOVEA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        files, _ = storage.filesystem("s3://fovea")
+        files.mkdir("fovea")
+        yield "s3://fovea"
+    server.stop()
+
+
+def test_curation_from_bucket_to_bucket_equals_curation_on_disk(bucket: str, tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images", 12, classes=2)
+    (folder / "class0" / "copy.png").write_bytes((folder / "class1" / "0001.png").read_bytes())
+    files, _ = storage.filesystem(bucket)
+    files.put(str(folder), "fovea/images", recursive=True)
+    results = []
+    for source, root in ((str(folder), str(tmp_path / "run")), (f"{bucket}/images", f"{bucket}/run")):
+        corpus = ingest(IngestConfig(source=source, out=f"{root}/corpus"))
+        vectors = embed(EmbedConfig(corpus=corpus.url, out=f"{root}/embeddings"))
+        selection = run(
+            CurateConfig(
+                steps=[Exact(), NearDuplicates(threshold=0.99)],
+                corpus=corpus.url,
+                embeddings=vectors.url,
+                out=f"{root}/selection",
+            )
+        )
+        smaller = materialize(MaterializeConfig(corpus=corpus.url, selection=selection.url, out=f"{root}/small"))
+        assert verify(smaller) == []
+        results.append([each.manifest.files for each in (corpus, vectors, selection, smaller)])
+        opened = Corpus.open(smaller.url)
+        assert len(opened) == 12
+        assert opened.read_image(0).startswith(b"\x89PNG")
+    assert results[0] == results[1]
+
+
+def test_shards_in_a_bucket_are_read_in_place(bucket: str, tmp_path: Path) -> None:
+    local = ingested(image_folder(tmp_path / "images", 5), tmp_path / "corpus")
+    storage.upload(Path(local.shard_url(0)), f"{bucket}/shards/000.tar")
+    corpus = Corpus.open(ingest(IngestConfig(source=f"{bucket}/shards/*.tar", out=str(tmp_path / "remote"))).url)
+    assert corpus.shards[0].url == f"{bucket}/shards/000.tar"
+    assert [corpus.read_image(row) for row in range(5)] == [local.read_image(row) for row in range(5)]
+
+
+def test_a_missing_bucket_is_named(bucket: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="s3://no-such-bucket/x: not found"):
+        ingest(IngestConfig(source="s3://no-such-bucket/x", out=str(tmp_path / "o")))
+
+
+def test_paths_join_and_absolute_parts_win() -> None:
+    assert storage.join("s3://a/b/", "c", "d") == "s3://a/b/c/d"
+    assert storage.join("runs/x", "/abs/y") == "/abs/y"
+    assert storage.join("runs/x", "s3://b/y") == "s3://b/y"

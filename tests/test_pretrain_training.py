@@ -1,0 +1,208 @@
+"""The engine: it learns, DeepSpeed equals plain torch, and a killed run goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import pretrain
+from infra.errors import UserError
+from infra.launch import run_module
+from pretrain import schedules
+from pretrain.checkpoints import WEIGHTS, Checkpoint
+from pretrain.config import PretrainConfig
+from pretrain.engine import METRICS, parameter_groups
+from pretrain.train import build_learner
+from tests.conftest import Embedded
+
+HEAD = {"hidden": 32, "bottleneck": 16, "prototypes": 16}
+TINY = {
+    "model": {"dim": 32, "depth": 2, "heads": 2, "patch_size": 8, "image_size": 32, "drop_path": 0.3},
+    "objectives": [{"kind": "dino", "head": HEAD}, {"kind": "ibot", "head": HEAD}, {"kind": "koleo"}],
+    "views": {"globals": {"size": 32}, "locals": {"size": 16}, "local_count": 2},
+    "schedule": {"steps": 12, "micro_batch": 8, "accumulation": 2},
+    "optimizer": {"base_lr": 2e-2, "warmup_steps": 2, "layer_decay": 0.9, "freeze_last_layer_steps": 2},
+    "teacher": {"momentum": [0.9, 1.0], "temperature": [0.06, 0.07]},
+    "runtime": {"workers": 2, "checkpoint_every": 3},
+}
+
+
+def config(corpus: str, out: Path, **changes: object) -> PretrainConfig:
+    return PretrainConfig.model_validate({**TINY, **changes, "corpora": [corpus], "out": str(out)})
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(embedded: Embedded, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run under DeepSpeed."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    run_module("pretrain", config(embedded.seed, out))
+    return out
+
+
+@pytest.mark.multiprocess
+def test_deepspeed_trains_as_plain_torch(embedded: Embedded, trained: Path, tmp_path: Path) -> None:
+    run_module("pretrain", config(embedded.seed, tmp_path / "torch", sharding={"engine": "torch"}))
+    for ours, plain in zip(losses(trained), losses(tmp_path / "torch"), strict=True):
+        assert ours == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_stages_train_alike(embedded: Embedded, trained: Path, tmp_path: Path, stage: int) -> None:
+    run_module("pretrain", config(embedded.seed, tmp_path / "zero", sharding={"zero_stage": stage}))
+    for ours, plain in zip(losses(tmp_path / "zero"), losses(trained), strict=True):
+        assert ours == pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.multiprocess
+def test_two_ranks_train_as_one(embedded: Embedded, tmp_path: Path) -> None:
+    """Without KoLeo, which looks at each rank by itself; masks and stochastic depth are drawn per rank too."""
+    changes = {
+        "objectives": TINY["objectives"][:1],
+        "model": {**TINY["model"], "drop_path": 0.0},
+        "views": {**TINY["views"], "mask_share": 0.0},
+        "runtime": {"workers": 0, "checkpoint_every": 100},
+    }
+    one = {**changes, "schedule": {"steps": 6, "micro_batch": 16}}
+    two = {**changes, "schedule": {"steps": 6, "micro_batch": 8}, "sharding": {"zero_stage": 1}}
+    run_module("pretrain", config(embedded.seed, tmp_path / "one", **one))
+    (tmp_path / "config.json").write_text(config(embedded.seed, tmp_path / "two", **two).model_dump_json())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*command, "-m", "pretrain", str(tmp_path)], check=True, timeout=300)
+    for ours, single in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
+        assert ours["loss"] == pytest.approx(single["loss"], rel=1e-2)
+    first, second = (load_file(tmp_path / name / WEIGHTS)["teacher.pos_embed"] for name in ("one", "two"))
+    torch.testing.assert_close(first, second, rtol=0, atol=5e-3)
+
+
+@pytest.mark.multiprocess
+def test_a_killed_run_ends_as_the_uninterrupted_one_bit_for_bit(
+    embedded: Embedded, trained: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    job = tmp_path / "job"
+    job.mkdir()
+    (job / "config.json").write_text(config(embedded.seed, out).model_dump_json())
+    process = subprocess.Popen([sys.executable, "-m", "pretrain", str(job)], start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not list(out.glob("steps/[0-9]*/metrics.jsonl")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "manifest.json").exists()
+
+    run_module("pretrain", config(embedded.seed, out))
+    assert Checkpoint.open(str(out)).artifact.metrics["resumed_at"] >= 3
+    assert losses(out) == losses(trained)
+    resumed, whole = load_file(out / WEIGHTS), load_file(trained / WEIGHTS)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert Checkpoint.open(str(out)).artifact.id == Checkpoint.open(str(trained)).artifact.id
+
+
+@pytest.mark.multiprocess
+def test_a_trainer_dies_with_the_process_that_started_it(embedded: Embedded, tmp_path: Path) -> None:
+    long = config(embedded.seed, tmp_path / "run", schedule={"steps": 100_000, "micro_batch": 8})
+    (tmp_path / "long.json").write_text(long.model_dump_json())
+    script = (
+        "from infra.launch import run_module; from pretrain.config import PretrainConfig\n"
+        f"run_module('pretrain', PretrainConfig.model_validate_json(open({str(tmp_path / 'long.json')!r}).read()))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    mark = tmp_path / "run" / "steps"
+    while not mark.exists():
+        assert parent.poll() is None
+        time.sleep(0.1)
+    children = subprocess.run(["pgrep", "-P", str(parent.pid)], capture_output=True, text=True).stdout.split()
+    assert children
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{child}").exists() and "Z" not in _state(child) for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _state(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2]
+    except FileNotFoundError:
+        return "Z"
+
+
+def test_an_empty_or_missing_corpus_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no corpus here"):
+        pretrain.run(config(str(tmp_path / "nothing"), tmp_path / "out"))
+
+
+def test_a_checkpoint_gives_its_own_untrained_backbone(embedded: Embedded, trained: Path) -> None:
+    checkpoint = Checkpoint.open(str(trained))
+    before = build_learner(checkpoint.settings).student.state_dict()
+    after = checkpoint.backbone().state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in checkpoint.untrained().state_dict().items())
+    assert not torch.equal(after["blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"])
+
+
+def test_the_teacher_moves_by_the_momentum() -> None:
+    settings = PretrainConfig.model_validate({**TINY, "corpora": ["x"], "out": "y"})
+    learner = build_learner(settings)
+    for parameter in learner.student.parameters():
+        parameter.data.add_(1.0)
+    before = {name: value.clone() for name, value in learner.teacher.state_dict().items()}
+    learner.update_averages(0.9)
+    for name, value in learner.teacher.state_dict().items():
+        torch.testing.assert_close(value, before[name] + 0.1)
+    learner.update_averages(1.0)
+    torch.testing.assert_close(learner.teacher.norm.bias, before["norm.bias"] + 0.1)
+
+
+def test_schedules_are_dinov2s() -> None:
+    """Learning rate by the square root of the batch, linear warmup, cosines; values of the published recipe."""
+    settings = PretrainConfig.model_validate(
+        {
+            "corpora": ["x"],
+            "out": "y",
+            "schedule": {"steps": 125_000},
+            "optimizer": {"base_lr": 4e-3, "warmup_steps": 12_500},
+            "teacher": {"temperature_warmup_steps": 37_500},
+        }
+    )
+    assert schedules.at(settings, 0, 2048).lr == 0
+    assert schedules.at(settings, 12_500, 2048).lr == pytest.approx(5.657e-3, rel=1e-3)
+    assert schedules.at(settings, 125_000, 2048).lr == pytest.approx(1e-6)
+    middle = schedules.at(settings, 62_500, 2048)
+    assert middle.weight_decay == pytest.approx(0.22)
+    assert middle.momentum == pytest.approx(0.996)
+    assert schedules.at(settings, 18_750, 2048).temperature == pytest.approx(0.055)
+    assert schedules.at(settings, 40_000, 2048).temperature == pytest.approx(0.07)
+
+
+def test_parameter_groups_follow_dinov2() -> None:
+    settings = PretrainConfig.model_validate({**TINY, "corpora": ["x"], "out": "y"})
+    learner = build_learner(settings)
+    names = {id(parameter): name for name, parameter in learner.named_parameters()}
+    found = {}
+    for group in parameter_groups(learner, settings):
+        for parameter in group["params"]:
+            found[names[id(parameter)]] = (group["lr_multiplier"], group["weight_decay_multiplier"])
+    assert found["student.cls_token"] == (pytest.approx(0.9**3), 1)
+    assert found["student.patch_embed.proj.weight"] == (pytest.approx(0.2 * 0.9**3), 1)
+    assert found["student.blocks.0.attn.qkv.weight"] == (pytest.approx(0.9**2), 1)
+    assert found["student.blocks.1.ls1.gamma"] == (pytest.approx(0.9), 0)
+    assert found["student.norm.weight"] == (1, 0)
+    assert found["objectives.dino.head.mlp.0.weight"] == (1, 1)
+    assert not any(name.startswith("teacher.") or "teacher_head" in name for name in found)
