@@ -45,11 +45,12 @@ def compared(name: str, ours: float, peer: float, unit: str, target: float | Non
     return Row(name, ours, unit, peer, peer / ours, target)
 
 
-def report(title: str, rows: Sequence[Row]) -> None:
-    """Print the table; write the rows where `--json FILE` says."""
+def main(title: str, measure: Callable[[], Sequence[Row]]) -> None:
+    """The command line of a benchmark: measure, print the table, write the rows where `--json FILE` says."""
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     file = parser.parse_args().json
+    rows = measure()
     table = Table("name", "value", "unit", "peer", "ratio", "target", "ok", title=title)
     for row in rows:
         numbers = [None if each is None else f"{each:.4g}" for each in (row.value, row.peer, row.ratio, row.target)]

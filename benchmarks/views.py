@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from benchmarks.rows import compared, cpu_seconds, report
+from benchmarks.rows import Row, compared, cpu_seconds, main
 from pretrain.config import Crops, Photometric
 from pretrain.data import photometric
 from pretrain.data.views import cut
@@ -56,13 +56,13 @@ def peer(images: list[Image.Image], transforms: list[tuple[v2.Compose, int]]) ->
     ]
 
 
-def main() -> None:
+def measure() -> list[Row]:
     torch.set_num_threads(1)
     images = _images()
     transforms = [(_torchvision(crops), count) for crops, count in _CROPS]
     mine, theirs = cpu_seconds(lambda: ours(images), lambda: peer(images, transforms))
-    report("Views of 64 images, 2 x 32 px and 4 x 16 px", [compared("views", mine, theirs, "CPU s", target=1.5)])
+    return [compared("views", mine, theirs, "CPU s", target=1.5)]
 
 
 if __name__ == "__main__":
-    main()
+    main("Views of 64 images, 2 x 32 px and 4 x 16 px", measure)

@@ -29,7 +29,7 @@ SIDE = 32
 TRUTH = "truth.json"
 _LEFT_SHARE = 0.6
 _LEAST_CONTRAST = 0.08
-_TRIES = 20
+_TRIES = 6
 _SMALLEST, _LARGEST = 48, 200  # sides of crops in pixels of the photograph
 _VERSION = 1
 
@@ -118,8 +118,8 @@ def crop(photograph: np.ndarray, part: str, rng: np.random.Generator) -> np.ndar
 
 
 def _recolour(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    pixels = pixels ** np.exp(rng.uniform(-0.3, 0.3))
-    pixels = np.clip(pixels * rng.uniform(0.8, 1.2, size=3), 0, 1)[..., rng.permutation(3)]
+    pixels = pixels ** np.exp(rng.uniform(-0.2, 0.2))
+    pixels = np.clip(pixels * rng.uniform(0.85, 1.15, size=3), 0, 1)[..., rng.permutation(3)]
     return 1 - pixels if rng.random() < 0.5 else pixels
 
 
