@@ -48,7 +48,6 @@ class Training:
         self.global_batch = schedules.global_batch(settings.schedule, self.world_size)
         groups = parameter_groups(learner, settings)
         self.engine = sharding.build(learner, groups, settings.optimizer, settings.schedule, settings.sharding)
-        self.groups = groups
         self.metrics: list[dict[str, float]] = []
 
     def run(self) -> Trained:
@@ -83,14 +82,14 @@ class Training:
             for name, value in {"loss": loss.detach(), **terms}.items():
                 totals[name] = totals.get(name, 0) + value / accumulation
         self.learner.update_averages(position.momentum)
-        losses = {name: float(value) for name, value in totals.items()}
+        losses = sharding.average(totals)
         if not math.isfinite(losses["loss"]):
             raise UserError(f"{self.title}: the loss is {losses['loss']} at step {step}; lower optimizer.base_lr")
         self.metrics.append({"step": step, "lr": position.lr, "momentum": position.momentum, **losses})
         return losses
 
     def _apply(self, position: schedules.Position) -> None:
-        for group in self.groups:
+        for group in self.engine.parameter_groups():
             frozen = group["last_layer"] and position.last_layer_frozen
             group["lr"] = 0.0 if frozen else position.lr * group["lr_multiplier"]
             group["weight_decay"] = position.weight_decay * group["weight_decay_multiplier"]

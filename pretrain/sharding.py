@@ -29,6 +29,9 @@ class Engine(Protocol):
     def step(self) -> None:
         """Call after every micro-batch; the optimiser moves after the last one of a step."""
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The optimiser's groups as they are now: loading a checkpoint replaces them."""
+
     def save(self, directory: Path) -> None: ...
 
     def load(self, directory: Path) -> None: ...
@@ -50,6 +53,15 @@ def build(
 def world() -> tuple[int, int]:
     """(rank, world size), from the environment a launcher sets."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def average(values: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars, averaged over all ranks."""
+    stacked = torch.stack([value.detach().float() for value in values.values()])
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(stacked)
+        stacked /= dist.get_world_size()
+    return dict(zip(values, stacked.tolist(), strict=True))
 
 
 def barrier() -> None:
@@ -92,6 +104,9 @@ class TorchEngine:
         nn.utils.clip_grad_norm_(trained, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
 
     def save(self, directory: Path) -> None:
         torch.save(
@@ -144,6 +159,9 @@ class DeepSpeedEngine:
 
     def step(self) -> None:
         self.engine.step()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return self.engine.optimizer.param_groups
 
     def save(self, directory: Path) -> None:
         self.engine.save_checkpoint(str(directory), tag="deepspeed", save_latest=False)

@@ -26,7 +26,15 @@ from tests.conftest import Embedded
 
 HEAD = {"hidden": 32, "bottleneck": 16, "prototypes": 16}
 TINY = {
-    "model": {"dim": 32, "depth": 2, "heads": 2, "patch_size": 8, "image_size": 32, "drop_path": 0.3},
+    "model": {
+        "dim": 32,
+        "depth": 2,
+        "heads": 2,
+        "patch_size": 8,
+        "image_size": 32,
+        "drop_path": 0.3,
+        "layer_scale": 0.5,
+    },
     "objectives": [{"kind": "dino", "head": HEAD}, {"kind": "ibot", "head": HEAD}, {"kind": "koleo"}],
     "views": {"globals": {"size": 32}, "locals": {"size": 16}, "local_count": 2},
     "schedule": {"steps": 12, "micro_batch": 8, "accumulation": 2},
@@ -56,7 +64,7 @@ def trained(embedded: Embedded, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_deepspeed_trains_as_plain_torch(embedded: Embedded, trained: Path, tmp_path: Path) -> None:
     run_module("pretrain", config(embedded.seed, tmp_path / "torch", sharding={"engine": "torch"}))
     for ours, plain in zip(losses(trained), losses(tmp_path / "torch"), strict=True):
-        assert ours == pytest.approx(plain, rel=1e-4)
+        assert ours == pytest.approx(plain, rel=1e-3)
 
 
 @pytest.mark.multiprocess

@@ -149,6 +149,7 @@ def batches(dataset: ViewDataset, place: Place, workers: int) -> Iterator[Batch]
         persistent_workers=False,
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=_one_thread,
+        generator=torch.Generator(),  # its own: drawing from torch's would shift the stochastic depth of the first step
     )
     for batch in loader:
         if isinstance(batch, UserError):
