@@ -61,7 +61,7 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         (["pretrain", "--corpora", "x", "--out", "o", "--optimizer.clip", "-1"], "optimizer.clip"),
         (
             ["eval", "--model.kind", "checkpoint", "--model.url", "/n", "--train", "a", "--test", "b", "--out", "o"],
-            "/n",
+            "a: no corpus here",
         ),
         (["run", "--root", "x"], "either sources or embedded"),
     ],
