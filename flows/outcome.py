@@ -16,7 +16,8 @@ from infra import storage
 def show(config: PipelineConfig, summary: dict[str, Any]) -> None:
     """Print scores and locations to standard output."""
     console = Console(soft_wrap=True, highlight=False)
-    console.print(_curation(summary))
+    if curation := _curation(summary):
+        console.print(curation)
     console.print(_evaluation(summary))
     console.print(f"timm: features differ by at most {summary['publish']['timm_max_abs_diff']:.1e}\n")
     places = {
@@ -29,13 +30,13 @@ def show(config: PipelineConfig, summary: dict[str, Any]) -> None:
         console.print(f"[bold]{name:<11}[/bold]{place}")
 
 
-def _curation(summary: dict[str, Any]) -> Table:
+def _curation(summary: dict[str, Any]) -> Table | None:
     table = Table("curation", "precision", "recall", title_justify="left", box=None)
     for step in ("dedup", "decontamination", "retrieval"):
         if step in summary:
             scores = summary[step]
             table.add_row(step, *(f"{scores[each]:.3f}" if each in scores else "" for each in ("precision", "recall")))
-    return table
+    return table if table.row_count else None
 
 
 def _evaluation(summary: dict[str, Any]) -> Table:

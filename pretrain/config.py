@@ -278,8 +278,8 @@ class PixelDescriptor(Config):
     frequencies: int = Field(8, ge=1)
     """Lowest frequencies kept in each direction, at most `side`."""
     whiten: float = Field(1.5, ge=0)
-    """Power of the frequency that coefficients are multiplied by: 1 evens out natural images, more looks at detail, 0 keeps
-    plain pixels."""
+    """Power of the frequency that coefficients are multiplied by: 1 evens out natural images, more looks at detail,
+    0 keeps plain pixels."""
     signs: bool = True
     """Keep the coefficients' signs. Without them mirrored and negative images are alike: for likeness, not copies."""
 

@@ -139,6 +139,7 @@ def ids(root: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
+@pytest.mark.timeout(1500)
 def test_the_pipeline_runs_resumes_and_survives_kill(tmp_path: Path) -> None:
     """Run it, run it again, and kill it with SIGKILL at random moments until it ends: the artifacts are the same."""
     home = tmp_path / "prefect"

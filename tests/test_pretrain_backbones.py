@@ -1,0 +1,79 @@
+"""Frozen backbones of other origins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+from infra.errors import UserError
+from pretrain.backbones import center_crop, identity, load
+from pretrain.config import OpenClipBackbone, PixelDescriptor
+from pretrain.features import extract
+from tests.conftest import image_folder, ingested, picture
+
+TINY_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> OpenClipBackbone:
+    (tmp_path / "tiny-clip.json").write_text(json.dumps(TINY_CLIP))
+    open_clip.add_model_config(tmp_path / "tiny-clip.json")
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("tiny-clip").state_dict(), tmp_path / "weights.pt")
+    return OpenClipBackbone(model="tiny-clip", checkpoint=str(tmp_path / "weights.pt"))
+
+
+def test_an_open_clip_checkpoint_embeds_as_open_clip_does(clip: OpenClipBackbone, tmp_path: Path) -> None:
+    corpus = ingested(image_folder(tmp_path / "images", 3), tmp_path / "corpus")
+    features = extract(load(clip), corpus, 2, "embed")
+    model, _, preprocess = open_clip.create_model_and_transforms("tiny-clip", pretrained=clip.checkpoint)
+    with torch.inference_mode():
+        expected = model.eval().encode_image(torch.stack([preprocess(picture(i)) for i in range(3)]), normalize=True)
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+
+
+def test_the_identity_of_a_clip_model_is_its_weights(clip: OpenClipBackbone, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere.pt"
+    copy.write_bytes(Path(clip.checkpoint).read_bytes())
+    first, second = (
+        identity(each)[1]["backbone"].id for each in (clip, clip.model_copy(update={"checkpoint": str(copy)}))
+    )
+    assert first == second
+
+
+def test_missing_and_foreign_weights_are_named(clip: OpenClipBackbone, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        identity(clip.model_copy(update={"checkpoint": str(tmp_path / "nope.pt")}))
+    torch.save({"something": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="not a checkpoint of tiny-clip"):
+        load(clip.model_copy(update={"checkpoint": str(tmp_path / "other.pt")}))
+
+
+def test_plain_pixels_are_an_orthogonal_transform_of_the_image() -> None:
+    backbone = load(PixelDescriptor(side=16, frequencies=16, whiten=0.0))
+    images = torch.from_numpy(np.stack([np.asarray(picture(i, (16, 16))) for i in range(2)]))
+    ours = backbone.features(images)
+    plain = (images.float() / 255 - 0.5).flatten(1)
+    torch.testing.assert_close(ours @ ours.T, plain @ plain.T, rtol=1e-4, atol=1e-3)
+
+
+def test_without_signs_a_negative_and_a_mirror_image_are_the_same() -> None:
+    backbone = load(PixelDescriptor(side=16, frequencies=16, whiten=1.0, signs=False))
+    image = torch.from_numpy(np.asarray(picture(1, (16, 16))).copy())
+    features = backbone.features(torch.stack([image, 255 - image, image.flip(1)]))
+    torch.testing.assert_close(features[0], features[1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(features[0], features[2], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("size", "side"), [((32, 32), 32), ((100, 60), 64), ((30, 200), 32), ((20, 10), 32)])
+def test_center_crops_have_the_asked_side(size: tuple[int, int], side: int) -> None:
+    assert center_crop(picture(1, size), side).shape == (side, side, 3)
