@@ -8,7 +8,7 @@ INSTALL = $(UV) pip install --quiet --python $(BIN)/python --constraint constrai
 export OMP_NUM_THREADS ?= $(shell nproc)
 export DO_NOT_TRACK = 1
 
-.PHONY: demo test test-all lint format constraints clean
+.PHONY: demo test lint format constraints clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fovea run flows/pipelines/demo.yaml
@@ -45,4 +45,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info

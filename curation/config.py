@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from infra.config import Config
 from pretrain.config import BackboneConfig, PixelDescriptor
@@ -34,6 +34,12 @@ class EmbeddedSettings(Config):
     broken: int = Field(40, ge=0)
     """Files that are no images, or not whole."""
 
+    @model_validator(mode="after")
+    def _leaks_exist(self) -> EmbeddedSettings:
+        if self.leaks > 18 * self.test_per_class:
+            raise ValueError(f"leaks {self.leaks} are more than the {18 * self.test_per_class} evaluation images")
+        return self
+
 
 class IngestSettings(Config):
     """What counts as an image, and how shards are cut."""
@@ -43,7 +49,7 @@ class IngestSettings(Config):
     every image lies in one, else .cls files where there are any; none: no labels."""
     label_field: str = "label"
     """The field, for `json`."""
-    max_pixels: int = Field(100_000_000, ge=1)
+    max_pixels: int = Field(100_000_000, ge=1, le=100_000_000)
     """Images that claim more are rejected unread."""
     min_side: int = Field(8, ge=1)
     """Images with a shorter side are rejected."""
@@ -93,7 +99,8 @@ class NearDuplicates(Config):
     neighbours: int = Field(64, ge=1)
     """Nearest neighbours of each image that are looked at."""
     representative: Literal["resolution", "earliest"] = "resolution"
-    """Which image of a component stays: the one with most pixels, or the first of the corpus."""
+    """Which image of a component stays: the one with most pixels, or the one whose key comes
+    first."""
 
 
 class Decontaminate(Config):

@@ -58,6 +58,9 @@ class Context:
         for name, (value, users) in needs.items():
             if not value and (missing := sorted(kinds & users)):
                 raise UserError(f"{name}: needed by the step {missing[0]}; give the embeddings' URL")
+        for other in [*self.evaluation, *([self.seed] if self.seed else [])]:
+            if self.embeddings and other.backbone != self.embeddings.backbone:
+                raise UserError(f"{other.artifact.url}: not of the backbone of {config.embeddings}; embed again")
         if self.embeddings:
             self.embeddings.require_keys(self.corpus.keys, self.corpus.artifact.url)
         if self.selection and self.selection.ledger["key"].to_pylist() != self.corpus.keys:

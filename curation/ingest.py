@@ -95,6 +95,8 @@ class Intake:
         """The decoded image, or the reason why there is none."""
         if key in self._keys:
             return "duplicate_key", None
+        if not key.isprintable():
+            return "unprintable_key", None
         try:
             picture = decode_rgb(data, self.settings.max_pixels)
         except ImageRejected as error:
@@ -109,6 +111,7 @@ class Intake:
         return sample.folder_class if self.settings.labels in ("auto", "folders") else None
 
     def reject(self, key: str, reason: str, size: int) -> None:
+        key = key.encode(errors="backslashreplace").decode()
         self.rejected.append({"key": key, "reason": reason, "bytes": size})
 
     def summary(self) -> str:
@@ -117,14 +120,15 @@ class Intake:
 
 def _label(sample: Sample) -> int | None:
     text = sample.text("cls")
-    return int(text) if text is not None and text.strip().isdigit() else None
+    text = text.strip() if text is not None else ""
+    return int(text) if text.isdecimal() and len(text) <= 18 else None
 
 
 def _json_field(sample: Sample, field: str) -> str | None:
     text = sample.text("json")
     try:
         content = json.loads(text) if text is not None else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     value = content.get(field) if isinstance(content, dict) else None
     return None if value is None else str(value)

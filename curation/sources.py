@@ -125,11 +125,14 @@ def _shard_urls(url: str) -> dict[str, str]:
         if not expanded:
             raise UserError(f"{url}: matches no file; mend the pattern")
     if all(each.endswith(SHARD_SUFFIXES) for each in expanded):
-        return {PurePosixPath(each).name: each for each in expanded}
+        names = {PurePosixPath(each).name: each for each in expanded}
+        if len(names) < len(expanded):
+            raise UserError(f"{url}: stands for several shards of one name; ingest their folders one by one")
+        return names
     if len(expanded) > 1:
         raise UserError(f"{url}: stands for files that are not tar shards; give .tar, .tar.gz or .tgz files")
-    names = [name for name in storage.list_files(url) if name.endswith(SHARD_SUFFIXES) and "/" not in name]
-    return {name: storage.join(url, name) for name in names}
+    inside = [name for name in storage.list_files(url) if name.endswith(SHARD_SUFFIXES) and "/" not in name]
+    return {name: storage.join(url, name) for name in inside}
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ class FolderSource:
         groups: dict[str, list[SourceFile]] = {}
         for file in self.files:
             path = PurePosixPath(file.name)
-            stem = str(path.with_suffix("")).replace(".", "_")
+            stem = str(path.with_name(path.stem.replace(".", "_")))
             groups.setdefault(stem, []).append(file)
         for stem, files in groups.items():
             yield from self._split(stem, files)
@@ -194,7 +197,7 @@ class ShardSource:
                         yield current
                     current = Sample(key, number)
                 current.members.append(Member(member.name, extension, member.data, member.offset))
-        except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, OSError):
+        except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error):
             if current is not None:
                 yield current
             yield BrokenShard(shard)
@@ -217,6 +220,12 @@ def _tar_members(shard: SourceFile) -> Iterator[Member]:
                 if len(data) != entry.size:
                     raise tarfile.ReadError("truncated member")
                 yield Member(entry.name, "", data, entry.offset_data if plain else None)
-            # tarfile takes an archive for finished that was cut inside or right before a member's header.
-            if plain and (shard.bytes % tarfile.BLOCKSIZE or tar.offset >= shard.bytes):
+            # tarfile takes an archive for finished where a header is cut short, missing or damaged.
+            if plain and _block(shard, int(tar.offset)) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("no end-of-archive block")
+
+
+def _block(shard: SourceFile, offset: int) -> bytes:
+    with storage.readable_errors(shard.url):
+        files, path = storage.filesystem(shard.url)
+        return bytes(files.cat_file(path, start=offset, end=offset + tarfile.BLOCKSIZE))

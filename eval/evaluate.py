@@ -52,6 +52,8 @@ def subjects(config: EvaluateConfig) -> dict[str, BackboneConfig]:
 def _write(config: EvaluateConfig, train: Corpus, test: Corpus, directory: Path) -> Mapping[str, Any]:
     if train.classes != test.classes:
         raise UserError(f"{config.test}: has other classes than {config.train}; ingest both the same way")
+    if len(set(train.labels)) < 2 or not len(test.labels):
+        raise UserError(f"{config.train}: has one class only; a probe needs two or more")
     rows: list[Score] = []
     for name, backbone_config in subjects(config).items():
         backbone = backbones.load(backbone_config)

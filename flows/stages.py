@@ -62,7 +62,8 @@ def distill(config: DistillConfig) -> str:
 
 def _trained(module: str, plan: Plan, config: PretrainConfig | DistillConfig) -> str:
     url = plan.resolve(config.out)
-    if find(url) is None:
+    found = find(url)
+    if found is None or found.id != plan.id:
         run_module(module, config)
     return url
 

@@ -37,6 +37,7 @@ def write(
         "publish": {"timm_max_abs_diff": artifacts["publish"].metrics["timm_max_abs_diff"]},
         "artifacts": {stage: {"id": each.id, "url": each.url} for stage, each in artifacts.items()},
         "seconds": seconds,
+        "config": config.settings(),
     }
     storage.write_atomic(storage.join(config.root, SUMMARY), json.dumps(content, indent=2).encode())
     return content

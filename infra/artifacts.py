@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -87,7 +88,7 @@ class Artifact:
         """
         data = storage.read_bytes(self.url_of(path))
         entry = next((file for file in self.manifest.files if file.path == path), None)
-        if entry is not None and len(data) != entry.bytes:
+        if entry is not None and hashlib.sha256(data).hexdigest() != entry.sha256:
             raise UserError(f"{self.url_of(path)}: damaged; remove {self.url} and run its stage again")
         return data
 
@@ -103,7 +104,8 @@ class Artifact:
                 local.parent.mkdir(parents=True, exist_ok=True)
                 partial = local.with_name(f"{local.name}.{os.getpid()}.part")
                 storage.download(self.url_of(path), partial)
-                partial.replace(local)
+                if hash_file(partial) == entry.sha256:
+                    partial.replace(local)
         if not local.is_file() or local.stat().st_size != entry.bytes or hash_file(local) != entry.sha256:
             raise UserError(f"{self.url_of(path)}: damaged; remove {self.url} and run its stage again")
         return local
@@ -200,6 +202,10 @@ def produce(plan: Plan, out: str, write: Callable[[Path], Mapping[str, Any]], ke
         return found
     work = work_directory(plan, out)
     with _claimed(work):
+        found = find(url)  # another process may have finished it between the first look and the lock
+        if found is not None:
+            (work / _MARK).unlink(missing_ok=True)
+            return found
         if not keep_work:
             _discard_debris(work)
         metrics = write(work)
@@ -222,8 +228,11 @@ _MARK = ".unfinished"
 @contextlib.contextmanager
 def _claimed(work: Path) -> Iterator[None]:
     """Hold a work directory: marked as Fovea's, and locked against other processes for as long as this one lives."""
-    work.mkdir(parents=True, exist_ok=True)
-    if any(work.iterdir()) and not (work / _MARK).exists():
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"{work}: {error.strerror}; choose another --out") from None
+    if any(work.iterdir()) and not (work / _MARK).exists() and not (work / MANIFEST).exists():
         raise UserError(f"{work}: not empty and not written by Fovea; choose another --out")
     with (work / _MARK).open("w") as mark:
         try:

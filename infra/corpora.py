@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -194,6 +195,9 @@ class CorpusWriter:
             extension: corpus.read_range(entry["shard"], place["offset"], place["size"])
             for extension, place in places.items()
         }
+        image = members[_extension(entry["image"]["name"])]
+        if hashlib.sha256(image).hexdigest() != entry["sha256"]:
+            raise UserError(f"{corpus.shard_url(entry['shard'])}: sample {entry['key']} changed; ingest it again")
         columns = {name: entry[name] for name in ("width", "height", "sha256", "label", "caption")}
         self.add(entry["key"], members, _extension(entry["image"]["name"]), columns)
 

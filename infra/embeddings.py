@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from infra.artifacts import Artifact, open_artifact
 from infra.errors import UserError
+from infra.hashing import hash_json
 
 KEYS = "keys.parquet"
 
@@ -28,6 +29,12 @@ class Embeddings:
     def open(cls, url: str) -> Embeddings:
         artifact = open_artifact(url, "embeddings")
         return cls(artifact, pq.read_table(artifact.local_file(KEYS))["key"].to_pylist())
+
+    @property
+    def backbone(self) -> tuple[str, str | None]:
+        """What made the vectors: only vectors of one backbone can be compared."""
+        weights = self.artifact.manifest.inputs.get("backbone")
+        return hash_json(self.artifact.manifest.config), weights.id if weights else None
 
     @cached_property
     def parts(self) -> list[np.ndarray]:

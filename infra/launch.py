@@ -32,6 +32,7 @@ def run_module(module: str, config: BaseModel) -> None:
     with tempfile.TemporaryDirectory(prefix="fovea-") as scratch:
         job = Path(scratch)
         (job / "config.json").write_text(config.model_dump_json())
+        (job / "parent").write_text(str(os.getpid()))
         process = subprocess.Popen([sys.executable, "-m", module, scratch], start_new_session=True)
         try:
             code = process.wait()
@@ -55,8 +56,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def module_main(model: type[M], run: Callable[[M], object]) -> None:
     """The body of a module that `run_module` starts."""
-    _end_with_parent()
     job = Path(sys.argv[1])
+    _end_with_parent(job / "parent")
     try:
         run(model.model_validate_json((job / "config.json").read_text()))
     except (UserError, ValidationError) as error:
@@ -65,9 +66,9 @@ def module_main(model: type[M], run: Callable[[M], object]) -> None:
         sys.exit(USER_MISTAKE)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent: Path) -> None:
     """Ask Linux to kill this process when its parent dies, even by SIGKILL: two trainings must never share a folder."""
-    if sys.platform == "linux":
+    if sys.platform == "linux" and parent.exists():
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-        if os.getppid() == 1:
+        if os.getppid() != int(parent.read_text()):
             sys.exit("the process that started this one is gone")

@@ -27,7 +27,7 @@ def is_local(url: str) -> bool:
 
 def local_path(url: str) -> Path:
     """The path of a local URL."""
-    return Path(url.removeprefix("file://"))
+    return Path(url.removeprefix("file://")).expanduser()
 
 
 def join(url: str, *parts: str) -> str:

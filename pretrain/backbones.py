@@ -58,6 +58,9 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+_FLOOR = 1e-3  # below it a vector is rounding noise: an image of one colour is like nothing
+
+
 class Pixels:
     """Low-frequency cosine coefficients of a thumbnail, centred at mid-grey and weighted by frequency."""
 
@@ -77,7 +80,8 @@ class Pixels:
     def features(self, batch: Tensor) -> Tensor:
         pixels = batch.permute(0, 3, 1, 2).float() / 255 - 0.5
         coefficients = self.transform @ pixels @ self.transform.T
-        return (coefficients if self.signs else coefficients.abs()).mul(self.weights).flatten(1)
+        vectors = (coefficients if self.signs else coefficients.abs()).mul(self.weights).flatten(1)
+        return vectors * (vectors.norm(dim=1, keepdim=True) > _FLOOR)
 
 
 @dataclass

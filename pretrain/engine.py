@@ -114,25 +114,28 @@ class Training:
 
     def _resume(self) -> int:
         """Load the last checkpoint, if there is one; return the next step."""
-        steps = [int(found.name) for found in (self.work / _STEPS).glob("*") if found.name.isdigit()]
+        steps = {int(found.name): found for found in (self.work / _STEPS).glob("*") if found.name.isdigit()}
+        if (self.work / TRAINING).exists():
+            steps = {self.settings.schedule.steps: self.work / TRAINING}
         if not steps:
             return 0
-        folder = self.work / _STEPS / str(max(steps))
+        folder = steps[max(steps)]
         self.engine.load(folder)
         self.metrics = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
         return max(steps)
 
     def _finish(self) -> None:
-        target = self.work / TRAINING
-        if self.rank == 0:
-            shutil.rmtree(target, ignore_errors=True)
-            target.mkdir()
-        sharding.barrier()
-        self.engine.save(target)
+        """Keep the last state as `training`: by renames, so that a kill at any moment loses nothing."""
+        steps = self.settings.schedule.steps
+        if not (self.work / TRAINING).exists():
+            self._checkpoint(steps)
         sharding.barrier()
         if self.rank == 0:
-            _write_jsonl(self.work / METRICS, self.metrics)
+            if not (self.work / TRAINING).exists():
+                (self.work / _STEPS / str(steps)).rename(self.work / TRAINING)
             shutil.rmtree(self.work / _STEPS, ignore_errors=True)
+            _write_jsonl(self.work / METRICS, self.metrics)
+        sharding.barrier()
 
 
 def parameter_groups(learner: Learner, settings: PretrainSettings) -> list[dict[str, Any]]:

@@ -147,7 +147,7 @@ def test_the_pipeline_runs_resumes_and_survives_kill(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert set(summary) == {
-        *("dedup", "decontamination", "retrieval", "knn", "linear", "publish", "artifacts", "seconds"),
+        *("dedup", "decontamination", "retrieval", "knn", "linear", "publish", "artifacts", "seconds", "config"),
     }
     assert set(summary["knn"]) == set(summary["linear"]) == {"teacher", "student", "untrained", "pixels"}
     assert summary["publish"]["timm_max_abs_diff"] <= 1e-5

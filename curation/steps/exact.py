@@ -11,9 +11,7 @@ def exact(verdicts: Verdicts, sha256: np.ndarray) -> None:
     """Of the kept images with the same bytes, keep the one whose key comes first."""
     rows = verdicts.kept()
     rows = rows[np.argsort(verdicts.keys[rows].astype(str), kind="stable")]
-    _, first, group, counts = np.unique(
-        sha256[rows].astype(str), return_index=True, return_inverse=True, return_counts=True
-    )
+    _, first, group = np.unique(sha256[rows].astype(str), return_index=True, return_inverse=True)
     winners = rows[first][group]
     losers = rows != winners
     verdicts.drop(
@@ -23,5 +21,5 @@ def exact(verdicts: Verdicts, sha256: np.ndarray) -> None:
         verdicts.keys[winners[losers]],
         np.ones(losers.sum(), dtype=np.float32),
     )
-    verdicts.weight[rows[first]] *= counts
+    np.add.at(verdicts.weight, winners[losers], verdicts.weight[rows[losers]])
     verdicts.cluster[rows] = winners

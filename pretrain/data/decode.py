@@ -13,6 +13,12 @@ Image.MAX_IMAGE_PIXELS = None  # the limit is ours, checked before any pixel is 
 DEFAULT_MAX_PIXELS = 100_000_000
 
 
+# Formats whose decoders are code of Pillow and its libraries; others (EPS) run programs on what they are given.
+_TRUSTED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
+Image.init()
+FORMATS = tuple(name for name in _TRUSTED if name in Image.OPEN)  # a build of Pillow may lack some
+
+
 class ImageRejected(Exception):
     """An image that cannot be used. `reason` is one of `REASONS`."""
 
@@ -42,7 +48,7 @@ def open_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise ImageRejected("not_an_image") from None
     except Exception:  # a hostile header can raise anything in the format's plug-in
