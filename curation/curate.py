@@ -63,8 +63,8 @@ class Context:
                 raise UserError(f"{other.artifact.url}: not of the backbone of {config.embeddings}; embed again")
         if self.embeddings:
             self.embeddings.require_keys(self.corpus.keys, self.corpus.artifact.url)
-        if self.selection and self.selection.ledger["key"].to_pylist() != self.corpus.keys:
-            raise UserError(f"{config.selection}: judges another corpus than {config.corpus}; give one over it")
+        if self.selection:
+            self.selection.require_keys(self.corpus.keys, config.corpus)
 
     def inputs(self) -> dict[str, Input]:
         named = {"corpus": self.corpus, "embeddings": self.embeddings, "seed": self.seed, "selection": self.selection}
@@ -123,8 +123,7 @@ def materialize(config: MaterializeConfig) -> Artifact:
         UserError: the selection is not one over the corpus.
     """
     corpus, selection = Corpus.open(config.corpus), Selection.open(config.selection)
-    if selection.ledger["key"].to_pylist() != corpus.keys:
-        raise UserError(f"{config.selection}: judges another corpus than {config.corpus}; give one over it")
+    selection.require_keys(corpus.keys, config.corpus)
     inputs = {"corpus": corpus.artifact.as_input(), "selection": selection.artifact.as_input()}
     plan = Plan("corpus", "materialize", VERSION, {"shard_mb": config.shard_mb}, inputs)
 

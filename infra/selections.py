@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.artifacts import Artifact, open_artifact
+from infra.errors import UserError
 
 LEDGER = "selection.parquet"
 SCHEMA = pa.schema(
@@ -36,6 +37,15 @@ class Selection:
     def open(cls, url: str) -> Selection:
         artifact = open_artifact(url, "selection")
         return cls(artifact, pq.read_table(artifact.local_file(LEDGER), schema=SCHEMA))
+
+    def require_keys(self, keys: list[str], owner: str) -> None:
+        """Check that the rows are those of a corpus.
+
+        Raises:
+            UserError: they are not.
+        """
+        if self.ledger["key"].to_pylist() != keys:
+            raise UserError(f"{self.artifact.url}: judges another corpus than {owner}; give one over it")
 
 
 def write(directory: Path, ledger: pa.Table) -> None:

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from torch import Tensor
 
-from torch import Tensor, nn
-
-from pretrain.config import DinoConfig
 from pretrain.data.loader import Batch
 from pretrain.data.views import GLOBAL_COUNT
-from pretrain.models.heads import PrototypeHead, teacher_copy
-from pretrain.objectives.base import Objective, Outputs
-from pretrain.objectives.centering import Targets, cross_entropy
+from pretrain.objectives.base import Outputs
+from pretrain.objectives.centering import cross_entropy
+from pretrain.objectives.prototypes import PrototypeObjective
 
 
-class Dino(Objective):
+class Dino(PrototypeObjective):
     """Cross-entropy from each teacher global crop to every other student crop."""
-
-    def __init__(self, config: DinoConfig, dim: int, teacher_dim: int) -> None:
-        super().__init__()
-        self.weight = config.weight
-        self.student_temperature = config.student_temperature
-        self.head = PrototypeHead(dim, config.head)
-        self.teacher_head = teacher_copy(self.head, config.head, dim, teacher_dim)
-        self.targets = Targets(config.head.prototypes, config.centering)
 
     def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
         """`dino_global` and `dino_local`: means over the 2 + 2L crop pairs together (DINOv2, ssl_meta_arch)."""
@@ -44,9 +33,3 @@ class Dino(Objective):
             summed = targets.unflatten(0, (GLOBAL_COUNT, images)).sum(0).repeat(local_crops, 1)
             terms["dino_local"] = local_crops * cross_entropy(summed, logits, self.student_temperature).mean() / pairs
         return terms
-
-    def head_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
-        yield self.head, self.teacher_head
-
-    def last_layers(self) -> Iterator[nn.Module]:
-        yield self.head.last_layer
