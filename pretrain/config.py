@@ -91,6 +91,8 @@ class VisionTransformerConfig(Config):
     """Hidden width of the MLP as a multiple of `dim`."""
     layer_scale: float = Field(1e-5, gt=0)
     """Initial value of LayerScale."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of the initial weights. 0.02 suits a width of 768 and more; about 1/sqrt(dim) narrow ones."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Share of each batch that skips a branch in training (stochastic depth)."""
     attention: Backend = "sdpa"
@@ -118,6 +120,8 @@ class HeadConfig(Config):
     """Width of the normalised vector before the prototypes."""
     prototypes: int = Field(65536, ge=2)
     """Number of prototypes, K."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of the initial weights of the hidden layers."""
 
 
 class DinoConfig(Config):

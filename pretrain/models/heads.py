@@ -25,7 +25,7 @@ class PrototypeHead(nn.Module):
         )
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.trunc_normal_(layer.weight, std=config.init_std)
                 nn.init.zeros_(layer.bias)
         prototypes = nn.Linear(config.bottleneck, config.prototypes, bias=False)
         self.last_layer = weight_norm(prototypes)
