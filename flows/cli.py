@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import cyclopts
 import docstring_parser
@@ -17,10 +17,12 @@ from curation.config import CurateConfig, EmbedConfig, IngestConfig, Materialize
 from distill.config import DistillConfig, PublishConfig
 from eval.config import EvaluateConfig, ReportConfig
 from flows.config import PipelineConfig
-from infra.artifacts import Artifact
 from infra.config import Config, describe, load_yaml
 from infra.errors import UserError
 from pretrain.config import PretrainConfig
+
+if TYPE_CHECKING:
+    from infra.artifacts import Artifact
 
 USER_MISTAKE = 2
 
@@ -33,6 +35,7 @@ def _shown_default(value: Any) -> str:
 
 app = App(
     name="fovea",
+    help_format="plaintext",
     help="From a pile of images to a published vision backbone. Every command takes a YAML file, flags, or both "
     "(flags win), writes one artifact, and returns at once if that artifact exists.",
     default_parameter=Parameter(negative=(), negative_iterable=(), negative_bool=(), show_default=_shown_default),
