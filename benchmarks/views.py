@@ -12,8 +12,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from benchmarks.rows import Row, compared, cpu_seconds, main
-from pretrain.config import Crops, Photometric
 from pretrain.data import photometric
+from pretrain.data.config import Crops, Photometric
 from pretrain.data.views import cut
 
 _COLOURS = Photometric(blur=0.5, solarize=0.2)

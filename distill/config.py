@@ -5,7 +5,8 @@ from __future__ import annotations
 from pydantic import Field
 
 from infra.config import Config
-from pretrain.config import Optimizer, Runtime, Schedule, Sharding, Teacher, VisionTransformerConfig
+from pretrain.config import Optimizer, Runtime, Schedule, Sharding, Teacher
+from pretrain.models.config import VisionTransformerConfig
 
 
 class DistillSettings(Config):

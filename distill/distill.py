@@ -12,10 +12,10 @@ from distill.config import DistillConfig
 from infra.artifacts import Artifact, Plan, open_artifact
 from infra.corpora import Corpus
 from infra.errors import UserError
-from pretrain import objectives
 from pretrain.checkpoints import Checkpoint, initial_backbone
 from pretrain.config import PretrainSettings, decisive
 from pretrain.learner import Learner
+from pretrain.objectives.build import build as build_objectives
 from pretrain.train import corpus_inputs, produce_together, train, view_dataset
 
 VERSION = 1
@@ -67,7 +67,7 @@ def build_learner(settings: PretrainSettings, teacher: Checkpoint) -> Learner:
     """A new student under the released backbone of a checkpoint and the heads it was trained with."""
     student = initial_backbone(settings.model, settings.schedule.seed)
     torch.manual_seed(settings.schedule.seed + 1)
-    losses = objectives.build(settings.objectives, settings.model.dim, teacher.model.dim)
+    losses = build_objectives(settings.objectives, settings.model.dim, teacher.model.dim)
     for name, objective in losses.items():
         for part in ("teacher_head", "targets"):
             if hasattr(objective, part):

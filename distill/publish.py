@@ -25,7 +25,7 @@ from infra.errors import UserError
 from infra.lineage import Ancestor, ancestors
 from pretrain.backbones import center_crop
 from pretrain.checkpoints import Checkpoint
-from pretrain.config import Views
+from pretrain.data.config import Views
 from pretrain.data.decode import decode_rgb
 from pretrain.models.vit import VisionTransformer
 

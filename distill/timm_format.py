@@ -4,33 +4,80 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from pretrain.config import Views
+from infra.errors import UserError
+from pretrain.data.config import Views
+from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.vit import VisionTransformer
 
-_ARCHITECTURE = "vit_base_patch16_224"  # every dimension is overridden by model_args
+_TRAINING_ONLY = ("mask_token", "local_cls_norm.")
 
 
 def state_dict(backbone: VisionTransformer) -> dict[str, Tensor]:
-    """Weights under timm's names.
+    """Weights under timm's names; what serves training only is left out.
 
-    timm keeps no position for the class token beside registers, so it is added to the token itself; the mask token
-    serves training only.
+    Raises:
+        UserError: timm has no such model.
     """
-    state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
+    _require_known(backbone.config)
+    state = {
+        name: value.detach().cpu().contiguous()
+        for name, value in backbone.state_dict().items()
+        if not name.startswith(_TRAINING_ONLY)
+    }
+    if backbone.config.layer_scale is None:  # timm cannot be told to leave it out of every architecture
+        ones = torch.ones(backbone.config.dim)
+        state |= {f"blocks.{i}.ls{k}.gamma": ones.clone() for i in range(backbone.config.depth) for k in (1, 2)}
+    return _rotary(state, backbone.config) if backbone.config.position == "rope" else _positioned(state)
+
+
+def _require_known(config: VisionTransformerConfig) -> None:
+    rotary = config.position == "rope"
+    unknown = {
+        "class_norm": config.class_norm,
+        "norm_eps": config.norm_eps != (1e-5 if rotary else 1e-6),
+        "key_bias": rotary == (config.qkv_bias and config.key_bias),
+        "rope.base": rotary and config.rope.base != 100,
+    }
+    for name, departs in unknown.items():
+        if departs:
+            raise UserError(f"model.{name}: timm has no model like this one, so it cannot be published")
+
+
+def _positioned(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm keeps no position for the class token beside registers, so it is added to the token itself."""
     positions = state.pop("pos_embed")
-    state.pop("mask_token")
     state["cls_token"] = state["cls_token"] + positions[:, :1]
     state["pos_embed"] = positions[:, 1:].contiguous()
     return state
 
 
+def _rotary(state: dict[str, Tensor], config: VisionTransformerConfig) -> dict[str, Tensor]:
+    """timm's Eva: LayerScale is a parameter of the block, biases and SwiGLU's two halves stand alone."""
+    out: dict[str, Tensor] = {}
+    for name, value in state.items():
+        name = name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
+        if name.endswith("qkv.bias"):
+            query, _, value_bias = value.chunk(3)
+            out[name.replace("qkv.bias", "q_bias")] = query.contiguous()
+            out[name.replace("qkv.bias", "v_bias")] = value_bias.contiguous()
+        elif config.ffn == "swiglu" and ".fc1." in name:
+            gate, linear = value.chunk(2)
+            out[name.replace("fc1", "fc1_g")] = gate.contiguous()
+            out[name.replace("fc1", "fc1_x")] = linear.contiguous()
+        else:
+            out[name] = value
+    return out
+
+
 def config_json(backbone: VisionTransformer, views: Views) -> dict[str, Any]:
     """What `timm.create_model("local-dir:...")` reads."""
     config = backbone.config
+    architecture, arguments = _rotary_model(config) if config.position == "rope" else _positioned_model(config)
     return {
-        "architecture": _ARCHITECTURE,
+        "architecture": architecture,
         "num_classes": 0,
         "num_features": config.dim,
         "global_pool": "token",
@@ -40,13 +87,12 @@ def config_json(backbone: VisionTransformer, views: Views) -> dict[str, Any]:
             "embed_dim": config.dim,
             "depth": config.depth,
             "num_heads": config.heads,
-            "mlp_ratio": config.mlp_ratio,
-            "init_values": config.layer_scale,
-            "reg_tokens": config.registers,
-            "no_embed_class": True,
+            "init_values": config.layer_scale or 1.0,
+            "qkv_bias": config.qkv_bias,
             "global_pool": "token",
             "num_classes": 0,
             "dynamic_img_size": True,
+            **arguments,
         },
         "pretrained_cfg": {
             "input_size": [3, config.image_size, config.image_size],
@@ -60,4 +106,21 @@ def config_json(backbone: VisionTransformer, views: Views) -> dict[str, Any]:
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
+    }
+
+
+# Every dimension of the named architectures is overridden by model_args; they choose the parts.
+def _positioned_model(config: VisionTransformerConfig) -> tuple[str, dict[str, Any]]:
+    shared = {"reg_tokens": config.registers, "no_embed_class": True}
+    if config.ffn == "mlp":
+        return "vit_base_patch16_224", {**shared, "mlp_ratio": (config.hidden + 0.5) / config.dim}
+    return "vit_giant_patch14_dinov2", {**shared, "mlp_ratio": (2 * config.hidden + 0.5) / config.dim}
+
+
+def _rotary_model(config: VisionTransformerConfig) -> tuple[str, dict[str, Any]]:
+    return "vit_small_patch16_dinov3", {
+        "num_reg_tokens": config.registers,
+        "mlp_ratio": (config.hidden + 0.5) / config.dim,
+        "swiglu_mlp": config.ffn == "swiglu",
+        "swiglu_align_to": 1,
     }

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from infra.artifacts import Artifact, open_artifact
-from pretrain.config import PretrainSettings, VisionTransformerConfig
+from pretrain.config import PretrainSettings
 from pretrain.learner import Learner
+from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.vit import VisionTransformer
 
 WEIGHTS = "learner.safetensors"

@@ -9,8 +9,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import Views
 from pretrain.data import photometric
+from pretrain.data.config import Views
 from pretrain.data.loader import Batch
 from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.base import Objective, Outputs

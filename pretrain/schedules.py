@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pretrain.config import Optimizer, PretrainSettings, Schedule, VisionTransformerConfig
+from pretrain.config import Optimizer, PretrainSettings, Schedule
+from pretrain.models.config import VisionTransformerConfig
 
 
 def cosine(first: float, last: float, step: int, steps: int) -> float:

@@ -10,12 +10,13 @@ import torch
 
 from infra.artifacts import Artifact, Input, Plan, find, open_artifact, produce, work_directory
 from infra.corpora import Corpus
-from pretrain import objectives, sharding
+from pretrain import sharding
 from pretrain.checkpoints import initial_backbone, save_learner
 from pretrain.config import PretrainConfig, PretrainSettings, decisive
 from pretrain.data.loader import MaskPlan, ViewDataset
 from pretrain.engine import Trained, Training
 from pretrain.learner import Learner
+from pretrain.objectives.build import build as build_objectives
 
 VERSION = 1
 
@@ -78,7 +79,7 @@ def build_learner(settings: PretrainSettings) -> Learner:
     teacher = initial_backbone(settings.model.model_copy(update={"drop_path": 0.0}), settings.schedule.seed)
     teacher.load_state_dict(student.state_dict())
     torch.manual_seed(settings.schedule.seed + 1)
-    losses = objectives.build(settings.objectives, settings.model.dim, settings.model.dim)
+    losses = build_objectives(settings.objectives, settings.model.dim, settings.model.dim)
     return Learner(student, teacher, losses, settings.views)
 
 

@@ -14,8 +14,8 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
 from infra.errors import UserError
-from pretrain.config import Crops, Photometric, Views
 from pretrain.data import order, photometric
+from pretrain.data.config import Crops, Photometric, Views
 from pretrain.data.loader import Batch, MaskPlan, Place, ViewDataset, batches
 from pretrain.data.masks import batch_masks, block_mask
 from pretrain.data.views import cut, resized_crop_box

@@ -8,10 +8,12 @@ import torch
 
 from distill import timm_format
 from infra.errors import UserError
-from pretrain.config import HeadConfig, Views, VisionTransformerConfig
+from pretrain.data.config import Views
 from pretrain.models.attention import attention
+from pretrain.models.blocks import _subset
+from pretrain.models.config import HeadConfig, VisionTransformerConfig
 from pretrain.models.heads import PrototypeHead
-from pretrain.models.vit import VisionTransformer, _subset
+from pretrain.models.vit import VisionTransformer
 
 CONFIG = VisionTransformerConfig(dim=48, depth=3, heads=3, patch_size=4, image_size=32, layer_scale=0.5)
 

@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 
-from pretrain.config import DinoConfig, HeadConfig, IbotConfig, KoleoConfig
 from pretrain.data.loader import Batch
+from pretrain.models.config import HeadConfig
 from pretrain.models.vit import Features
 from pretrain.objectives.base import Outputs
 from pretrain.objectives.centering import Targets, cross_entropy, sinkhorn_knopp
+from pretrain.objectives.config import DinoConfig, IbotConfig, KoleoConfig
 from pretrain.objectives.dino import Dino
 from pretrain.objectives.ibot import Ibot
 from pretrain.objectives.koleo import Koleo, koleo

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from infra.corpora import Corpus
 from infra.errors import UserError
-from pretrain.config import Views
 from pretrain.data import order
+from pretrain.data.config import Views
 from pretrain.data.decode import ImageRejected, decode_rgb
 from pretrain.data.masks import batch_masks
 from pretrain.data.views import GLOBAL_COUNT, cut

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.config import Photometric
+from pretrain.data.config import Photometric
 
 # Columns of a parameter table; `neutral` leaves an image as it is.
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, BLUR, SOLARIZE, INVERT, CHANNELS = range(9)

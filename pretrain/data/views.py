@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pretrain.config import Crops
+from pretrain.data.config import Crops
 from pretrain.data.photometric import draw
 
 _ASPECTS = (3 / 4, 4 / 3)

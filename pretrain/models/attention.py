@@ -12,17 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infra.errors import UserError
-from pretrain.config import Backend
+from pretrain.models.config import Backend
+from pretrain.models.rope import Rotation, rotate
 
 Shape = tuple[int, int]  # crops, tokens a crop
-Attention = Callable[[Tensor, Sequence[Shape]], Tensor]
+Attention = Callable[[Tensor, Sequence[Shape], Sequence[Rotation] | None], Tensor]
 
 
 def attention(backend: Backend) -> Attention:
     """The attention function of a backend.
 
-    It maps packed `qkv [tokens, 3, heads, head_dim]` and the shapes of the crop groups that follow one another in it
-    to `[tokens, heads * head_dim]`. All backends give the same output to rounding.
+    It maps packed `qkv [tokens, 3, heads, head_dim]`, the shapes of the crop groups that follow one another in it and,
+    for rotary positions, the rotation of each group, to `[tokens, heads * head_dim]`. All backends give the same
+    output to rounding.
 
     Raises:
         UserError: the backend's package is missing.
@@ -32,10 +34,17 @@ def attention(backend: Backend) -> Attention:
     return {"sdpa": _sdpa, "xformers": _xformers, "reference": _reference}[backend]
 
 
-def _groups(qkv: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
-    """Split packed tokens into `[3, crops, heads, tokens, head_dim]` for each group."""
-    parts = qkv.split([crops * tokens for crops, tokens in shapes])
-    return [part.unflatten(0, shape).permute(2, 0, 3, 1, 4) for part, shape in zip(parts, shapes, strict=True)]
+def _groups(
+    qkv: Tensor, shapes: Sequence[Shape], rotations: Sequence[Rotation] | None
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Query, key and value `[crops, heads, tokens, head_dim]` of each group."""
+    groups = []
+    for i, (part, shape) in enumerate(zip(qkv.split([c * t for c, t in shapes]), shapes, strict=True)):
+        query, key, value = part.unflatten(0, shape).permute(2, 0, 3, 1, 4).unbind(0)
+        if rotations is not None:
+            query, key = rotate(query, rotations[i]), rotate(key, rotations[i])
+        groups.append((query, key, value))
+    return groups
 
 
 def _packed(group: Tensor) -> Tensor:
@@ -43,13 +52,14 @@ def _packed(group: Tensor) -> Tensor:
     return group.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def _sdpa(qkv: Tensor, shapes: Sequence[Shape]) -> Tensor:
-    return torch.cat([_packed(F.scaled_dot_product_attention(*group)) for group in _groups(qkv, shapes)])
+def _sdpa(qkv: Tensor, shapes: Sequence[Shape], rotations: Sequence[Rotation] | None = None) -> Tensor:
+    outputs = [_packed(F.scaled_dot_product_attention(*group)) for group in _groups(qkv, shapes, rotations)]
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _reference(qkv: Tensor, shapes: Sequence[Shape]) -> Tensor:
+def _reference(qkv: Tensor, shapes: Sequence[Shape], rotations: Sequence[Rotation] | None = None) -> Tensor:
     outputs = []
-    for query, key, value in _groups(qkv, shapes):
+    for query, key, value in _groups(qkv, shapes, rotations):
         weights = (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(-1)
         outputs.append(_packed(weights @ value))
     return torch.cat(outputs)
@@ -62,10 +72,16 @@ def _require_xformers() -> None:
         raise UserError("attention: xformers is not installed; pip install 'fovea[gpu]' or choose sdpa") from None
 
 
-def _xformers(qkv: Tensor, shapes: Sequence[Shape]) -> Tensor:
+def _xformers(qkv: Tensor, shapes: Sequence[Shape], rotations: Sequence[Rotation] | None = None) -> Tensor:
     from xformers.ops import fmha, memory_efficient_attention
 
     lengths = [tokens for crops, tokens in shapes for _ in range(crops)]
     mask = fmha.BlockDiagonalMask.from_seqlens(lengths, device=qkv.device)
-    query, key, value = qkv.unsqueeze(0).unbind(2)
+    if rotations is None:
+        query, key, value = qkv.unbind(1)
+    else:
+        groups = _groups(qkv, shapes, rotations)
+        query, key = (torch.cat([_packed(group[i]) for group in groups]).view_as(qkv[:, 0]) for i in (0, 1))
+        value = qkv[:, 2]
+    query, key, value = (each.unsqueeze(0) for each in (query, key, value))
     return memory_efficient_attention(query, key, value, attn_bias=mask).squeeze(0).flatten(1)

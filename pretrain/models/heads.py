@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from pretrain.config import HeadConfig
+from pretrain.models.config import HeadConfig
 
 
 class PrototypeHead(nn.Module):

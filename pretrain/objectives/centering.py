@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pretrain.config import Centering
+from pretrain.objectives.config import Centering
 
 _SINKHORN_ITERATIONS = 3
 

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.config import KoleoConfig
 from pretrain.data.loader import Batch
 from pretrain.data.views import GLOBAL_COUNT
 from pretrain.objectives.base import Objective, Outputs
+from pretrain.objectives.config import KoleoConfig
 
 
 def koleo(x: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from pretrain.config import DinoConfig, IbotConfig
 from pretrain.models.heads import PrototypeHead, teacher_copy
 from pretrain.objectives.base import Objective
 from pretrain.objectives.centering import Targets
+from pretrain.objectives.config import DinoConfig, IbotConfig
 
 
 class PrototypeObjective(Objective):

@@ -1,0 +1,67 @@
+"""What the data side can be told. Imports no torch, so that `fovea --help` stays quick."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from infra.config import Config
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Photometric(Config):
+    """How strongly one kind of crop is recoloured. Probabilities are per image."""
+
+    jitter: float = Field(0.8, ge=0, le=1)
+    """Probability of colour jitter."""
+    brightness: float = Field(0.4, ge=0)
+    """Brightness is scaled by a factor in 1 ± this."""
+    contrast: float = Field(0.4, ge=0)
+    """Contrast is scaled by a factor in 1 ± this."""
+    saturation: float = Field(0.2, ge=0)
+    """Saturation is scaled by a factor in 1 ± this."""
+    hue: float = Field(0.1, ge=0, le=0.5)
+    """Hue is turned by up to this share of the circle."""
+    grey: float = Field(0.2, ge=0, le=1)
+    """Probability of a grey image."""
+    blur: float = Field(0.0, ge=0, le=1)
+    """Probability of a Gaussian blur with sigma 0.1 to 2 pixels."""
+    solarize: float = Field(0.0, ge=0, le=1)
+    """Probability of inverting the values of 128 and above."""
+    invert: float = Field(0.0, ge=0, le=1)
+    """Probability of a negative."""
+    channels: float = Field(0.0, ge=0, le=1)
+    """Probability of a random order of the colour channels."""
+
+
+class Crops(Config):
+    """One kind of random crop, resized to a square."""
+
+    size: int = Field(224, ge=8)
+    """Side in pixels after resizing; a multiple of the patch size."""
+    scale: tuple[float, float] = (0.32, 1.0)
+    """Least and largest share of the image's area."""
+    photometric: list[Photometric] = Field(default_factory=lambda: [Photometric()], min_length=1)
+    """Recolouring of each crop; where there are fewer of these than crops, the last one serves the rest."""
+
+
+class Views(Config):
+    """Multi-crop views (SwAV, arXiv 2006.09882; scales and colours of DINOv2, arXiv 2304.07193)."""
+
+    globals: Crops = Crops(photometric=[Photometric(blur=0.0), Photometric(blur=0.9, solarize=0.2)])
+    """The two global crops."""
+    locals: Crops = Crops(size=96, scale=(0.05, 0.32), photometric=[Photometric(blur=0.5)])
+    """The local crops."""
+    local_count: int = Field(8, ge=0)
+    """Local crops an image."""
+    flip: float = Field(0.5, ge=0, le=1)
+    """Probability of a horizontal flip, drawn for each crop."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Mean of each channel that is subtracted, values 0 to 1."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Standard deviation of each channel that is divided by."""
+    mask_share: float = Field(0.5, ge=0, le=1)
+    """Share of the global crops whose patch tokens are masked for the student."""
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    """Least and largest share of masked patch tokens in such a crop."""

@@ -1,0 +1,116 @@
+"""Transformer blocks over packed crops: attention and feed-forward branches around a residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.models.attention import Attention, Shape, attention
+from pretrain.models.config import VisionTransformerConfig
+from pretrain.models.linear import scaled_linear
+from pretrain.models.rope import Rotation
+
+Rotations = Sequence[Rotation] | None
+
+
+class Attend(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, config: VisionTransformerConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.keyless = config.qkv_bias and not config.key_bias
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.dim, config.dim)
+        self.attention: Attention = attention(config.attention)
+
+    def forward(self, x: Tensor, shapes: Sequence[Shape], rotations: Rotations, scale: Tensor | None) -> Tensor:
+        qkv = F.linear(x, self.qkv.weight, self._bias()).unflatten(1, (3, self.heads, -1))
+        return scaled_linear(self.attention(qkv, shapes, rotations), self.proj, scale)
+
+    def _bias(self) -> Tensor | None:
+        if not self.keyless:
+            return self.qkv.bias
+        query, key, value = self.qkv.bias.chunk(3)
+        return torch.cat([query, torch.zeros_like(key), value])
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a GELU between them, or SwiGLU's gate times value (arXiv 2002.05202)."""
+
+    def __init__(self, config: VisionTransformerConfig) -> None:
+        super().__init__()
+        gated = config.ffn == "swiglu"
+        self.activation: Callable[[Tensor], Tensor] = _swiglu if gated else F.gelu
+        self.fc1 = nn.Linear(config.dim, config.hidden * (2 if gated else 1))
+        self.fc2 = nn.Linear(config.hidden, config.dim)
+
+    def forward(self, x: Tensor, shapes: Sequence[Shape], rotations: Rotations, scale: Tensor | None) -> Tensor:
+        return scaled_linear(self.fc1(x), self.fc2, scale, self.activation)
+
+
+def _swiglu(hidden: Tensor) -> Tensor:
+    gate, value = hidden.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a branch (arXiv 2103.17239)."""
+
+    def __init__(self, dim: int, initial: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), initial))
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each before its own norm, on tokens `[tokens, dim]`."""
+
+    def __init__(self, config: VisionTransformerConfig) -> None:
+        super().__init__()
+        self.drop_path = config.drop_path
+        self.norm1 = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.attn = Attend(config)
+        self.norm2 = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.mlp = FeedForward(config)
+        if config.layer_scale is not None:
+            self.ls1 = LayerScale(config.dim, config.layer_scale)
+            self.ls2 = LayerScale(config.dim, config.layer_scale)
+
+    def forward(self, x: Tensor, shapes: Sequence[Shape], rotations: Rotations = None) -> Tensor:
+        scale1, scale2 = (self.ls1.gamma, self.ls2.gamma) if hasattr(self, "ls1") else (None, None)
+        x = self._branch(x, shapes, rotations, self.norm1, self.attn, scale1)
+        return self._branch(x, shapes, rotations, self.norm2, self.mlp, scale2)
+
+    def _branch(
+        self,
+        x: Tensor,
+        shapes: Sequence[Shape],
+        rotations: Rotations,
+        norm: nn.Module,
+        body: Attend | FeedForward,
+        scale: Tensor | None,
+    ) -> Tensor:
+        if not self.training or self.drop_path == 0:
+            return x + body(norm(x), shapes, rotations, scale)
+        rows, kept, factors = _subset(shapes, self.drop_path, x.device)
+        branch = body(norm(x[rows]), kept, rotations, scale)
+        return x.index_add(0, rows, (branch * factors).to(x.dtype))
+
+
+def _subset(shapes: Sequence[Shape], drop: float, device: torch.device) -> tuple[Tensor, list[Shape], Tensor]:
+    """Crops that keep a branch: their token rows, the shapes of what is left and the factor that keeps the mean.
+
+    Stochastic depth by leaving crops out of the computation (DINOv2, arXiv 2304.07193, section 5).
+    """
+    rows, kept, factors, first = [], [], [], 0
+    for crops, tokens in shapes:
+        keep = max(int(crops * (1 - drop)), 1)
+        chosen = torch.randperm(crops, device=device)[:keep]
+        rows.append((first + chosen[:, None] * tokens + torch.arange(tokens, device=device)).flatten())
+        factors.append(torch.full((keep * tokens, 1), crops / keep, device=device))
+        kept.append((keep, tokens))
+        first += crops * tokens
+    return torch.cat(rows), kept, torch.cat(factors)

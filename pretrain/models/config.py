@@ -1,0 +1,143 @@
+"""Dimensions of backbones and heads. Imports no torch, so that `fovea --help` stays quick."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from infra.config import Config
+
+Backend = Literal["sdpa", "xformers", "reference"]
+Size = Literal["tiny", "small", "base", "large", "so400m", "huge", "giant", "7b"]
+
+# Widths, depths and heads as published: DeiT (tiny), ViT (small to huge), DINOv2 (giant), DINOv3 (so400m, 7b).
+SIZES: dict[Size, dict[str, Any]] = {
+    "tiny": {"dim": 192, "depth": 12, "heads": 3},
+    "small": {"dim": 384, "depth": 12, "heads": 6},
+    "base": {"dim": 768, "depth": 12, "heads": 12},
+    "large": {"dim": 1024, "depth": 24, "heads": 16},
+    "so400m": {"dim": 1152, "depth": 27, "heads": 18, "mlp_ratio": 3.777777778},
+    "huge": {"dim": 1280, "depth": 32, "heads": 16},
+    "giant": {"dim": 1536, "depth": 40, "heads": 24, "ffn": "swiglu"},
+    "7b": {
+        "dim": 4096,
+        "depth": 40,
+        "heads": 32,
+        "ffn": "swiglu",
+        "mlp_ratio": 3.0,
+        "swiglu_multiple": 64,
+        "qkv_bias": False,
+    },
+}
+
+
+class RopeConfig(Config):
+    """Axial rotary position embedding and its augmentation in training (DINOv3, arXiv 2508.10104, section 3.2)."""
+
+    base: float = Field(100.0, gt=1)
+    """Longest period, in units of half the image's side."""
+    shift: float = Field(0.0, ge=0)
+    """Coordinates, -1 to 1, are shifted by up to this, each axis by itself."""
+    jitter: float = Field(1.0, ge=1)
+    """Coordinates are scaled by a log-uniform factor up to this or its inverse, each axis by itself."""
+    rescale: float = Field(1.0, ge=1)
+    """Coordinates are scaled by a log-uniform factor up to this or its inverse, both axes together."""
+
+
+class VisionTransformerConfig(Config):
+    """Dimensions and parts of a Vision Transformer, of the DINOv2, DINOv3, DINO, MAE or CLIP family."""
+
+    size: Size | None = None
+    """Takes width, depth, heads and feed-forward network of a published size; other keys win over it."""
+    dim: int = Field(384, ge=8)
+    """Width of the token vectors."""
+    depth: int = Field(12, ge=1)
+    """Number of blocks."""
+    heads: int = Field(6, ge=1)
+    """Attention heads; divides `dim`."""
+    patch_size: int = Field(16, ge=2)
+    """Side of a patch in pixels."""
+    image_size: int = Field(224, ge=8)
+    """Side in pixels for which the position embedding is made; it is interpolated for others."""
+    registers: int = Field(0, ge=0)
+    """Register tokens (arXiv 2309.16588)."""
+    position: Literal["learned", "sincos", "rope"] = "learned"
+    """Position of patches: a learned table, MAE's fixed sines and cosines, or DINOv3's axial rotation."""
+    interpolation: Literal["antialias", "offset", "plain"] = "antialias"
+    """How a position table is resized, bicubically: antialiased (timm; DINOv2 with registers), with DINOv2's offset of
+    0.1 patches (its models without registers), or plainly (transformers)."""
+    rope: RopeConfig = RopeConfig()
+    """Of `position: rope`."""
+    ffn: Literal["mlp", "swiglu"] = "mlp"
+    """Feed-forward network: two layers with a GELU, or a gated unit of two thirds the width (arXiv 2002.05202)."""
+    mlp_ratio: float = Field(4.0, gt=0)
+    """Hidden width of the feed-forward network as a multiple of `dim`; SwiGLU takes two thirds of it."""
+    swiglu_multiple: int = Field(8, ge=1)
+    """SwiGLU's hidden width is rounded up to a multiple of this."""
+    qkv_bias: bool = True
+    """Queries, keys and values have a bias."""
+    key_bias: bool = True
+    """Keys have a bias of their own; DINOv3 keeps it at zero, for it cancels in the softmax."""
+    layer_scale: float | None = Field(1e-5, gt=0)
+    """Initial value of LayerScale; null: no LayerScale."""
+    class_norm: bool = False
+    """Class token and registers have a final norm of their own (DINOv3)."""
+    local_norm: bool = False
+    """Class token and registers of local crops have a final norm of their own in training (DINOv3)."""
+    norm_eps: float = Field(1e-6, gt=0)
+    """LayerNorm's epsilon."""
+    init: Literal["normal", "xavier"] = "normal"
+    """Initial weights: normal of `init_std`, cut at 2, or Xavier's uniform (MAE)."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of the initial weights. 0.02 suits a width of 768 and more; about 1/sqrt(dim) narrow ones."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Share of each batch that skips a branch in training (stochastic depth)."""
+    attention: Backend = "sdpa"
+    """Kernel: sdpa (PyTorch), xformers (CUDA) or reference (plain, for tests)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_size(cls, values: Any) -> Any:
+        """Spell a size out, so that the recorded settings hold dimensions alone."""
+        if not isinstance(values, dict) or values.get("size") not in SIZES:
+            return values
+        return SIZES[values["size"]] | {key: value for key, value in values.items() if key != "size"}
+
+    @model_validator(mode="after")
+    def _divides(self) -> VisionTransformerConfig:
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is no multiple of heads {self.heads}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
+        if self.position != "learned" and self.dim // self.heads % 4:
+            raise ValueError(f"position {self.position} needs a head width, dim / heads, that is a multiple of 4")
+        return self
+
+    @property
+    def grid(self) -> int:
+        """Patches a side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the feed-forward network."""
+        if self.ffn == "mlp":
+            return int(self.dim * self.mlp_ratio)
+        narrowed = int(int(self.dim * self.mlp_ratio) * 2 / 3)
+        return -(-narrowed // self.swiglu_multiple) * self.swiglu_multiple
+
+
+class HeadConfig(Config):
+    """A DINO projection head."""
+
+    hidden: int = Field(2048, ge=1)
+    """Width of the two hidden layers."""
+    bottleneck: int = Field(256, ge=1)
+    """Width of the normalised vector before the prototypes."""
+    prototypes: int = Field(65536, ge=2)
+    """Number of prototypes, K."""
+    weight_norm: bool = True
+    """Prototypes are a direction and a learned length (DINO, DINOv2), or plain weights (DINOv3)."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of the initial weights of the hidden layers."""

@@ -1,0 +1,270 @@
+"""One random state dict gives the same features as timm and transformers; official checkpoints load, both ways."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from distill import timm_format
+from infra.errors import UserError
+from pretrain.data.config import Views
+from pretrain.models.config import VisionTransformerConfig
+from pretrain.models.official import from_official, to_official
+from pretrain.models.vit import VisionTransformer
+
+DINOV2 = {"patch_size": 14, "image_size": 518}
+SMALL = {"dim": 48, "depth": 2, "heads": 3, "patch_size": 4, "image_size": 32}
+DINOV3 = {"position": "rope", "registers": 4, "key_bias": False, "norm_eps": 1e-5}
+SIZES = [(32, 32), (56, 56), (40, 24)]
+
+
+def model(**settings: Any) -> VisionTransformer:
+    torch.manual_seed(0)
+    vit = VisionTransformer(VisionTransformerConfig(**settings))
+    spread = 2 / vit.config.dim**0.5  # far from the initial values, where special tokens and LayerScale hide errors
+    for name, parameter in vit.named_parameters():
+        nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else spread)
+        if name.endswith("qkv.bias") and not vit.config.key_bias:
+            parameter.data.chunk(3)[1].zero_()
+    return vit.eval()
+
+
+def images(height: int, width: int) -> Tensor:
+    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def same(ours: VisionTransformer, pixels: Tensor, theirs: Tensor) -> None:
+    """Class and patch tokens equal `theirs [B, 1 + registers + patches, dim]` to 1e-5."""
+    with torch.inference_mode():
+        out = ours([pixels])[0]
+    torch.testing.assert_close(out.class_token, theirs[:, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(out.patch_tokens, theirs[:, 1 + ours.config.registers :], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "size"),
+    [
+        ("vit_small_patch14_dinov2", DINOV2, (518, 518)),
+        ("vit_small_patch14_dinov2", DINOV2, (224, 224)),
+        ("vit_small_patch14_dinov2", DINOV2, (224, 140)),
+        ("vit_small_patch14_reg4_dinov2", DINOV2 | {"registers": 4}, (224, 224)),
+        ("vit_small_patch16_dinov3_qkvb", DINOV3, (224, 224)),
+        ("vit_small_patch16_dinov3_qkvb", DINOV3, (256, 256)),
+        ("vit_small_patch16_dinov3_qkvb", DINOV3, (224, 128)),
+    ],
+)
+def test_timm_by_its_own_loader_of_official_checkpoints(
+    name: str, settings: dict[str, Any], size: tuple[int, int]
+) -> None:
+    """timm converts the official key names itself, so this also proves that we write them."""
+    ours = model(**settings)
+    theirs = timm.create_model(name, num_classes=0, dynamic_img_size=True).eval()
+    convert = timm.models.eva.checkpoint_filter_fn
+    if "dinov2" in name:
+        convert = timm.models.vision_transformer.checkpoint_filter_fn
+    theirs.load_state_dict(convert(to_official(ours.state_dict(), ours.config), theirs))
+    pixels = images(*size)
+    with torch.inference_mode():
+        same(ours, pixels, theirs.forward_features(pixels))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"registers": 4},
+        {"ffn": "swiglu", "layer_scale": None},
+        {"position": "sincos", "init": "xavier", "layer_scale": None},
+        DINOV3,
+        DINOV3 | {"ffn": "swiglu", "qkv_bias": False},
+    ],
+    ids=["dinov2", "registers", "swiglu", "mae", "dinov3", "dinov3-swiglu"],
+)
+def test_timm_by_the_published_format(settings: dict[str, Any], size: tuple[int, int]) -> None:
+    ours = model(**SMALL, **settings)
+    config = timm_format.config_json(ours, Views())
+    theirs = timm.create_model(config["architecture"], **config["model_args"]).eval()
+    theirs.load_state_dict(timm_format.state_dict(ours))
+    pixels = images(*size)
+    with torch.inference_mode():
+        same(ours, pixels, theirs.forward_features(pixels))
+
+
+def test_what_timm_has_not_is_not_published() -> None:
+    with pytest.raises(UserError, match=r"model\.class_norm: timm has no model"):
+        timm_format.state_dict(model(**SMALL, class_norm=True))
+
+
+def _transformers_names(state: dict[str, Tensor], layers: str) -> dict[str, Tensor]:
+    """Our names in transformers' DINO models, which keep queries, keys and values apart."""
+    out: dict[str, Tensor] = {}
+    for name, value in state.items():
+        name = re.sub(r"^blocks\.", f"{layers}.", name)
+        name = re.sub(r"ls(\d)\.gamma", r"layer_scale\1.lambda1", name).replace("attn.proj.", "attention.o_proj.")
+        if ".attn.qkv." in name:
+            for part, chunk in zip("qkv", value.chunk(3), strict=True):
+                out[name.replace("attn.qkv.", f"attention.{part}_proj.")] = chunk
+        else:
+            out[name] = value
+    return out
+
+
+def _gated(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    out = {}
+    for name, value in state.items():
+        if ".fc1." in name:
+            gate, linear = value.chunk(2)
+            out[name.replace("fc1", "gate_proj")], out[name.replace("fc1", "up_proj")] = gate, linear
+        else:
+            out[name.replace("fc2", "down_proj") if ".fc2." in name else name] = value
+    return out
+
+
+def _projected(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.replace("fc1", "up_proj").replace("fc2", "down_proj"): value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+def test_transformers_dinov2(ffn: str, size: tuple[int, int]) -> None:
+    from transformers import Dinov2Config, Dinov2Model
+
+    ours = model(**SMALL, ffn=ffn, interpolation="plain")
+    config = Dinov2Config(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=4,
+        use_swiglu_ffn=ffn == "swiglu",
+    )  # fmt: skip
+    theirs = Dinov2Model(config).eval()
+    state = _transformers_names(dict(ours.state_dict()), "encoder.layer")
+    state = _gated(state) if ffn == "swiglu" else state
+    rename = {
+        "cls_token": "embeddings.cls_token",
+        "mask_token": "embeddings.mask_token",
+        "pos_embed": "embeddings.position_embeddings",
+        "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+        "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+        "norm.weight": "layernorm.weight",
+        "norm.bias": "layernorm.bias",
+    }
+    theirs.load_state_dict({rename.get(name, name): value for name, value in state.items()})
+    pixels = images(*size)
+    with torch.inference_mode():
+        same(ours, pixels, theirs(pixels).last_hidden_state)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_transformers_dinov2_with_registers(size: tuple[int, int]) -> None:
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    ours = model(**SMALL, registers=4)
+    config = Dinov2WithRegistersConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=4, num_register_tokens=4
+    )
+    theirs = Dinov2WithRegistersModel(config).eval()
+    state = _transformers_names(dict(ours.state_dict()), "encoder.layer")
+    rename = {
+        "cls_token": "embeddings.cls_token",
+        "reg_token": "embeddings.register_tokens",
+        "mask_token": "embeddings.mask_token",
+        "pos_embed": "embeddings.position_embeddings",
+        "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+        "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+        "norm.weight": "layernorm.weight",
+        "norm.bias": "layernorm.bias",
+    }
+    theirs.load_state_dict({rename.get(name, name): value for name, value in state.items()})
+    pixels = images(*size)
+    with torch.inference_mode():
+        same(ours, pixels, theirs(pixels).last_hidden_state)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+def test_transformers_dinov3(ffn: str, size: tuple[int, int]) -> None:
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    ours = model(**SMALL, **DINOV3, ffn=ffn)
+    config = DINOv3ViTConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=4, num_register_tokens=4,
+        use_gated_mlp=ffn == "swiglu", hidden_act="silu" if ffn == "swiglu" else "gelu",
+        intermediate_size=ours.config.hidden,
+    )  # fmt: skip
+    theirs = DINOv3ViTModel(config).eval()
+    state = _transformers_names(dict(ours.state_dict()), "model.layer")
+    state = _gated(state) if ffn == "swiglu" else _projected(state)
+    state = {name: value for name, value in state.items() if not name.endswith("k_proj.bias")}
+    state["mask_token"] = state["mask_token"][None]
+    rename = {
+        "cls_token": "embeddings.cls_token",
+        "reg_token": "embeddings.register_tokens",
+        "mask_token": "embeddings.mask_token",
+        "patch_embed.proj.weight": "embeddings.patch_embeddings.weight",
+        "patch_embed.proj.bias": "embeddings.patch_embeddings.bias",
+    }
+    theirs.load_state_dict({rename.get(name, name): value for name, value in state.items()})
+    pixels = images(*size)
+    with torch.inference_mode():
+        same(ours, pixels, theirs(pixels).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"registers": 4}, {"register_tokens", "pos_embed", "blocks.1.mlp.fc1.weight", "blocks.0.ls1.gamma"}),
+        ({"ffn": "swiglu"}, {"cls_token", "blocks.1.mlp.w12.weight", "blocks.1.mlp.w3.bias"}),
+        (
+            DINOV3 | {"ffn": "swiglu", "local_norm": True, "class_norm": True},
+            {"storage_tokens", "rope_embed.periods", "blocks.0.attn.qkv.bias_mask", "blocks.1.mlp.w1.weight",
+             "blocks.1.mlp.w2.bias", "blocks.1.mlp.w3.weight", "cls_norm.weight", "local_cls_norm.bias"},
+        ),
+    ],
+)  # fmt: skip
+def test_official_names_go_both_ways(settings: dict[str, Any], expected: set[str]) -> None:
+    ours = model(**SMALL, **settings)
+    official = to_official(ours.state_dict(), ours.config)
+    assert expected <= set(official)
+    assert not any("reg_token." in name or name.startswith("reg_token") for name in official)
+    back = from_official(official, ours.config)
+    assert set(back) == set(ours.state_dict())
+    for name, value in ours.state_dict().items():
+        assert torch.equal(back[name], value), name
+
+
+def test_a_teacher_of_an_official_training_loads() -> None:
+    ours = model(**SMALL)
+    official = {
+        re.sub(r"^blocks\.(\d)", r"blocks.0.\1", name): value
+        for name, value in to_official(ours.state_dict(), ours.config).items()
+    }
+    trained = {f"backbone.{name}": value for name, value in official.items()} | {
+        "dino_head.mlp.0.weight": torch.ones(1)
+    }
+    assert set(from_official(trained, ours.config)) == set(ours.state_dict())
+
+
+def test_a_checkpoint_of_another_model_is_named() -> None:
+    official = to_official(model(**SMALL).state_dict(), VisionTransformerConfig(**SMALL))
+    with pytest.raises(UserError, match=r"cls_token is \[1, 1, 48\], the model settings ask for \[1, 1, 96\]"):
+        from_official(official, VisionTransformerConfig(**SMALL | {"dim": 96}))
+    with pytest.raises(UserError, match="no place in the model settings"):
+        from_official(official | {"unknown": torch.ones(1)}, VisionTransformerConfig(**SMALL))
+    with pytest.raises(UserError, match="has no reg_token"):
+        from_official(official, VisionTransformerConfig(**SMALL, registers=4))
+
+
+def test_published_sizes() -> None:
+    """Parameters of backbones as the papers give them, in millions, without heads."""
+    millions = {"tiny": 5.5, "small": 21.6, "base": 85.7, "large": 303, "giant": 1135, "so400m": 412, "7b": 6716}
+    for size, expected in millions.items():
+        settings: dict[str, Any] = {"size": size, "patch_size": 14 if size == "giant" else 16}
+        if size in ("so400m", "7b"):
+            settings |= {"position": "rope", "registers": 4}
+        with torch.device("meta"):
+            vit = VisionTransformer(VisionTransformerConfig(**settings))
+        assert sum(p.numel() for p in vit.parameters()) / 1e6 == pytest.approx(expected, rel=0.01), size
