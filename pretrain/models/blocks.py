@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from pretrain.models.attention import Attention, Shape, attention
 from pretrain.models.config import VisionTransformerConfig
-from pretrain.models.linear import scaled_linear
+from pretrain.models.linear import normed_linear, scaled_linear
 from pretrain.models.rope import Rotation
 
 Rotations = Sequence[Rotation] | None
 
 
 class Attend(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention on normed tokens."""
 
     def __init__(self, config: VisionTransformerConfig) -> None:
         super().__init__()
@@ -27,8 +27,10 @@ class Attend(nn.Module):
         self.proj = nn.Linear(config.dim, config.dim)
         self.attention: Attention = attention(config.attention)
 
-    def forward(self, x: Tensor, shapes: Sequence[Shape], rotations: Rotations, scale: Tensor | None) -> Tensor:
-        qkv = F.linear(x, self.qkv.weight, self._bias()).unflatten(1, (3, self.heads, -1))
+    def forward(
+        self, x: Tensor, norm: nn.LayerNorm, shapes: Sequence[Shape], rotations: Rotations, scale: Tensor | None
+    ) -> Tensor:
+        qkv = normed_linear(x, norm, self.qkv, self._bias()).unflatten(1, (3, self.heads, -1))
         return scaled_linear(self.attention(qkv, shapes, rotations), self.proj, scale)
 
     def _bias(self) -> Tensor | None:
@@ -39,7 +41,7 @@ class Attend(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a GELU between them, or SwiGLU's gate times value (arXiv 2002.05202)."""
+    """Two linear layers on normed tokens, between them a GELU or SwiGLU's gate times value (arXiv 2002.05202)."""
 
     def __init__(self, config: VisionTransformerConfig) -> None:
         super().__init__()
@@ -48,8 +50,10 @@ class FeedForward(nn.Module):
         self.fc1 = nn.Linear(config.dim, config.hidden * (2 if gated else 1))
         self.fc2 = nn.Linear(config.hidden, config.dim)
 
-    def forward(self, x: Tensor, shapes: Sequence[Shape], rotations: Rotations, scale: Tensor | None) -> Tensor:
-        return scaled_linear(self.fc1(x), self.fc2, scale, self.activation)
+    def forward(
+        self, x: Tensor, norm: nn.LayerNorm, shapes: Sequence[Shape], rotations: Rotations, scale: Tensor | None
+    ) -> Tensor:
+        return scaled_linear(normed_linear(x, norm, self.fc1, self.fc1.bias), self.fc2, scale, self.activation)
 
 
 def _swiglu(hidden: Tensor) -> Tensor:
@@ -89,14 +93,14 @@ class Block(nn.Module):
         x: Tensor,
         shapes: Sequence[Shape],
         rotations: Rotations,
-        norm: nn.Module,
+        norm: nn.LayerNorm,
         body: Attend | FeedForward,
         scale: Tensor | None,
     ) -> Tensor:
         if not self.training or self.drop_path == 0:
-            return x + body(norm(x), shapes, rotations, scale)
+            return x + body(x, norm, shapes, rotations, scale)
         rows, kept, factors = _subset(shapes, self.drop_path, x.device)
-        branch = body(norm(x[rows]), kept, rotations, scale)
+        branch = body(x[rows], norm, kept, rotations, scale)
         return x.index_add(0, rows, (branch * factors).to(x.dtype))
 
 

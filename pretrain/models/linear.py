@@ -1,59 +1,90 @@
-"""A linear layer that keeps for the backward pass only what cannot be had again cheaply."""
+"""Linear layers that keep for the backward pass only what cannot be had again cheaply."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Activation = Callable[[Tensor], Tensor]
+Before = Callable[..., Tensor]  # (x, *parameters) -> input of the linear layer
 
 
-def scaled_linear(x: Tensor, layer: nn.Linear, scale: Tensor | None, activation: Activation | None = None) -> Tensor:
-    """`scale * layer(activation(x))` for tokens `[n, width]`.
+def normed_linear(x: Tensor, norm: nn.LayerNorm, layer: nn.Linear, bias: Tensor | None) -> Tensor:
+    """`layer(norm(x))` with another bias, for tokens `[n, width]`; keeps `x` alone."""
+    before = partial(_layer_norm, eps=norm.eps)
+    return _lean_linear(x, layer.weight, bias, None, before, norm.weight, norm.bias)
 
-    The plain composition keeps the activation's output, and the layer's for the gradient of LayerScale's `scale`; here
-    the first is computed again and the second follows from the weight's gradient, so that only `x` is kept.
+
+def scaled_linear(x: Tensor, layer: nn.Linear, scale: Tensor | None, before: Before | None = None) -> Tensor:
+    """`scale * layer(before(x))` for tokens `[n, width]`; keeps `x` alone.
+
+    The plain composition keeps the output of `before`, and the layer's for the gradient of LayerScale's `scale`. Here
+    the first is computed again, and the second follows from the weight's gradient.
     """
+    return _lean_linear(x, layer.weight, layer.bias, scale, before or _unchanged)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def _lean_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, before: Before, *parameters: Tensor
+) -> Tensor:
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler decides by itself what to keep
-        weight, bias = _folded(layer.weight, layer.bias, scale, x.dtype)
-        return F.linear(x if activation is None else activation(x), weight, bias)
-    return _ScaledLinear.apply(x, layer.weight, layer.bias, scale, activation)
+        return F.linear(before(x, *parameters).to(dtype), *_folded(weight, bias, scale, dtype))
+    return _LeanLinear.apply(x, weight, bias, scale, before, dtype, *parameters)
 
 
-def _folded(weight: Tensor, bias: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _folded(
+    weight: Tensor, bias: Tensor | None, scale: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
     if scale is not None:
-        weight, bias = weight * scale[:, None], bias * scale
-    return weight.to(dtype), bias.to(dtype)
+        weight, bias = weight * scale[:, None], None if bias is None else bias * scale
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-class _ScaledLinear(torch.autograd.Function):
+class _LeanLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, activation: Activation | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        before: Before,
+        dtype: torch.dtype,
+        *parameters: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias, scale)
-        ctx.activation = activation
-        return F.linear(x if activation is None else activation(x), *_folded(weight, bias, scale, x.dtype))
+        ctx.save_for_backward(x, weight, bias, scale, *parameters)
+        ctx.before, ctx.dtype = before, dtype
+        return F.linear(before(x, *parameters).to(dtype), *_folded(weight, bias, scale, dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, scale = ctx.saved_tensors
+        x, weight, bias, scale, *parameters = ctx.saved_tensors
         (gradient,) = gradients
-        folded, _ = _folded(weight, bias, scale, x.dtype)
-        given = gradient @ folded
-        activated = x
-        if ctx.activation is not None:
-            with torch.enable_grad():
-                x = x.detach().requires_grad_()
-                activated = ctx.activation(x)
-            (given,) = torch.autograd.grad(activated, x, given)
-        by_weight = (gradient.T @ activated.detach()).to(weight.dtype)
-        by_bias = gradient.sum(0, dtype=bias.dtype)
-        if scale is None:
-            return given, by_weight, by_bias, None, None
-        by_scale = (weight * by_weight).sum(1) + bias * by_bias
-        return given, by_weight * scale[:, None], by_bias * scale, by_scale, None
+        folded, _ = _folded(weight, bias, scale, ctx.dtype)
+        leaves = [value.detach().requires_grad_() for value in (x, *parameters)]
+        with torch.enable_grad():
+            given = ctx.before(*leaves).to(ctx.dtype)
+        by_input = torch.autograd.grad(given, leaves, gradient @ folded)
+        by_weight = (gradient.T @ given.detach()).to(weight.dtype)
+        by_bias = None if bias is None else gradient.sum(0, dtype=bias.dtype)
+        by_scale = None
+        if scale is not None:
+            by_scale = (weight * by_weight).sum(1)
+            by_weight = by_weight * scale[:, None]
+            if bias is not None and by_bias is not None:
+                by_scale, by_bias = by_scale + bias * by_bias, by_bias * scale
+        return by_input[0], by_weight, by_bias, by_scale, None, None, *by_input[1:]

@@ -141,7 +141,7 @@ class VisionTransformer(nn.Module):
         patches = grid.flatten(2).transpose(1, 2)
         if mask is not None:
             patches = torch.where(mask.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
-        class_token = self.cls_token
+        class_token: Tensor = self.cls_token
         if self.pos_embed is not None:
             class_token = class_token + self.pos_embed[:, :1]
             patches = patches + positions.resized(
