@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from benchmarks.rows import Row, compared, cpu_seconds, main
 from pretrain.data import photometric
-from pretrain.data.config import Crops, Photometric
+from pretrain.data.config import Crops, Photometric, Views
 from pretrain.data.views import cut
 
 _COLOURS = Photometric(blur=0.5, solarize=0.2)
@@ -29,7 +29,10 @@ def ours(images: list[Image.Image]) -> list[torch.Tensor]:
     rng = np.random.default_rng(0)
     outputs = []
     for crops, count in _CROPS:
-        pixels, parameters = zip(*(cut(image, crops, count, 0.5, rng) for image in images), strict=True)
+        pixels, parameters = zip(
+            *((each.pixels, each.photometric) for each in (cut(image, crops, count, Views(), rng) for image in images)),
+            strict=True,
+        )
         batch = torch.from_numpy(np.concatenate(pixels)).permute(0, 3, 1, 2).float() / 255
         outputs.append(photometric.apply(batch, torch.from_numpy(np.concatenate(parameters))))
     return outputs

@@ -13,7 +13,7 @@ from infra.corpora import Corpus
 from pretrain import backbones
 from pretrain.features import stream
 
-VERSION = 1
+VERSION = 2
 _PART_ROWS = 65_536
 
 

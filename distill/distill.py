@@ -18,7 +18,7 @@ from pretrain.learner import Learner
 from pretrain.objectives.build import build as build_objectives
 from pretrain.train import corpus_inputs, produce_together, train, view_dataset
 
-VERSION = 1
+VERSION = 2
 
 
 def distill(config: DistillConfig) -> Artifact:
@@ -67,7 +67,7 @@ def build_learner(settings: PretrainSettings, teacher: Checkpoint) -> Learner:
     """A new student under the released backbone of a checkpoint and the heads it was trained with."""
     student = initial_backbone(settings.model, settings.schedule.seed)
     torch.manual_seed(settings.schedule.seed + 1)
-    losses = build_objectives(settings.objectives, settings.model.dim, teacher.model.dim)
+    losses = build_objectives(settings.objectives, settings.model, teacher.model)
     for name, objective in losses.items():
         for part in ("teacher_head", "targets"):
             if hasattr(objective, part):

@@ -95,6 +95,17 @@ class Corpus:
         return np.array(self.table["label"].to_numpy())
 
     @cached_property
+    def captions(self) -> list[str]:
+        """Caption of each sample.
+
+        Raises:
+            UserError: some sample has none.
+        """
+        if self.table["caption"].null_count:
+            raise UserError(f"{self.artifact.url}: has samples without a caption; ingest shards with .txt members")
+        return self.table["caption"].to_pylist()
+
+    @cached_property
     def classes(self) -> list[str]:
         """Names of the classes, in the order of their numbers; empty where they have none."""
         return list(self.artifact.metrics.get("classes", []))

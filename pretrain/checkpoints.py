@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from infra.artifacts import Artifact, open_artifact
+from infra.errors import UserError
 from pretrain.config import PretrainSettings
 from pretrain.learner import Learner
+from pretrain.models import positions
 from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.vit import VisionTransformer
 
@@ -53,10 +56,34 @@ class Checkpoint:
         """The backbone as it was before the first step: same settings, same seed."""
         return self._inference(initial_backbone(self.model, self.settings.schedule.seed).state_dict())
 
+    def start(self, learner: Learner) -> None:
+        """Load student, teacher and heads into a learner of the same dimensions; position tables are resized.
+
+        Raises:
+            UserError: the checkpoint is a distillation's, or has other dimensions or objectives.
+        """
+        if self.released != "teacher":
+            raise UserError(f"{self.artifact.url}: a distillation's; start from a pretraining checkpoint")
+        state = self.weights()
+        wanted = learner.state_dict()
+        for name in state.keys() & wanted.keys():
+            if name.endswith("pos_embed") and state[name].shape != wanted[name].shape:
+                state[name] = _resized_table(state[name], wanted[name])
+        for name in state.keys() | wanted.keys():
+            if name not in state or name not in wanted or state[name].shape != wanted[name].shape:
+                raise UserError(f"{self.artifact.url}: {name} does not fit the settings; keep its model and objectives")
+        learner.load_state_dict(state)
+
     def _inference(self, weights: dict[str, Tensor]) -> VisionTransformer:
         backbone = VisionTransformer(self.model.model_copy(update={"attention": "sdpa", "drop_path": 0.0}))
         backbone.load_state_dict(weights)
         return backbone.requires_grad_(False).eval()
+
+
+def _resized_table(table: Tensor, wanted: Tensor) -> Tensor:
+    """A position table `[1, 1 + side * side, dim]` for another grid."""
+    side, other = (math.isqrt(each.shape[1] - 1) for each in (table, wanted))
+    return torch.cat([table[:, :1], positions.resized(table[:, 1:], side, other, other, "antialias")], dim=1)
 
 
 def initial_backbone(model: VisionTransformerConfig, seed: int) -> VisionTransformer:
@@ -70,7 +97,7 @@ def save_learner(learner: Learner, settings: PretrainSettings, directory: Path) 
     state = {name: value.detach().cpu().contiguous() for name, value in learner.state_dict().items()}
     save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
     description: dict[str, Any] = {
-        "settings": settings.model_dump(mode="json", exclude={"corpora", "out", "teacher_checkpoint"}),
+        "settings": settings.model_dump(mode="json", exclude={"corpora", "start", "out", "teacher_checkpoint"}),
         "released": "teacher" if learner.average is None else "average",
     }
     (directory / DESCRIPTION).write_text(json.dumps(description, indent=1))

@@ -20,17 +20,25 @@ class Optimizer(Config):
     """AdamW with a linear warmup and cosine schedules."""
 
     base_lr: float = Field(4e-3, gt=0)
-    """Peak learning rate at the reference batch; scaled by sqrt(global batch / reference batch)."""
+    """Peak learning rate at the reference batch; `lr_rule` scales it to the global batch."""
     reference_batch: int = Field(1024, ge=1)
     """Global batch for which `base_lr` is meant."""
+    lr_rule: Literal["sqrt", "linear", "none"] = "sqrt"
+    """The peak grows with the square root of global batch / `reference_batch` (DINOv2), with it (MAE), or not."""
+    decay: Literal["cosine", "constant"] = "cosine"
+    """How the learning rate goes on after the warmup."""
     min_lr: float = Field(1e-6, ge=0)
-    """Learning rate at the end."""
+    """Learning rate at the end of a cosine."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises from 0."""
     weight_decay: tuple[float, float] = (0.04, 0.4)
     """First and last weight decay; a cosine between. Biases, norms and LayerScale have none."""
+    decay_tokens: bool = False
+    """Decay class, register and mask tokens and the position table too, as DINOv2 does."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's moment factors."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's guard of the division."""
     clip: float = Field(3.0, gt=0)
     """Largest norm of the whole gradient."""
     layer_decay: float = Field(1.0, gt=0, le=1)
@@ -70,6 +78,11 @@ class Runtime(Config):
     """Loader processes a rank; 0 loads in the training process."""
     checkpoint_every: int = Field(200, ge=1)
     """Steps between checkpoints to resume from."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again to save memory: nothing, all but matrix products and attention, or whole
+    blocks."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
 
 
 class Schedule(Config):
@@ -107,9 +120,28 @@ class PretrainSettings(Config):
 
     @model_validator(mode="after")
     def _crops_fit_patches(self) -> PretrainSettings:
-        for name, crops in (("globals", self.views.globals), ("locals", self.views.locals)):
-            if crops.size % self.model.patch_size:
-                raise ValueError(f"views.{name}.size {crops.size} is no multiple of patch_size {self.model.patch_size}")
+        views = self.views
+        sizes = {"views.globals.size": views.globals.size, "views.plain_size": views.plain_size or 0}
+        if views.local_count:
+            sizes["views.locals.size"] = views.locals.size
+        for name, size in sizes.items():
+            if size % self.model.patch_size:
+                raise ValueError(f"{name} {size} is no multiple of patch_size {self.model.patch_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _objectives_fit(self) -> PretrainSettings:
+        kinds = [objective.kind for objective in self.objectives]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError("objectives: each kind may be given once")
+        if self.views.global_count < 2 and (alone := {"dino", "ibot", "koleo"} & set(kinds)):
+            raise ValueError(f"objectives: {min(alone)} needs views.global_count 2")
+        if any(isinstance(each, IbotConfig) and each.tied for each in self.objectives) and "dino" not in kinds:
+            raise ValueError("objectives: ibot cannot be tied without dino")
+        if "mae" in kinds and self.model.position == "rope":
+            raise ValueError("objectives: mae needs model.position sincos or learned")
+        if "mae" in kinds and self.views.globals.size != self.model.image_size:
+            raise ValueError("objectives: mae needs views.globals.size equal to model.image_size")
         return self
 
 
@@ -118,6 +150,9 @@ class PretrainConfig(PretrainSettings):
 
     corpora: list[str] = Field(min_length=1)
     """URLs of the corpora to train on."""
+    start: str | None = None
+    """URL of a pretraining checkpoint to start from, weights and heads; image and crop sizes may differ (a
+    high-resolution phase)."""
     out: str
     """URL of the checkpoint; {id} stands for its id."""
 
@@ -162,4 +197,4 @@ BackboneConfig = Annotated[PixelDescriptor | CheckpointBackbone | OpenClipBackbo
 
 def decisive(config: Config) -> dict[str, object]:
     """The settings that decide a stage's result: all but where it reads, where it writes and how fast it goes."""
-    return config.model_dump(mode="json", exclude={"corpora", "teacher_checkpoint", "out", "runtime"})
+    return config.model_dump(mode="json", exclude={"corpora", "start", "teacher_checkpoint", "out", "runtime"})

@@ -71,6 +71,7 @@ class Training:
     def _step(self, step: int, source: Iterator[Batch]) -> dict[str, float]:
         position = schedules.at(self.settings, step, self.global_batch)
         self._apply(position)
+        self.learner.begin_step(step)
         _seed_dropout(self.settings.schedule.seed, step, self.rank)
         totals: dict[str, Tensor] = {}
         accumulation = self.settings.schedule.accumulation
@@ -149,7 +150,9 @@ def parameter_groups(learner: Learner, settings: PretrainSettings) -> list[dict[
     groups: dict[schedules.Multipliers, list[torch.nn.Parameter]] = {}
     for name, parameter in learner.named_parameters():
         if parameter.requires_grad:
-            key = schedules.multipliers(name, settings.optimizer, settings.model, id(parameter) in last_layers)
+            key = schedules.multipliers(
+                name, parameter.ndim, settings.optimizer, settings.model, id(parameter) in last_layers
+            )
             groups.setdefault(key, []).append(parameter)
     return [
         {

@@ -63,26 +63,35 @@ class Learner(nn.Module):
 
     def forward(self, batch: Batch, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to optimise and its named terms, before weighting and detached."""
-        images = [self._pixels(batch.global_crops, batch.global_photometric)]
-        masks: list[Tensor | None] = [None if self.distilling else batch.masks]
-        if len(batch.local_crops):
-            images.append(self._pixels(batch.local_crops, batch.local_photometric))
-            masks.append(None)
-        with torch.no_grad():
-            teacher = self.teacher(images[:1])[0]
-        student = self.student(images, masks)
-        outputs = Outputs(student[0], student[1] if len(student) > 1 else None, teacher)
-        total = images[0].new_zeros(())
+        outputs = self._outputs(batch)
+        total = outputs.images.new_zeros(())
         named: dict[str, Tensor] = {}
         for objective in self.losses():
-            terms = objective(outputs, batch, temperature)
-            total = total + objective.weight * torch.stack(list(terms.values())).sum()
-            named.update({name: term.detach() for name, term in terms.items()})
+            for name, term in objective(outputs, batch, temperature).items():
+                total = total + objective.weight * term
+                named[name] = term.detach()
         return total, named
 
-    def _pixels(self, crops: Tensor, parameters: Tensor) -> Tensor:
-        with torch.no_grad():
-            return (photometric.apply(crops.float() / 255, parameters) - self.mean) / self.std
+    def begin_step(self, step: int) -> None:
+        """Tell the objectives which optimiser step comes next."""
+        for objective in self.losses():
+            objective.begin_step(step, self.teacher)
+
+    @torch.no_grad()
+    def _outputs(self, batch: Batch) -> Outputs:
+        return Outputs(
+            student=self.student,
+            teacher=self.teacher,
+            images=self._normalized(photometric.apply(batch.global_crops.float() / 255, batch.global_photometric)),
+            local_images=self._normalized(photometric.apply(batch.local_crops.float() / 255, batch.local_photometric))
+            if len(batch.local_crops)
+            else None,
+            plain_images=self._normalized(batch.plain_crops.float() / 255) if len(batch.plain_crops) else None,
+            masks=None if self.distilling else batch.masks,
+        )
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
 
     def averages(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """(source, average) modules: what is averaged, and where its moving average is kept."""

@@ -33,21 +33,24 @@ class Position:
 
 
 def peak_lr(optimizer: Optimizer, global_batch: int) -> float:
-    """DINOv2's rule: base_lr * sqrt(global batch / reference batch)."""
-    return optimizer.base_lr * math.sqrt(global_batch / optimizer.reference_batch)
+    """base_lr by the optimizer's rule: times sqrt(b), b or 1, where b = global batch / reference batch."""
+    relative = global_batch / optimizer.reference_batch
+    return optimizer.base_lr * {"sqrt": math.sqrt(relative), "linear": relative, "none": 1.0}[optimizer.lr_rule]
+
+
+def learning_rate(optimizer: Optimizer, step: int, steps: int, global_batch: int) -> float:
+    """A linear warmup from 0, then half a cosine or a constant."""
+    peak, warmup = peak_lr(optimizer, global_batch), optimizer.warmup_steps
+    if step < warmup:
+        return linear(0, peak, step, warmup)
+    return peak if optimizer.decay == "constant" else cosine(peak, optimizer.min_lr, step - warmup, steps - warmup)
 
 
 def at(settings: PretrainSettings, step: int, global_batch: int) -> Position:
     """The schedules of a run at a step (DINOv2, train/train.py)."""
     optimizer, teacher, steps = settings.optimizer, settings.teacher, settings.schedule.steps
-    peak, warmup = peak_lr(optimizer, global_batch), optimizer.warmup_steps
-    lr = (
-        linear(0, peak, step, warmup)
-        if step < warmup
-        else cosine(peak, optimizer.min_lr, step - warmup, steps - warmup)
-    )
     return Position(
-        lr=lr,
+        lr=learning_rate(optimizer, step, steps, global_batch),
         weight_decay=cosine(*optimizer.weight_decay, step, steps),
         momentum=cosine(*teacher.momentum, step, steps),
         temperature=linear(*teacher.temperature, step, teacher.temperature_warmup_steps),
@@ -68,23 +71,27 @@ class Multipliers:
     last_layer: bool
 
 
-def multipliers(name: str, optimizer: Optimizer, model: VisionTransformerConfig, last_layer: bool) -> Multipliers:
-    """DINOv2's rules (utils/param_groups.py) for a parameter of the learner, by its name.
+def multipliers(
+    name: str, dimensions: int, optimizer: Optimizer, model: VisionTransformerConfig, last_layer: bool
+) -> Multipliers:
+    """DINOv2's rules (utils/param_groups.py) for a parameter of the learner, by its name and number of dimensions.
 
-    Layer decay counts embeddings and tokens as layer 0 and block i as i + 1; biases, norms and LayerScale have no
-    weight decay, tokens and position embeddings do.
+    Layer decay counts embeddings and tokens as layer 0 and block i as i + 1. Vectors and scalars (biases, norms,
+    LayerScale, CLIP's scale) have no weight decay, tokens and position tables only if the optimizer says so.
     """
     lr = 1.0
     if name.startswith("student."):
         lr = optimizer.layer_decay ** (model.depth + 1 - _layer(name.removeprefix("student."), model.depth))
     if "patch_embed" in name:
         lr *= optimizer.patch_embed_lr
-    plain = name.endswith(".bias") or "norm" in name or "gamma" in name
-    return Multipliers(lr, 0.0 if plain and not last_layer else 1.0, last_layer)
+    token = name.endswith(_TOKENS) and not optimizer.decay_tokens
+    return Multipliers(lr, 0.0 if dimensions < 2 or token else 1.0, last_layer)
+
+
+_TOKENS = ("pos_embed", "cls_token", "reg_token", "mask_token")
 
 
 def _layer(name: str, depth: int) -> int:
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
-    tokens = ("patch_embed", "pos_embed", "cls_token", "reg_token", "mask_token")
-    return 0 if name.startswith(tokens) else depth + 1
+    return 0 if name.startswith(("patch_embed", *_TOKENS)) else depth + 1

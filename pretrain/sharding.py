@@ -45,7 +45,7 @@ def build(
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     )
     module.to(device)
-    adamw = torch.optim.AdamW(groups, lr=0.0, betas=optimizer.betas, foreach=True)
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps, foreach=True)
     kind = DeepSpeedEngine if sharding.engine == "deepspeed" else TorchEngine
     return kind(module, adamw, optimizer, schedule, sharding, device)
 

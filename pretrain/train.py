@@ -7,18 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from infra.artifacts import Artifact, Input, Plan, find, open_artifact, produce, work_directory
 from infra.corpora import Corpus
 from pretrain import sharding
-from pretrain.checkpoints import initial_backbone, save_learner
+from pretrain.checkpoints import Checkpoint, initial_backbone, save_learner
 from pretrain.config import PretrainConfig, PretrainSettings, decisive
-from pretrain.data.loader import MaskPlan, ViewDataset
+from pretrain.data.loader import ViewDataset
+from pretrain.data.masks import MaskPlan
 from pretrain.engine import Trained, Training
 from pretrain.learner import Learner
+from pretrain.models.execution import Execution
 from pretrain.objectives.build import build as build_objectives
+from pretrain.objectives.config import ClipConfig, SiglipConfig
+from pretrain.objectives.image_text import tokenizer
 
-VERSION = 1
+VERSION = 2
 
 
 def pretrain(config: PretrainConfig) -> Artifact:
@@ -30,7 +35,10 @@ def pretrain(config: PretrainConfig) -> Artifact:
 
     def write(directory: Path) -> Mapping[str, Any]:
         dataset = view_dataset([Corpus.open(url) for url in config.corpora], config)
-        return train("pretrain", build_learner(config), dataset, config, directory)
+        learner = build_learner(config)
+        if config.start:
+            Checkpoint.open(config.start).start(learner)
+        return train("pretrain", learner, dataset, config, directory)
 
     return produce_together(plan(config), config.out, write)
 
@@ -39,6 +47,7 @@ def train(
     title: str, learner: Learner, dataset: ViewDataset, settings: PretrainSettings, directory: Path
 ) -> Mapping[str, Any]:
     """Train a learner to the end, write it into a checkpoint's directory and return the checkpoint's metrics."""
+    learner.student.execution = Execution(settings.runtime.activation_checkpointing, settings.runtime.compile)
     trained = Training(title, learner, dataset, settings, directory).run()
     if sharding.world()[0] == 0:
         save_learner(learner, settings, directory)
@@ -60,7 +69,8 @@ def produce_together(plan: Plan, out: str, write: Callable[[Path], Mapping[str, 
 
 def plan(config: PretrainConfig) -> Plan:
     """The checkpoint that a configuration asks for."""
-    return Plan("checkpoint", "pretrain", VERSION, decisive(config), corpus_inputs(config.corpora))
+    start = {"start": open_artifact(config.start, "checkpoint").as_input()} if config.start else {}
+    return Plan("checkpoint", "pretrain", VERSION, decisive(config), corpus_inputs(config.corpora) | start)
 
 
 def corpus_inputs(urls: Sequence[str]) -> dict[str, Input]:
@@ -69,8 +79,24 @@ def corpus_inputs(urls: Sequence[str]) -> dict[str, Input]:
 
 def view_dataset(corpora: list[Corpus], settings: PretrainSettings) -> ViewDataset:
     views = settings.views
-    masks = MaskPlan(settings.model.patch_size, views.mask_share, views.mask_ratio)
-    return ViewDataset(corpora, views, masks, settings.schedule.seed)
+    masks = MaskPlan(
+        patch_size=settings.model.patch_size,
+        share=views.mask_share,
+        ratio=views.mask_ratio,
+        exact=views.mask_sampler == "dinov3",
+        shift=views.mask_shift,
+    )
+    return ViewDataset(corpora, views, masks, settings.schedule.seed, _tokenizer(settings, corpora))
+
+
+def _tokenizer(settings: PretrainSettings, corpora: Sequence[Corpus]) -> Callable[[Sequence[str]], Tensor] | None:
+    """The text objectives' tokenizer, where there is one; then every sample must have a caption."""
+    for objective in settings.objectives:
+        if isinstance(objective, ClipConfig | SiglipConfig):
+            for corpus in corpora:
+                assert len(corpus.captions) == len(corpus)  # raises, before training starts, if one is missing
+            return tokenizer(objective.text)
+    return None
 
 
 def build_learner(settings: PretrainSettings) -> Learner:
@@ -79,7 +105,7 @@ def build_learner(settings: PretrainSettings) -> Learner:
     teacher = initial_backbone(settings.model.model_copy(update={"drop_path": 0.0}), settings.schedule.seed)
     teacher.load_state_dict(student.state_dict())
     torch.manual_seed(settings.schedule.seed + 1)
-    losses = build_objectives(settings.objectives, settings.model.dim, settings.model.dim)
+    losses = build_objectives(settings.objectives, settings.model, settings.model)
     return Learner(student, teacher, losses, settings.views)
 
 

@@ -16,13 +16,14 @@ from torchvision.transforms.v2 import functional as tv
 from infra.errors import UserError
 from pretrain.data import order, photometric
 from pretrain.data.config import Crops, Photometric, Views
-from pretrain.data.loader import Batch, MaskPlan, Place, ViewDataset, batches
-from pretrain.data.masks import batch_masks, block_mask
+from pretrain.data.loader import Batch, Place, ViewDataset, batches
+from pretrain.data.masks import MaskPlan, batch_masks, block_mask
+from pretrain.data.photometric import BLUR, draw
 from pretrain.data.views import cut, resized_crop_box
 from tests.conftest import image_folder, ingested
 
 VIEWS = Views(globals=Crops(size=32), locals=Crops(size=16, scale=(0.1, 0.4)), local_count=2)
-MASKS = MaskPlan(patch_size=8, share=0.5, ratio=(0.1, 0.5))
+MASKS = MaskPlan(patch_size=8, share=0.5, ratio=(0.1, 0.5), exact=True, shift=False)
 
 
 @given(st.integers(0, 1000), st.integers(1, 50), st.integers(0, 5))
@@ -108,7 +109,7 @@ def test_crop_areas_are_spread_as_torchvisions() -> None:
 
 def test_a_whole_crop_is_the_image() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
-    pixels, _ = cut(image, Crops(size=16, scale=(1.0, 1.0)), 20, 0.0, np.random.default_rng(1))
+    pixels = cut(image, Crops(size=16, scale=(1.0, 1.0)), 20, Views(flip=0.0), np.random.default_rng(1)).pixels
     assert any(np.array_equal(crop, np.asarray(image)) for crop in pixels)
 
 
@@ -168,8 +169,32 @@ def test_block_masks_stay_below_their_target(side: int, seed: int, share: float)
 
 
 def test_half_the_crops_are_masked_with_shares_over_the_range() -> None:
-    masks = batch_masks(200, (14, 14), 0.5, (0.1, 0.5), np.random.default_rng(0))
-    shares = masks.mean(1)
+    plan = MaskPlan(patch_size=16, share=0.5, ratio=(0.1, 0.5), exact=False, shift=False)
+    shares = batch_masks(200, (14, 14), plan, np.random.default_rng(0)).mean(1)
     assert (shares > 0).sum() == 100
     assert 0.2 < shares[shares > 0].mean() < 0.35
     assert shares.max() <= 0.5
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_dinov3s_masks_have_exactly_the_number_asked_for(shift: bool) -> None:
+    plan = MaskPlan(patch_size=16, share=0.5, ratio=(0.1, 0.5), exact=True, shift=shift)
+    masks = batch_masks(40, (14, 14), plan, np.random.default_rng(0))
+    wanted = [int(196 * share) for share in np.linspace(0.1, 0.5, 21)[1:]]
+    assert sorted(masks.sum(1)[masks.any(1)]) == wanted
+
+
+def test_inverted_blur_blurs_with_one_minus_the_probability() -> None:
+    rng = np.random.default_rng(0)
+    sure = Photometric(blur=1.0)
+    assert all(draw(sure, rng, inverted_blur=True)[BLUR] == 0 for _ in range(50))
+    assert all(draw(sure, rng)[BLUR] > 0 for _ in range(50))
+
+
+def test_plain_crops_are_the_global_crops_larger() -> None:
+    gradient = np.linspace(0, 255, 64, dtype=np.uint8)
+    image = Image.fromarray(np.stack([np.tile(gradient, (64, 1))] * 3, axis=-1))
+    crops = cut(image, Crops(size=16), 20, Views(), np.random.default_rng(0), plain_size=32)
+    assert crops.plain.shape == (20, 32, 32, 3)
+    smaller = crops.plain.reshape(20, 16, 2, 16, 2, 3).mean((2, 4))
+    np.testing.assert_allclose(smaller, crops.pixels, atol=3)

@@ -3,32 +3,50 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from pretrain.data.loader import Batch
-from pretrain.models.config import HeadConfig
-from pretrain.models.vit import Features
-from pretrain.objectives.base import Outputs
+from pretrain.models.config import HeadConfig, VisionTransformerConfig
+from pretrain.models.vit import Features, VisionTransformer
+from pretrain.objectives.base import Objective, Outputs
 from pretrain.objectives.centering import Targets, cross_entropy, sinkhorn_knopp
 from pretrain.objectives.config import DinoConfig, IbotConfig, KoleoConfig
 from pretrain.objectives.dino import Dino
 from pretrain.objectives.ibot import Ibot
 from pretrain.objectives.koleo import Koleo, koleo
 
-B, LOCALS, DIM, PATCHES, K = 5, 3, 12, 9, 16
-HEAD = HeadConfig(hidden=24, bottleneck=8, prototypes=K)
+B, LOCALS, DIM, PATCHES, K = 5, 3, 16, 9, 16
+HEAD = HeadConfig(hidden=24, bottleneck=8, prototypes=K, init_std=0.3)
+MODEL = VisionTransformerConfig(dim=DIM, depth=2, heads=2, patch_size=4, image_size=12, layer_scale=1.0, init_std=0.2)
+
+
+def made(objective: type[Objective], config: object) -> Any:
+    torch.manual_seed(2)
+    return objective(config, MODEL, MODEL)
+
+
+def outputs_of(images: int = B, locals_: int = LOCALS, dtype: torch.dtype = torch.float32) -> Outputs:
+    """Outputs whose features are given instead of computed."""
+    generator = torch.Generator().manual_seed(0)
+
+    def features(n: int) -> Features:
+        shapes = (n, DIM), (n, PATCHES, DIM)
+        return Features(*(torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes))
+
+    backbone = VisionTransformer(MODEL)
+    pixels = torch.randn(2 * images, 3, 12, 12, generator=generator)
+    outputs = Outputs(backbone, backbone, pixels, torch.empty(0), None, None)
+    outputs.__dict__["_student"] = [features(2 * images), features(locals_ * images)]
+    outputs.__dict__["teacher_globals"] = features(2 * images)
+    return outputs
 
 
 @pytest.fixture
 def outputs() -> Outputs:
-    torch.manual_seed(0)
-
-    def features(n: int) -> Features:
-        return Features(torch.randn(n, DIM), torch.randn(n, PATCHES, DIM))
-
-    return Outputs(features(2 * B), features(LOCALS * B), features(2 * B))
+    return outputs_of()
 
 
 @pytest.fixture
@@ -36,8 +54,9 @@ def batch() -> Batch:
     torch.manual_seed(1)
     masks = torch.rand(2 * B, PATCHES) < 0.4
     masks[::2] = False
+    masks[1, 0] = True
     empty = torch.empty(0)
-    return Batch(empty, empty, empty, empty, masks, empty)
+    return Batch(empty, empty, empty, empty, masks, empty, empty, torch.arange(B))
 
 
 def test_sinkhorn_balances_prototypes_and_gives_distributions() -> None:
@@ -69,7 +88,7 @@ def test_a_uniform_teacher_and_student_cost_log_k() -> None:
 
 
 def test_dino_is_the_mean_over_pairs_of_different_crops(outputs: Outputs, batch: Batch) -> None:
-    dino = Dino(DinoConfig(head=HEAD), DIM, DIM)
+    dino = made(Dino, DinoConfig(head=HEAD))
     terms = dino(outputs, batch, 0.05)
     targets = dino.targets(dino.teacher_head(outputs.teacher_globals.class_token), 0.05).chunk(2)
     assert outputs.student_locals is not None
@@ -88,26 +107,28 @@ def test_dino_is_the_mean_over_pairs_of_different_crops(outputs: Outputs, batch:
 
 
 def test_ibot_weighs_images_equally_whatever_their_masks(outputs: Outputs, batch: Batch) -> None:
-    ibot = Ibot(IbotConfig(head=HEAD), DIM, DIM)
+    ibot = made(Ibot, IbotConfig(head=HEAD))
     loss = ibot(outputs, batch, 0.05)["ibot"]
     targets = ibot.targets(ibot.teacher_head(outputs.teacher_globals.patch_tokens[batch.masks]), 0.05)
     losses = cross_entropy(targets, ibot.head(outputs.student_globals.patch_tokens[batch.masks]), 0.1)
     images = batch.masks.nonzero()[:, 0]
-    expected = sum(losses[images == image].mean() for image in images.unique()) / (2 * B)
-    torch.testing.assert_close(loss, expected)
+    total = sum(losses[images == image].mean() for image in images.unique())
+    torch.testing.assert_close(loss, total / len(images.unique()))
+    everywhere = made(Ibot, IbotConfig(head=HEAD, mean_over="all"))
+    torch.testing.assert_close(everywhere(outputs, batch, 0.05)["ibot"], total / (2 * B))
 
 
 def test_ibot_does_not_look_at_visible_patches(outputs: Outputs, batch: Batch) -> None:
-    ibot = Ibot(IbotConfig(head=HEAD), DIM, DIM)
+    ibot = made(Ibot, IbotConfig(head=HEAD))
     before = ibot(outputs, batch, 0.05)["ibot"]
-    outputs.student_globals.patch_tokens[~batch.masks] = 100.0
-    outputs.teacher_globals.patch_tokens[~batch.masks] = -100.0
+    outputs.student_globals.patch_tokens.data[~batch.masks] = 100.0
+    outputs.teacher_globals.patch_tokens.data[~batch.masks] = -100.0
     torch.testing.assert_close(ibot(outputs, batch, 0.05)["ibot"], before)
 
 
 def test_without_masks_ibot_is_zero(outputs: Outputs, batch: Batch) -> None:
     batch.masks[:] = False
-    loss = Ibot(IbotConfig(head=HEAD), DIM, DIM)(outputs, batch, 0.05)["ibot"]
+    loss = made(Ibot, IbotConfig(head=HEAD))(outputs, batch, 0.05)["ibot"]
     assert loss.item() == 0
 
 
@@ -116,16 +137,20 @@ def test_koleo_of_orthonormal_vectors() -> None:
 
 
 def test_koleo_sees_each_crop_by_itself(outputs: Outputs, batch: Batch) -> None:
-    term = Koleo(KoleoConfig(), DIM, DIM)(outputs, batch, 0.05)["koleo"]
+    term = made(Koleo, KoleoConfig())(outputs, batch, 0.05)["koleo"]
     first, second = outputs.student_globals.class_token.chunk(2)
     torch.testing.assert_close(term, koleo(first) + koleo(second))
 
 
-def test_koleo_is_in_float32_under_autocast() -> None:
-    x = torch.randn(16, 8)
+def test_koleo_leaves_half_precision_unless_told_to_stay(batch: Batch) -> None:
+    outputs = outputs_of(dtype=torch.bfloat16)
+    first, second = outputs.student_globals.class_token.float().chunk(2)
+    exact = koleo(first) + koleo(second)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(koleo(x), koleo(x.float()))
-        assert koleo(x).dtype == torch.float32
+        term = made(Koleo, KoleoConfig())(outputs, batch, 0.05)["koleo"]
+        faithful = made(Koleo, KoleoConfig(half_precision=True))(outputs, batch, 0.05)["koleo"]
+    torch.testing.assert_close(term, exact)
+    assert faithful.dtype == torch.bfloat16
 
 
 def test_koleo_is_the_brute_force_distance_to_the_nearest() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from infra.config import Config
@@ -49,12 +51,18 @@ class Crops(Config):
 class Views(Config):
     """Multi-crop views (SwAV, arXiv 2006.09882; scales and colours of DINOv2, arXiv 2304.07193)."""
 
-    globals: Crops = Crops(photometric=[Photometric(blur=0.0), Photometric(blur=0.9, solarize=0.2)])
-    """The two global crops."""
+    globals: Crops = Crops(photometric=[Photometric(blur=1.0), Photometric(blur=0.1, solarize=0.2)])
+    """The global crops."""
+    global_count: Literal[1, 2] = 2
+    """Global crops an image. Self-distillation compares two; MAE, CLIP and SigLIP need one."""
     locals: Crops = Crops(size=96, scale=(0.05, 0.32), photometric=[Photometric(blur=0.5)])
     """The local crops."""
     local_count: int = Field(8, ge=0)
     """Local crops an image."""
+    plain_size: int | None = Field(None, ge=8)
+    """Side in pixels of further global crops, cut alike but not recoloured: what Gram anchoring's teacher sees."""
+    inverted_blur: bool = False
+    """Blur with one minus the probability, as DINO, iBOT, DINOv2 and DINOv3 do unawares (dinov3 issue 286)."""
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip, drawn for each crop."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -65,3 +73,7 @@ class Views(Config):
     """Share of the global crops whose patch tokens are masked for the student."""
     mask_ratio: tuple[float, float] = (0.1, 0.5)
     """Least and largest share of masked patch tokens in such a crop."""
+    mask_sampler: Literal["dinov3", "dinov2"] = "dinov3"
+    """dinov3: blocks, then single patches up to the exact number. dinov2: blocks alone, which may fall short."""
+    mask_shift: bool = False
+    """Shift masks around the image's edges (DINOv3)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -15,24 +15,28 @@ from infra.errors import UserError
 from pretrain.data import order
 from pretrain.data.config import Views
 from pretrain.data.decode import ImageRejected, decode_rgb
-from pretrain.data.masks import batch_masks
-from pretrain.data.views import GLOBAL_COUNT, cut
+from pretrain.data.masks import MaskPlan, batch_masks
+from pretrain.data.views import Cut, cut
 
 
 @dataclass
 class Batch:
-    """One micro-batch of B images. Crops are ordered crop by crop: all first crops, then all second ones."""
+    """One micro-batch of B images with G global and L local crops each, crop by crop: all first ones first."""
 
     global_crops: Tensor
-    """uint8 `[2B, 3, H, W]`"""
+    """uint8 `[G*B, 3, H, W]`"""
     global_photometric: Tensor
-    """float32 `[2B, 9]`"""
+    """float32 `[G*B, 9]`"""
     local_crops: Tensor
     """uint8 `[L*B, 3, h, w]`"""
     local_photometric: Tensor
     """float32 `[L*B, 9]`"""
     masks: Tensor
-    """bool `[2B, patches]`: patch tokens of the global crops hidden from the student"""
+    """bool `[G*B, patches]`: patch tokens of the global crops hidden from the student"""
+    plain_crops: Tensor
+    """uint8 `[G*B, 3, H', W']`: the global crops again, larger; none unless they are asked for"""
+    texts: Tensor
+    """int64 `[B, context]`: token ids of the captions; `[B, 0]` where no objective reads them"""
     positions: Tensor
     """int64 `[B]`: places in the endless run of epochs"""
 
@@ -40,24 +44,23 @@ class Batch:
         return Batch(**{each.name: getattr(self, each.name).to(device, non_blocking=True) for each in fields(self)})
 
 
-@dataclass(frozen=True)
-class MaskPlan:
-    """How the patch tokens of global crops are masked."""
-
-    patch_size: int
-    share: float
-    ratio: tuple[float, float]
-
-
 class ViewDataset(Dataset[Batch | UserError]):
     """Maps the positions of a micro-batch to its views. Corpora are read one after the other as one."""
 
-    def __init__(self, corpora: Sequence[Corpus], views: Views, masks: MaskPlan, seed: int) -> None:
+    def __init__(
+        self,
+        corpora: Sequence[Corpus],
+        views: Views,
+        masks: MaskPlan,
+        seed: int,
+        tokenize: Callable[[Sequence[str]], Tensor] | None = None,
+    ) -> None:
         self.corpora = list(corpora)
         self.ends = np.cumsum([len(corpus) for corpus in corpora])
         self.views = views
         self.masks = masks
         self.seed = seed
+        self.tokenize = tokenize
         if self.size == 0:
             raise UserError(f"{corpora[0].artifact.url}: an empty corpus; nothing to train on")
 
@@ -74,48 +77,57 @@ class ViewDataset(Dataset[Batch | UserError]):
     def batch(self, positions: np.ndarray) -> Batch:
         """The views of the images at given positions."""
         rows = order.rows_at(positions, self.seed, self.size)
-        samples = [self._views(int(row), int(position)) for row, position in zip(rows, positions, strict=True)]
-        crops, crop_parameters, small, small_parameters = zip(*samples, strict=True)
+        samples = [self._sample(int(row)) for row in rows]
+        views = [self._views(*sample, int(place)) for sample, place in zip(samples, positions, strict=True)]
+        large, small = ([pair[i] for pair in views] for i in (0, 1))
         return Batch(
-            global_crops=_stack_images(crops),
-            global_photometric=_stack(crop_parameters),
-            local_crops=_stack_images(small),
-            local_photometric=_stack(small_parameters),
+            global_crops=_stack_images([crops.pixels for crops in large]),
+            global_photometric=_stack([crops.photometric for crops in large]),
+            local_crops=_stack_images([crops.pixels for crops in small]),
+            local_photometric=_stack([crops.photometric for crops in small]),
+            plain_crops=_stack_images([crops.plain for crops in large]),
             masks=torch.from_numpy(self._masks(positions)),
+            texts=self._texts(samples),
             positions=torch.from_numpy(positions),
         )
 
-    def _views(self, row: int, position: int) -> tuple[np.ndarray, ...]:
-        corpus_number = int(np.searchsorted(self.ends, row, side="right"))
-        corpus = self.corpora[corpus_number]
-        first = int(self.ends[corpus_number - 1]) if corpus_number else 0
+    def _sample(self, row: int) -> tuple[Corpus, int]:
+        """A row of all corpora as one: the corpus and the row in it."""
+        number = int(np.searchsorted(self.ends, row, side="right"))
+        return self.corpora[number], row - (int(self.ends[number - 1]) if number else 0)
+
+    def _views(self, corpus: Corpus, row: int, position: int) -> tuple[Cut, Cut]:
         try:
-            image = decode_rgb(corpus.read_image(row - first))
+            image = decode_rgb(corpus.read_image(row))
         except ImageRejected as error:
-            key = corpus.keys[row - first]
+            key = corpus.keys[row]
             raise UserError(f"{corpus.artifact.url}: sample {key} is {error.reason} now; ingest it again") from None
         rng = order.generator(self.seed, order.AUGMENTATION, position)
         views = self.views
         return (
-            *cut(image, views.globals, GLOBAL_COUNT, views.flip, rng),
-            *cut(image, views.locals, views.local_count, views.flip, rng),
+            cut(image, views.globals, views.global_count, views, rng, views.plain_size),
+            cut(image, views.locals, views.local_count, views, rng),
         )
+
+    def _texts(self, samples: Sequence[tuple[Corpus, int]]) -> Tensor:
+        if self.tokenize is None:
+            return torch.empty((len(samples), 0), dtype=torch.int64)
+        return self.tokenize([corpus.captions[row] for corpus, row in samples])
 
     def _masks(self, positions: np.ndarray) -> np.ndarray:
         side = self.views.globals.size // self.masks.patch_size
         rng = order.generator(self.seed, order.MASKS, int(positions[0]))
-        return batch_masks(GLOBAL_COUNT * len(positions), (side, side), self.masks.share, self.masks.ratio, rng)
+        return batch_masks(self.views.global_count * len(positions), (side, side), self.masks, rng)
 
 
 def _stack_images(samples: Sequence[np.ndarray]) -> Tensor:
     """B arrays `[crops, h, w, 3]` to `[crops * B, 3, h, w]`, crop by crop."""
     pixels = np.stack(samples, axis=1)
-    return torch.from_numpy(pixels.reshape(-1, *pixels.shape[2:])).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(pixels).flatten(0, 1).permute(0, 3, 1, 2).contiguous()
 
 
 def _stack(samples: Sequence[np.ndarray]) -> Tensor:
-    values = np.stack(samples, axis=1)
-    return torch.from_numpy(values.reshape(-1, values.shape[-1]))
+    return torch.from_numpy(np.stack(samples, axis=1)).flatten(0, 1)
 
 
 @dataclass(frozen=True)

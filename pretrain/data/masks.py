@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """How the patch tokens of global crops are masked."""
+
+    patch_size: int
+    share: float
+    """Share of crops with a mask."""
+    ratio: tuple[float, float]
+    """Least and largest share of masked patches in them."""
+    exact: bool
+    """Mask exactly the number asked for (DINOv3); else blocks alone, which may fall short (DINOv2)."""
+    shift: bool
+    """Shift masks around the edges."""
 
 
 def block_mask(height: int, width: int, target: int, rng: np.random.Generator) -> np.ndarray:
@@ -33,19 +49,29 @@ def block_mask(height: int, width: int, target: int, rng: np.random.Generator) -
     return mask
 
 
-def batch_masks(
-    count: int, grid: tuple[int, int], share: float, ratio: tuple[float, float], rng: np.random.Generator
-) -> np.ndarray:
+def batch_masks(count: int, grid: tuple[int, int], plan: MaskPlan, rng: np.random.Generator) -> np.ndarray:
     """Masks for a batch of global crops, bool `[count, patches]`.
 
-    A share of the crops is masked; their target ratios fill the range `ratio` evenly (DINOv2, data/collate.py).
+    A share of the crops is masked; their target ratios fill the plan's range evenly (DINOv2, data/collate.py).
     """
     height, width = grid
-    masked = int(count * share)
-    edges = np.linspace(*ratio, masked + 1)
+    masked = int(count * plan.share)
+    edges = np.linspace(*plan.ratio, masked + 1)
     masks = np.zeros((count, height * width), dtype=bool)
     chosen = rng.permutation(count)[:masked]
     for i, row in enumerate(chosen):
-        target = int(height * width * rng.uniform(edges[i], edges[i + 1]))
-        masks[row] = block_mask(height, width, target, rng).reshape(-1)
+        share = edges[i + 1] if plan.exact else rng.uniform(edges[i], edges[i + 1])
+        target = int(height * width * share)
+        mask = block_mask(height, width, target, rng)
+        if plan.shift:
+            mask = np.roll(mask, (rng.integers(height), rng.integers(width)), (0, 1))
+        masks[row] = mask.reshape(-1)
+        if plan.exact:
+            _fill(masks[row], target, rng)
     return masks
+
+
+def _fill(mask: np.ndarray, target: int, rng: np.random.Generator) -> None:
+    """Mask single patches, in place, until there are `target`."""
+    missing = target - int(mask.sum())
+    mask[rng.choice(np.flatnonzero(~mask), missing, replace=False)] = True

@@ -20,8 +20,9 @@ _CHANNEL_ORDERS = torch.tensor([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 
 _GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601, as in torchvision and Pillow
 
 
-def draw(spec: Photometric, rng: np.random.Generator) -> np.ndarray:
+def draw(spec: Photometric, rng: np.random.Generator, inverted_blur: bool = False) -> np.ndarray:
     """Parameters for one image, float32 `[9]`."""
+    blur = 1 - spec.blur if inverted_blur else spec.blur
     values = _NEUTRAL.copy()
     chance = rng.random(6)
     if chance[0] < spec.jitter:
@@ -29,7 +30,7 @@ def draw(spec: Photometric, rng: np.random.Generator) -> np.ndarray:
         values[:3] = rng.uniform(np.maximum(0, 1 - strength), 1 + strength)
         values[HUE] = rng.uniform(-spec.hue, spec.hue)
     values[GREY] = chance[1] < spec.grey
-    values[BLUR] = rng.uniform(0.1, 2.0) if chance[2] < spec.blur else 0
+    values[BLUR] = rng.uniform(0.1, 2.0) if chance[2] < blur else 0
     values[SOLARIZE] = chance[3] < spec.solarize
     values[INVERT] = chance[4] < spec.invert
     values[CHANNELS] = rng.integers(1, 6) if chance[5] < spec.channels else 0

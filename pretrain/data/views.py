@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from pretrain.data.config import Crops
+from pretrain.data.config import Crops, Views
 from pretrain.data.photometric import draw
 
 _ASPECTS = (3 / 4, 4 / 3)
@@ -33,20 +34,35 @@ def resized_crop_box(
     return left, top, left + w, top + h
 
 
-def cut(
-    image: Image.Image, crops: Crops, count: int, flip: float, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cut `count` random crops.
+@dataclass(frozen=True)
+class Cut:
+    """Crops of one image."""
 
-    Returns:
-        pixels uint8 `[count, size, size, 3]` and photometric parameters float32 `[count, 9]`.
-    """
+    pixels: np.ndarray
+    """uint8 `[count, size, size, 3]`"""
+    photometric: np.ndarray
+    """float32 `[count, 9]`"""
+    plain: np.ndarray
+    """uint8 `[count, plain size, plain size, 3]`: the same boxes; no crops where no plain size is asked for"""
+
+
+def cut(
+    image: Image.Image, crops: Crops, count: int, views: Views, rng: np.random.Generator, plain_size: int | None = None
+) -> Cut:
+    """Cut `count` random crops."""
     pixels = np.empty((count, crops.size, crops.size, 3), dtype=np.uint8)
-    parameters = []
+    plain = np.empty((count if plain_size else 0, plain_size or 0, plain_size or 0, 3), dtype=np.uint8)
+    parameters = np.empty((count, 9), dtype=np.float32)
     for i in range(count):
         box = resized_crop_box(image.width, image.height, crops.scale, rng)
-        side = (crops.size, crops.size)
-        crop: Any = np.asarray(image.resize(side, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
-        pixels[i] = crop[:, ::-1] if rng.random() < flip else crop
-        parameters.append(draw(crops.photometric[min(i, len(crops.photometric) - 1)], rng))
-    return pixels, np.stack(parameters) if parameters else np.empty((0, 9), dtype=np.float32)
+        turned = rng.random() < views.flip
+        pixels[i] = _resized(image, box, crops.size, turned)
+        if plain_size:
+            plain[i] = _resized(image, box, plain_size, turned)
+        parameters[i] = draw(crops.photometric[min(i, len(crops.photometric) - 1)], rng, views.inverted_blur)
+    return Cut(pixels, parameters, plain)
+
+
+def _resized(image: Image.Image, box: tuple[int, int, int, int], size: int, turned: bool) -> np.ndarray:
+    crop: Any = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
+    return crop[:, ::-1] if turned else crop

@@ -4,23 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from pretrain.data.loader import Batch
-from pretrain.models.vit import Features
+from pretrain.models.vit import Features, VisionTransformer
 
 
 @dataclass
 class Outputs:
-    """Backbone outputs of one micro-batch of B images. Crops are ordered crop by crop, as in `Batch`."""
+    """Backbone outputs of one micro-batch of B images, computed when first read and then shared.
 
-    student_globals: Features
-    """Of the 2B global crops, masked where the objectives want it."""
-    student_locals: Features | None
-    """Of the local crops."""
-    teacher_globals: Features
-    """Of the 2B global crops, never masked."""
+    Crops are ordered crop by crop, as in `Batch`.
+    """
+
+    student: VisionTransformer
+    teacher: VisionTransformer
+    images: Tensor
+    """Global crops `[G * B, 3, H, W]`, recoloured and normalised."""
+    local_images: Tensor | None
+    """Local crops, likewise."""
+    plain_images: Tensor | None
+    """The global crops larger and not recoloured, normalised."""
+    masks: Tensor | None
+    """bool `[G * B, patches]`: what of the global crops the student does not see."""
+
+    @cached_property
+    def _student(self) -> list[Features]:
+        if self.local_images is None:
+            return self.student([self.images], [self.masks])
+        return self.student([self.images, self.local_images], [self.masks, None])
+
+    @cached_property
+    def student_globals(self) -> Features:
+        """Of the global crops, masked where there are masks."""
+        return self._student[0]
+
+    @cached_property
+    def student_locals(self) -> Features | None:
+        """Of the local crops."""
+        return self._student[1] if self.local_images is not None else None
+
+    @cached_property
+    def teacher_globals(self) -> Features:
+        """Of the global crops, never masked, without gradient."""
+        with torch.no_grad():
+            return self.teacher([self.images])[0]
 
 
 class Objective(nn.Module):
@@ -40,8 +71,11 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
+    def begin_step(self, step: int, teacher: VisionTransformer) -> None:
+        """Called before each optimiser step, from 0 on, on every rank."""
+
     def head_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
-        """(student, teacher) heads, where it has any."""
+        """(student, teacher) heads, where it has any of its own."""
         return iter(())
 
     def last_layers(self) -> Iterator[nn.Module]:

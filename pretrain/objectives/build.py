@@ -5,15 +5,40 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pretrain.models.config import VisionTransformerConfig
 from pretrain.objectives.base import Objective
-from pretrain.objectives.config import ObjectiveConfig
+from pretrain.objectives.config import IbotConfig, ObjectiveConfig
 from pretrain.objectives.dino import Dino
+from pretrain.objectives.gram import Gram
 from pretrain.objectives.ibot import Ibot
+from pretrain.objectives.image_text import Clip, Siglip
 from pretrain.objectives.koleo import Koleo
+from pretrain.objectives.mae import Mae
+from pretrain.objectives.simmim import Simmim
 
-_KINDS: dict[str, type[Any]] = {"dino": Dino, "ibot": Ibot, "koleo": Koleo}
+_KINDS: dict[str, type[Any]] = {
+    "dino": Dino,
+    "ibot": Ibot,
+    "koleo": Koleo,
+    "gram": Gram,
+    "mae": Mae,
+    "simmim": Simmim,
+    "clip": Clip,
+    "siglip": Siglip,
+}
 
 
-def build(configs: Sequence[ObjectiveConfig], dim: int, teacher_dim: int) -> dict[str, Objective]:
-    """The objectives of a run by kind, for a student and a teacher of these widths."""
-    return {config.kind: _KINDS[config.kind](config, dim, teacher_dim) for config in configs}
+def build(
+    configs: Sequence[ObjectiveConfig], student: VisionTransformerConfig, teacher: VisionTransformerConfig
+) -> dict[str, Objective]:
+    """The objectives of a run by kind, for a student and a teacher of these dimensions."""
+    built: dict[str, Objective] = {}
+    for config in configs:
+        built[config.kind] = _KINDS[config.kind](config, student, teacher)
+    for config in configs:
+        if isinstance(config, IbotConfig) and config.tied:
+            dino, ibot = built["dino"], built["ibot"]
+            assert isinstance(dino, Dino)
+            assert isinstance(ibot, Ibot)
+            ibot.tie(dino)
+    return built

@@ -18,6 +18,8 @@ class DinoConfig(Config):
     kind: Literal["dino"] = "dino"
     weight: float = Field(1.0, ge=0)
     """Factor of the loss."""
+    local_weight: float = Field(1.0, ge=0)
+    """Factor of the local crops' share of it."""
     head: HeadConfig = HeadConfig()
     """The projection head."""
     centering: Centering = "sinkhorn"
@@ -32,12 +34,16 @@ class IbotConfig(Config):
     kind: Literal["ibot"] = "ibot"
     weight: float = Field(1.0, ge=0)
     """Factor of the loss."""
+    tied: bool = False
+    """Use DINO's heads instead of own ones."""
     head: HeadConfig = HeadConfig()
-    """The projection head."""
+    """The projection head, where it is not tied."""
     centering: Centering = "sinkhorn"
     """How the teacher's targets are balanced."""
     student_temperature: float = Field(0.1, gt=0)
     """Softmax temperature of the student."""
+    mean_over: Literal["masked", "all"] = "masked"
+    """Divide by the number of masked crops; or of all global crops, masked or not, as DINOv2 does."""
 
 
 class KoleoConfig(Config):
@@ -46,6 +52,96 @@ class KoleoConfig(Config):
     kind: Literal["koleo"] = "koleo"
     weight: float = Field(0.1, ge=0)
     """Factor of the loss."""
+    distributed: bool = False
+    """Look for nearest neighbours among the crops of all ranks (DINOv3), not of each by itself."""
+    half_precision: bool = False
+    """Stay in the backbone's precision, as DINOv2 does; half-precision distances can be zero."""
 
 
-ObjectiveConfig = Annotated[DinoConfig | IbotConfig | KoleoConfig, Field(discriminator="kind")]
+class GramConfig(Config):
+    """Gram anchoring: likeness between patch tokens stays that of an earlier teacher (DINOv3, section 4.2)."""
+
+    kind: Literal["gram"] = "gram"
+    weight: float = Field(2.0, ge=0)
+    """Factor of the loss."""
+    start: int = Field(0, ge=0)
+    """First step; the teacher of that moment becomes the anchor."""
+    refresh_every: int = Field(10_000, ge=1)
+    """Steps after which the present teacher becomes the anchor."""
+    refreshes: int = Field(3, ge=0)
+    """At most so many new anchors after the first."""
+
+
+class MaeConfig(Config):
+    """Masked autoencoding (MAE): pixels of hidden patches from the visible ones."""
+
+    kind: Literal["mae"] = "mae"
+    weight: float = Field(1.0, ge=0)
+    """Factor of the loss."""
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    """Share of hidden patches."""
+    dim: int = Field(512, ge=8)
+    """Width of the decoder."""
+    depth: int = Field(8, ge=1)
+    """Blocks of the decoder."""
+    heads: int = Field(16, ge=1)
+    """Attention heads of the decoder."""
+    normalize_pixels: bool = True
+    """Targets have mean 0 and variance 1 in each patch."""
+
+
+class SimmimConfig(Config):
+    """Pixels of masked patch tokens by one linear layer (SimMIM)."""
+
+    kind: Literal["simmim"] = "simmim"
+    weight: float = Field(1.0, ge=0)
+    """Factor of the loss."""
+
+
+class TextTower(Config):
+    """open_clip's text transformer, behind its byte-pair tokenizer."""
+
+    context: int = Field(77, ge=4)
+    """Tokens a caption; longer ones are cut."""
+    width: int = Field(512, ge=8)
+    """Width of the token vectors."""
+    heads: int = Field(8, ge=1)
+    """Attention heads."""
+    layers: int = Field(12, ge=1)
+    """Number of blocks."""
+
+
+class ClipConfig(Config):
+    """Contrast of images and captions over all pairs of the global batch (CLIP's InfoNCE)."""
+
+    kind: Literal["clip"] = "clip"
+    weight: float = Field(1.0, ge=0)
+    """Factor of the loss."""
+    dim: int = Field(512, ge=1)
+    """Width of the shared space."""
+    text: TextTower = TextTower()
+    """The text tower."""
+    scale: float = Field(14.285714, gt=0)
+    """First factor of the cosines, the inverse of the temperature; learned, at most 100."""
+
+
+class SiglipConfig(Config):
+    """Each image with each caption, true or not, by itself (SigLIP)."""
+
+    kind: Literal["siglip"] = "siglip"
+    weight: float = Field(1.0, ge=0)
+    """Factor of the loss."""
+    dim: int = Field(512, ge=1)
+    """Width of the shared space."""
+    text: TextTower = TextTower()
+    """The text tower."""
+    scale: float = Field(10.0, gt=0)
+    """First factor of the cosines; learned."""
+    bias: float = -10.0
+    """First value added to them; learned."""
+
+
+ObjectiveConfig = Annotated[
+    DinoConfig | IbotConfig | KoleoConfig | GramConfig | MaeConfig | SimmimConfig | ClipConfig | SiglipConfig,
+    Field(discriminator="kind"),
+]

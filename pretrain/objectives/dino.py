@@ -8,11 +8,14 @@ from pretrain.data.loader import Batch
 from pretrain.data.views import GLOBAL_COUNT
 from pretrain.objectives.base import Outputs
 from pretrain.objectives.centering import cross_entropy
+from pretrain.objectives.config import DinoConfig
 from pretrain.objectives.prototypes import PrototypeObjective
 
 
 class Dino(PrototypeObjective):
     """Cross-entropy from each teacher global crop to every other student crop."""
+
+    config: DinoConfig
 
     def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
         """`dino_global` and `dino_local`: means over the 2 + 2L crop pairs together (DINOv2, ssl_meta_arch)."""
@@ -31,5 +34,6 @@ class Dino(PrototypeObjective):
         if local_crops:
             # Every local crop meets both teacher crops: the mean over pairs is linear in the targets.
             summed = targets.unflatten(0, (GLOBAL_COUNT, images)).sum(0).repeat(local_crops, 1)
-            terms["dino_local"] = local_crops * cross_entropy(summed, logits, self.student_temperature).mean() / pairs
+            losses = cross_entropy(summed, logits, self.student_temperature)
+            terms["dino_local"] = self.config.local_weight * local_crops * losses.mean() / pairs
         return terms

@@ -6,18 +6,29 @@ from torch import Tensor
 
 from pretrain.data.loader import Batch
 from pretrain.objectives.base import Outputs
-from pretrain.objectives.centering import cross_entropy
+from pretrain.objectives.centering import Targets, cross_entropy
+from pretrain.objectives.config import IbotConfig
+from pretrain.objectives.dino import Dino
 from pretrain.objectives.prototypes import PrototypeObjective
 
 
 class Ibot(PrototypeObjective):
     """Cross-entropy between teacher and student patch tokens at masked positions."""
 
+    config: IbotConfig
+
+    def tie(self, dino: Dino) -> None:
+        """Use DINO's heads, which stay its modules: here they are seen, but neither trained nor saved twice."""
+        self.__dict__["head"], self.__dict__["teacher_head"] = dino.head, dino.teacher_head
+        self.targets = Targets(dino.config.head.prototypes, self.config.centering)
+
     def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
-        """`ibot`: mean over masked tokens of an image, then summed over images / number of global crops (DINOv2)."""
+        """`ibot`: mean over the masked tokens of a crop, then over crops."""
         masks = batch.masks
         targets = self.targets(self.teacher_head(outputs.teacher_globals.patch_tokens[masks].float()), temperature)
         logits = self.head(outputs.student_globals.patch_tokens[masks])
         losses = cross_entropy(targets, logits, self.student_temperature)
-        weights = (1 / masks.sum(1).clamp_min(1)).unsqueeze(1).expand_as(masks)[masks]
-        return {"ibot": (losses * weights).sum() / len(masks)}
+        tokens = masks.sum(1)
+        weights = (1 / tokens.clamp_min(1)).unsqueeze(1).expand_as(masks)[masks]
+        crops = len(masks) if self.config.mean_over == "all" else (tokens > 0).sum().clamp_min(1)
+        return {"ibot": (losses * weights).sum() / crops}

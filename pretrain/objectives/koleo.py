@@ -3,35 +3,48 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.data.loader import Batch
 from pretrain.data.views import GLOBAL_COUNT
+from pretrain.models.config import VisionTransformerConfig
 from pretrain.objectives.base import Objective, Outputs
 from pretrain.objectives.config import KoleoConfig
+from pretrain.objectives.gather import gathered, several_ranks
 
 
-def koleo(x: Tensor) -> Tensor:
-    """Minus the mean log distance to the nearest neighbour, in float32, of vectors `[n, dim]` set to unit length."""
-    with torch.autocast(x.device.type, enabled=False):
-        x = F.normalize(x.float(), dim=-1, eps=1e-8)
-        with torch.no_grad():
-            similarity = x @ x.T
-            similarity.fill_diagonal_(-1)
-            nearest = similarity.argmax(1)
-        distance = F.pairwise_distance(x, x[nearest], p=2, eps=1e-8)
-        return -(distance + 1e-8).log().mean()
+def koleo(x: Tensor, distributed: bool = False) -> Tensor:
+    """Minus the mean log distance to the nearest neighbour, of vectors `[n, dim]` set to unit length.
+
+    With `distributed`, neighbours come from all ranks, each of which holds n vectors; gradients reach them.
+    """
+    x = F.normalize(x, dim=-1, eps=1e-8)
+    everywhere, first = x, 0
+    if distributed and several_ranks():
+        everywhere, first = gathered(x), dist.get_rank() * len(x)
+    with torch.no_grad():
+        similarity = x @ everywhere.T
+        similarity.diagonal(first).fill_(-1)
+        nearest = similarity.argmax(1)
+    distance = F.pairwise_distance(x, everywhere[nearest], p=2, eps=1e-8)
+    return -(distance + 1e-8).log().mean()
 
 
 class Koleo(Objective):
     """KoLeo on the student's class tokens, each global crop of the batch by itself."""
 
-    def __init__(self, config: KoleoConfig, dim: int, teacher_dim: int) -> None:
+    def __init__(self, config: KoleoConfig, student: VisionTransformerConfig, teacher: VisionTransformerConfig) -> None:
         super().__init__()
         self.weight = config.weight
+        self.config = config
 
     def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
         """`koleo`: summed over the two global crops."""
-        crops = outputs.student_globals.class_token.chunk(GLOBAL_COUNT)
-        return {"koleo": torch.stack([koleo(crop) for crop in crops]).sum()}
+        tokens = outputs.student_globals.class_token
+        if not self.config.half_precision:
+            tokens = tokens.float()
+        with torch.autocast(tokens.device.type, enabled=False):
+            terms = [koleo(crop, self.config.distributed) for crop in tokens.chunk(GLOBAL_COUNT)]
+        return {"koleo": torch.stack(terms).sum()}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from pretrain.models.config import HeadConfig, VisionTransformerConfig
 from pretrain.models.heads import PrototypeHead, teacher_copy
 from pretrain.objectives.base import Objective
 from pretrain.objectives.centering import Targets
@@ -15,16 +16,29 @@ from pretrain.objectives.config import DinoConfig, IbotConfig
 class PrototypeObjective(Objective):
     """An objective whose student head is trained to give the teacher head's targets."""
 
-    def __init__(self, config: DinoConfig | IbotConfig, dim: int, teacher_dim: int) -> None:
+    head: PrototypeHead
+    teacher_head: PrototypeHead
+    targets: Targets
+
+    def __init__(
+        self, config: DinoConfig | IbotConfig, student: VisionTransformerConfig, teacher: VisionTransformerConfig
+    ) -> None:
         super().__init__()
+        self.config = config
         self.weight = config.weight
         self.student_temperature = config.student_temperature
-        self.head = PrototypeHead(dim, config.head)
-        self.teacher_head = teacher_copy(self.head, config.head, dim, teacher_dim)
-        self.targets = Targets(config.head.prototypes, config.centering)
+        if not (isinstance(config, IbotConfig) and config.tied):
+            self._make_heads(config.head, student.dim, teacher.dim)
+
+    def _make_heads(self, head: HeadConfig, dim: int, teacher_dim: int) -> None:
+        self.head = PrototypeHead(dim, head)
+        self.teacher_head = teacher_copy(self.head, head, dim, teacher_dim)
+        self.targets = Targets(head.prototypes, self.config.centering)
 
     def head_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
-        yield self.head, self.teacher_head
+        if "head" in self._modules:
+            yield self.head, self.teacher_head
 
     def last_layers(self) -> Iterator[nn.Module]:
-        yield self.head.last_layer
+        if "head" in self._modules:
+            yield self.head.last_layer

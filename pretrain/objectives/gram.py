@@ -1,0 +1,68 @@
+"""Gram anchoring (DINOv3, arXiv 2508.10104, section 4.2): patch tokens keep the likeness an earlier teacher saw."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.data.loader import Batch
+from pretrain.models.config import VisionTransformerConfig
+from pretrain.models.vit import VisionTransformer
+from pretrain.objectives.base import Objective, Outputs
+from pretrain.objectives.config import GramConfig
+
+
+def gram_loss(student: Tensor, anchor: Tensor) -> Tensor:
+    """Mean squared difference of the cosines between all patch tokens of an image, of two `[B, patches, dim]`.
+
+    The widths may differ.
+    """
+    student, anchor = F.normalize(student.float(), dim=-1), F.normalize(anchor.float(), dim=-1)
+    return F.mse_loss(student @ student.transpose(1, 2), anchor @ anchor.transpose(1, 2))
+
+
+class Gram(Objective):
+    """Anchors the student's global crops to a frozen copy of the teacher, which sees them larger and undistorted."""
+
+    def __init__(self, config: GramConfig, student: VisionTransformerConfig, teacher: VisionTransformerConfig) -> None:
+        super().__init__()
+        self.weight = config.weight
+        self.config = config
+        self.anchor = VisionTransformer(teacher).requires_grad_(False).eval()
+        self.started = False
+
+    def train(self, mode: bool = True) -> Gram:
+        super().train(mode)
+        self.anchor.eval()
+        return self
+
+    def begin_step(self, step: int, teacher: VisionTransformer) -> None:
+        since = step - self.config.start
+        self.started = since >= 0
+        turn, left = divmod(since, self.config.refresh_every)
+        if left == 0 and 0 <= turn <= self.config.refreshes:
+            self.anchor.load_state_dict(teacher.state_dict())
+
+    def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
+        """`gram`, from the first step on."""
+        if not self.started:
+            return {}
+        images = outputs.images if outputs.plain_images is None else outputs.plain_images
+        with torch.no_grad():
+            anchor = self.anchor([images])[0].patch_tokens
+            anchor = _resized(anchor, _grid(images, self.anchor), _grid(outputs.images, outputs.student))
+        return {"gram": gram_loss(outputs.student_globals.patch_tokens, anchor)}
+
+
+def _grid(images: Tensor, backbone: VisionTransformer) -> tuple[int, int]:
+    patch = backbone.config.patch_size
+    return images.shape[-2] // patch, images.shape[-1] // patch
+
+
+def _resized(tokens: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """Patch tokens `[B, h * w, dim]` of one grid, bicubically on another."""
+    if grid == wanted:
+        return tokens
+    maps = tokens.float().unflatten(1, grid).permute(0, 3, 1, 2)
+    return F.interpolate(maps, size=wanted, mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
