@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from typing import Literal
+
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from distill import timm_format
 from infra.errors import UserError
 from pretrain.data.config import Views
 from pretrain.models.attention import attention
-from pretrain.models.blocks import _subset
-from pretrain.models.config import HeadConfig, VisionTransformerConfig
+from pretrain.models.blocks import _subset, _swiglu
+from pretrain.models.config import HeadConfig, RopeConfig, VisionTransformerConfig
+from pretrain.models.execution import Checkpointing, Execution
 from pretrain.models.heads import PrototypeHead
+from pretrain.models.linear import normed_linear, scaled_linear
+from pretrain.models.positions import resized
+from pretrain.models.rope import AxialRope
 from pretrain.models.vit import VisionTransformer
 
 CONFIG = VisionTransformerConfig(dim=48, depth=3, heads=3, patch_size=4, image_size=32, layer_scale=0.5)
@@ -114,3 +124,147 @@ def test_head_logits_are_cosines_at_first() -> None:
     logits = head(torch.randn(50, 16))
     assert logits.shape == (50, 20)
     assert logits.abs().max() <= 1 + 1e-5
+
+
+GROUPS = [(5, 32), (7, 16)]
+
+
+def gradients(vit: VisionTransformer, execution: Execution) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Loss and gradients of a training pass whose stochastic depth always falls alike."""
+    vit.execution = execution
+    torch.manual_seed(7)
+    out = vit.train()([images(n, side) for n, side in GROUPS])
+    loss = sum(each.class_token.square().mean() + each.patch_tokens.square().mean() for each in out)
+    assert isinstance(loss, torch.Tensor)
+    trained = [parameter for name, parameter in vit.named_parameters() if name != "mask_token"]
+    return loss.detach(), list(torch.autograd.grad(loss, trained))
+
+
+PARTS = [
+    {"drop_path": 0.3},
+    {"position": "rope", "ffn": "swiglu", "key_bias": False, "rope": RopeConfig(rescale=2.0, shift=0.1, jitter=1.5)},
+]
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=["dinov2", "dinov3"])
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_activation_checkpointing_changes_nothing(checkpointing: Checkpointing, parts: dict[str, object]) -> None:
+    vit = model(**parts)
+    loss, expected = gradients(vit, Execution())
+    again, found = gradients(vit, Execution(checkpointing))
+    torch.testing.assert_close(again, loss, rtol=0, atol=0)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler (g++)")
+def test_compiled_blocks_change_nothing() -> None:
+    vit = model()
+    loss, expected = gradients(vit, Execution())
+    again, found = gradients(vit, Execution(compile=True))
+    torch.testing.assert_close(again, loss, rtol=1e-5, atol=0)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def saved_bytes(vit: VisionTransformer, execution: Execution) -> int:
+    """Bytes kept for the backward pass, parameters apart."""
+    vit.execution = execution
+    own = {parameter.untyped_storage().data_ptr() for parameter in vit.parameters()}
+    kept = {}
+
+    def pack(value: torch.Tensor) -> torch.Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), value)
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        out = vit.train()([images(n, side) for n, side in GROUPS])
+    assert out[0].class_token.requires_grad
+    return sum(size for size, _ in kept.values())
+
+
+def test_activation_checkpointing_keeps_less() -> None:
+    vit = model(depth=6)
+    assert saved_bytes(vit, Execution("full")) < saved_bytes(vit, Execution()) / 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [None, F.gelu, _swiglu])
+def test_lean_layers_are_the_plain_ones(activation: Callable[..., torch.Tensor] | None, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm, first = torch.nn.LayerNorm(8), torch.nn.Linear(8, 24)
+    second = torch.nn.Linear(12 if activation is _swiglu else 24, 8)
+    scale = torch.nn.Parameter(torch.randn(8))
+    x = torch.randn(10, 8, requires_grad=True)
+    leaves = [x, scale, *norm.parameters(), *first.parameters(), *second.parameters()]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours = scaled_linear(normed_linear(x, norm, first, first.bias), second, scale, activation)
+        hidden = first(norm(x))
+        plain = second(hidden if activation is None else activation(hidden)) * scale
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 0.2}
+    torch.testing.assert_close(ours.float(), plain.float(), **tolerance)
+    weights = torch.randn(10, 8)
+    for a, b in zip(
+        torch.autograd.grad((ours.float() * weights).sum(), leaves),
+        torch.autograd.grad((plain.float() * weights).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_keys_without_a_bias_stay_without() -> None:
+    """A bias of the keys changes no attention weight, so nothing of the output may change with it."""
+    vit = model(key_bias=False)
+    before = vit([images(2, 32)])[0].class_token
+    for block in vit.blocks:
+        block.attn.qkv.bias.data.chunk(3)[1].fill_(50.0)  # type: ignore[union-attr]
+    torch.testing.assert_close(vit([images(2, 32)])[0].class_token, before)
+
+
+def test_rope_augments_in_training_alone() -> None:
+    rope = AxialRope(RopeConfig(shift=0.2, jitter=1.2, rescale=2.0), 16)
+    assert torch.equal(rope.eval()(3, 4, 1)[0], rope(3, 4, 1)[0])
+    assert not torch.equal(rope.train()(3, 4, 1)[0], rope(3, 4, 1)[0])
+    cosines, sines = rope.eval()(3, 4, 5)
+    assert cosines.shape == sines.shape == (17, 16)
+    assert torch.equal(cosines[:5], torch.ones(5, 16))
+
+
+def test_norms_of_their_own() -> None:
+    """Class tokens of global and of local crops have norms of their own, the latter in training only."""
+    vit = model(class_norm=True, local_norm=True)
+    assert vit.cls_norm is not None
+    assert vit.local_cls_norm is not None
+    groups = [images(2, 32), images(3, 16)]
+    before = vit.train()(groups)
+    vit.local_cls_norm.bias.data += 1
+    after = vit(groups)
+    torch.testing.assert_close(after[1].class_token, before[1].class_token + 1)
+    torch.testing.assert_close(after[0].class_token, before[0].class_token)
+    vit.cls_norm.bias.data += 1
+    torch.testing.assert_close(vit(groups)[0].class_token, before[0].class_token + 1)
+    torch.testing.assert_close(vit(groups)[0].patch_tokens, before[0].patch_tokens)
+
+
+@pytest.mark.parametrize("how", ["antialias", "offset", "plain"])
+def test_positions_are_resized_as_asked(how: Literal["antialias", "offset", "plain"]) -> None:
+    table = torch.randn(1, 64, 6)
+    assert resized(table, 8, 8, 8, how) is table
+    out = resized(table, 8, 5, 11, how)
+    assert out.shape == (1, 55, 6)
+    flat = torch.full((1, 64, 6), 0.3)
+    torch.testing.assert_close(resized(flat, 8, 5, 11, how), torch.full((1, 55, 6), 0.3))
+
+
+def test_stochastic_depth_saves_its_share_of_the_work() -> None:
+    """DINOv2's way at a rate of 0.3 leaves out 28 % of a block's FLOPs and more."""
+    flops = {}
+    for rate in (0.0, 0.3):
+        vit = model(drop_path=rate).train()
+        with FlopCounterMode(display=False) as counter:
+            vit([images(10, 32), images(20, 16)])
+        flops[rate] = counter.get_total_flops()
+    assert flops[0.3] < 0.73 * flops[0.0]
