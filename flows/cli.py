@@ -41,7 +41,7 @@ app = App(
     default_parameter=Parameter(negative=(), negative_iterable=(), negative_bool=(), show_default=_shown_default),
 )
 
-File = Annotated[Path | None, Parameter(help="YAML file with the same keys as the flags.")]
+File = Annotated[Path | None, Parameter(help="YAML file with the same keys as the flags, or the name of a recipe.")]
 Flags = Parameter(name="*")
 
 
@@ -159,11 +159,21 @@ _CONFIGS: dict[str, type[Config]] = {
 def _with_file(*tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]) -> None:
     """Read the YAML file that follows a command, if there is one, beneath its flags."""
     if len(tokens) > 1 and not tokens[1].startswith("-") and tokens[0] in _CONFIGS:
-        content = load_yaml(tokens[1])
+        file = _recipe(tokens[0], tokens[1])
+        content = load_yaml(file)
         _check(content, _CONFIGS[tokens[0]], tokens[1])
         # Below the command's name: on top, keys that are named like a command (pretrain, say) would be passed over.
         app[tokens[0]].config = [cyclopts.config.Dict({tokens[0]: content}, source=tokens[1])]
     app(tokens, exit_on_error=False, print_error=False)
+
+
+def _recipe(command: str, name: str) -> str:
+    """The file of a recipe that comes with the command's room; any other name is a path."""
+    room = {"pretrain": "pretrain", "curate": "curation"}.get(command)
+    if room is None or not name.isidentifier():
+        return name
+    recipe = Path(__file__).parents[1] / room / "recipes" / f"{name}.yaml"
+    return str(recipe) if recipe.exists() else name
 
 
 def _check(content: dict[str, Any], model: type[Config], file: str) -> None:

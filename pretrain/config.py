@@ -39,8 +39,8 @@ class Optimizer(Config):
     """AdamW's moment factors."""
     eps: float = Field(1e-8, gt=0)
     """AdamW's guard of the division."""
-    clip: float = Field(3.0, gt=0)
-    """Largest norm of the whole gradient."""
+    clip: float | None = Field(3.0, gt=0)
+    """Largest norm of the whole gradient; null: any."""
     layer_decay: float = Field(1.0, gt=0, le=1)
     """Factor of the learning rate from each block to the one before it."""
     patch_embed_lr: float = Field(0.2, gt=0)

@@ -100,8 +100,9 @@ class TorchEngine:
         self._micro_steps += 1
         if self._micro_steps % self.accumulation:
             return
-        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        nn.utils.clip_grad_norm_(trained, self.clip)
+        if self.clip is not None:
+            trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+            nn.utils.clip_grad_norm_(trained, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -141,7 +142,7 @@ class DeepSpeedEngine:
             config={
                 "train_micro_batch_size_per_gpu": schedule.micro_batch,
                 "gradient_accumulation_steps": schedule.accumulation,
-                "gradient_clipping": optimizer.clip,
+                "gradient_clipping": optimizer.clip or 0.0,
                 "zero_optimization": {"stage": sharding.zero_stage},
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 1 << 60,

@@ -214,3 +214,28 @@ def test_parameter_groups_follow_dinov2() -> None:
     assert found["student.norm.weight"] == (1, 0)
     assert found["objectives.dino.head.mlp.0.weight"] == (1, 1)
     assert not any(name.startswith("teacher.") or "teacher_head" in name for name in found)
+
+
+def test_a_high_resolution_phase_starts_from_the_end_of_another(
+    embedded: Embedded, trained: Path, tmp_path: Path
+) -> None:
+    """Weights and heads come along, the position table is resized, and the lineage names where they came from."""
+    larger = {
+        "model": {**TINY["model"], "image_size": 48},
+        "views": {**TINY["views"], "globals": {"size": 48}},
+        "schedule": {"steps": 2, "micro_batch": 8},
+        "optimizer": {"base_lr": 1e-6},
+        "sharding": {"engine": "torch"},
+    }
+    settings = config(embedded.seed, tmp_path / "high", **larger, start=str(trained))
+    artifact = pretrain.run(settings)
+    before, after = Checkpoint.open(str(trained)), Checkpoint.open(artifact.url)
+    assert after.weights("student.")["pos_embed"].shape == (1, 1 + 36, 32)
+    name = "objectives.dino.head.mlp.0.weight"
+    torch.testing.assert_close(after.weights()[name], before.weights()[name], rtol=0, atol=1e-4)
+    assert artifact.manifest.inputs["start"].id == before.artifact.id
+    assert artifact.id != pretrain.train.plan(settings.model_copy(update={"start": None})).id
+    other = {**larger, "model": {**TINY["model"], "dim": 64, "image_size": 48}}
+    wider = config(embedded.seed, tmp_path / "other", **other, start=str(trained))
+    with pytest.raises(UserError, match="does not fit the settings"):
+        pretrain.run(wider)

@@ -28,8 +28,12 @@ class PrototypeHead(nn.Module):
                 nn.init.trunc_normal_(layer.weight, std=config.init_std)
                 nn.init.zeros_(layer.bias)
         prototypes = nn.Linear(config.bottleneck, config.prototypes, bias=False)
-        self.last_layer = weight_norm(prototypes)
-        nn.init.ones_(self.last_layer.parametrizations.weight.original0)
+        if config.weight_norm:
+            prototypes = weight_norm(prototypes)
+            nn.init.ones_(prototypes.parametrizations.weight.original0)
+        else:
+            nn.init.trunc_normal_(prototypes.weight, std=config.init_std)
+        self.last_layer = prototypes
 
     def forward(self, x: Tensor) -> Tensor:
         """`[n, dim]` to logits `[n, prototypes]`, each in -1 to 1 at initialisation."""
