@@ -13,17 +13,22 @@ from torch import Tensor
 
 from pretrain.data.config import Photometric
 
-# Columns of a parameter table; `neutral` leaves an image as it is.
+# Columns of a parameter table.
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, BLUR, SOLARIZE, INVERT, CHANNELS = range(9)
 _NEUTRAL = np.array([1, 1, 1, 0, 0, 0, 0, 0, 0], dtype=np.float32)
 _CHANNEL_ORDERS = torch.tensor([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
 _GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601, as in torchvision and Pillow
 
 
+def neutral() -> np.ndarray:
+    """Parameters that leave an image as it is, float32 `[9]`."""
+    return _NEUTRAL.copy()
+
+
 def draw(spec: Photometric, rng: np.random.Generator, inverted_blur: bool = False) -> np.ndarray:
     """Parameters for one image, float32 `[9]`."""
     blur = 1 - spec.blur if inverted_blur else spec.blur
-    values = _NEUTRAL.copy()
+    values = neutral()
     chance = rng.random(6)
     if chance[0] < spec.jitter:
         strength = np.array([spec.brightness, spec.contrast, spec.saturation])
