@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +17,8 @@ from infra.artifacts import Input
 from infra.errors import UserError
 from infra.hashing import hash_file
 from pretrain.checkpoints import Checkpoint
-from pretrain.config import BackboneConfig, CheckpointBackbone, OpenClipBackbone, PixelDescriptor
+from pretrain.config import BackboneConfig, CheckpointBackbone, OfficialBackbone, OpenClipBackbone, PixelDescriptor
+from pretrain.models.official import from_official
 from pretrain.models.vit import Features, VisionTransformer
 
 
@@ -39,6 +42,8 @@ def load(config: BackboneConfig) -> Backbone:
         return Pixels(config)
     if isinstance(config, CheckpointBackbone):
         return CheckpointedViT.open(config)
+    if isinstance(config, OfficialBackbone):
+        return CheckpointedViT.from_official(config)
     return OpenClip(config)
 
 
@@ -47,9 +52,9 @@ def identity(config: BackboneConfig) -> tuple[dict[str, Any], dict[str, Input]]:
     settings = config.model_dump(mode="json", exclude={"url", "checkpoint"})
     if isinstance(config, CheckpointBackbone):
         return settings, {"backbone": Checkpoint.open(config.url).artifact.as_input()}
-    if isinstance(config, OpenClipBackbone):
+    if isinstance(config, OpenClipBackbone | OfficialBackbone):
         if not Path(config.checkpoint).is_file():
-            raise UserError(f"{config.checkpoint}: no such file; give the path of an open_clip checkpoint")
+            raise UserError(f"{config.checkpoint}: no such file; give the path of a checkpoint")
         return settings, {"backbone": Input(id=hash_file(Path(config.checkpoint)), url=config.checkpoint)}
     return settings, {}
 
@@ -86,7 +91,7 @@ class Pixels:
 
 @dataclass
 class CheckpointedViT:
-    """A Vision Transformer of a Fovea checkpoint; its vector is the class token."""
+    """A Vision Transformer of a checkpoint, ours or an official one; its vector is the class token."""
 
     model: VisionTransformer
     mean: Tensor
@@ -96,10 +101,23 @@ class CheckpointedViT:
     def open(cls, config: CheckpointBackbone) -> CheckpointedViT:
         checkpoint = Checkpoint.open(config.url)
         model = checkpoint.untrained() if config.untrained else checkpoint.backbone()
-        device = default_device()
         views = checkpoint.settings.views
-        mean, std = (torch.tensor(each, device=device).view(1, 3, 1, 1) for each in (views.mean, views.std))
-        return cls(model.to(device), mean, std)
+        return cls._on_device(model, views.mean, views.std)
+
+    @classmethod
+    def from_official(cls, config: OfficialBackbone) -> CheckpointedViT:
+        try:
+            state = torch.load(config.checkpoint, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
+            raise UserError(f"{config.checkpoint}: not a readable checkpoint: {error}".splitlines()[0]) from None
+        model = VisionTransformer(config.architecture).requires_grad_(False).eval()
+        model.load_state_dict(from_official(state.get("teacher", state), config.architecture))
+        return cls._on_device(model, config.mean, config.std)
+
+    @classmethod
+    def _on_device(cls, model: VisionTransformer, mean: Sequence[float], std: Sequence[float]) -> CheckpointedViT:
+        device = default_device()
+        return cls(model.to(device), *(torch.tensor(each, device=device).view(1, 3, 1, 1) for each in (mean, std)))
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         return center_crop(image, self.model.config.image_size)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from infra.config import Config
-from pretrain.data.config import Views
+from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD, Views
 from pretrain.models.config import VisionTransformerConfig
 from pretrain.objectives.config import DinoConfig, IbotConfig, KoleoConfig, ObjectiveConfig
 
@@ -182,6 +182,20 @@ class CheckpointBackbone(Config):
     """Take the initial weights instead."""
 
 
+class OfficialBackbone(Config):
+    """A Vision Transformer from a DINOv2 or DINOv3 checkpoint, a state dict or a training's teacher, with official names."""
+
+    kind: Literal["official"] = "official"
+    checkpoint: str
+    """Path of its weights on this machine."""
+    architecture: VisionTransformerConfig = VisionTransformerConfig()
+    """The dimensions and parts it was trained with."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Mean of each channel that is subtracted, values 0 to 1."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Standard deviation of each channel that is divided by."""
+
+
 class OpenClipBackbone(Config):
     """The image tower of an open_clip model."""
 
@@ -192,7 +206,9 @@ class OpenClipBackbone(Config):
     """Path of its weights on this machine."""
 
 
-BackboneConfig = Annotated[PixelDescriptor | CheckpointBackbone | OpenClipBackbone, Field(discriminator="kind")]
+BackboneConfig = Annotated[
+    PixelDescriptor | CheckpointBackbone | OfficialBackbone | OpenClipBackbone, Field(discriminator="kind")
+]
 
 
 def decisive(config: Config) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from pretrain.objectives.config import ClipConfig, SiglipConfig
 from pretrain.objectives.image_text import tokenizer
 
 VERSION = 2
+
+_log = logging.getLogger(__name__)
 
 
 def pretrain(config: PretrainConfig) -> Artifact:
@@ -48,6 +51,7 @@ def train(
 ) -> Mapping[str, Any]:
     """Train a learner to the end, write it into a checkpoint's directory and return the checkpoint's metrics."""
     learner.student.execution = Execution(settings.runtime.activation_checkpointing, settings.runtime.compile)
+    _log.info("attention: %s; blocks: %s", settings.model.attention, learner.student.execution)
     trained = Training(title, learner, dataset, settings, directory).run()
     if sharding.world()[0] == 0:
         save_learner(learner, settings, directory)

@@ -9,11 +9,15 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 
 from infra.errors import UserError
 from pretrain.backbones import center_crop, identity, load
-from pretrain.config import OpenClipBackbone, PixelDescriptor
+from pretrain.config import OfficialBackbone, OpenClipBackbone, PixelDescriptor
 from pretrain.features import extract
+from pretrain.models.config import VisionTransformerConfig
+from pretrain.models.official import to_official
+from pretrain.models.vit import VisionTransformer
 from tests.conftest import image_folder, ingested, picture
 
 TINY_CLIP = {
@@ -77,3 +81,25 @@ def test_without_signs_a_negative_and_a_mirror_image_are_the_same() -> None:
 @pytest.mark.parametrize(("size", "side"), [((32, 32), 32), ((100, 60), 64), ((30, 200), 32), ((20, 10), 32)])
 def test_center_crops_have_the_asked_side(size: tuple[int, int], side: int) -> None:
     assert center_crop(picture(1, size), side).shape == (side, side, 3)
+
+
+def test_an_official_checkpoint_is_a_backbone(tmp_path: Path) -> None:
+    model = VisionTransformerConfig(dim=32, depth=1, heads=2, patch_size=8, image_size=32, registers=2)
+    torch.manual_seed(0)
+    vit = VisionTransformer(model).eval()
+    torch.save({"teacher": to_official(vit.state_dict(), model)}, tmp_path / "teacher.pth")
+    corpus = ingested(image_folder(tmp_path / "images", 3), tmp_path / "corpus")
+    config = OfficialBackbone(
+        checkpoint=str(tmp_path / "teacher.pth"), architecture=model, mean=(0, 0, 0), std=(1, 1, 1)
+    )
+    features = extract(load(config), corpus, 2, "embed")
+    pixels = np.stack([center_crop(picture(i), 32) for i in range(3)])
+    with torch.inference_mode():
+        expected = vit([torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255])[0].class_token
+    np.testing.assert_allclose(features, F.normalize(expected).numpy(), atol=1e-5)
+
+
+def test_a_checkpoint_that_is_none_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        load(OfficialBackbone(checkpoint=str(tmp_path / "x.pth")))
