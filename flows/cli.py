@@ -41,13 +41,22 @@ app = App(
     default_parameter=Parameter(negative=(), negative_iterable=(), negative_bool=(), show_default=_shown_default),
 )
 
-File = Annotated[Path | None, Parameter(help="YAML file with the same keys as the flags, or the name of a recipe.")]
+File = Annotated[
+    Path | None,
+    Parameter(help="YAML file with the same keys as the flags; for pretrain and curate also a recipe's name."),
+]
 Flags = Parameter(name="*")
 
 
 @app.command(sort_key=0)
 def run(file: File = None, /, *, config: Annotated[PipelineConfig, Flags]) -> None:
-    """Run a whole pipeline: ingest, embed, deduplicate, retrieve, pretrain, evaluate, distill, publish, report."""
+    """Run a whole pipeline: ingest, embed, deduplicate, retrieve, pretrain, evaluate, distill, publish, report.
+
+    Each stage has its own keys under its name: ingest, copies and likeness (see
+    fovea embed), deduplicate and retrieve (fovea curate), pretrain, distill,
+    evaluate (fovea eval), publish, report. So --pretrain.schedule.steps 100 is
+    what --schedule.steps 100 is to fovea pretrain.
+    """
     for name, value in _PREFECT_DEFAULTS.items():
         os.environ.setdefault(name, value)
     from flows.outcome import show

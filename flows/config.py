@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any
+from typing import Annotated, Any
 
+from cyclopts import Parameter
 from pydantic import Field, field_validator, model_validator
 
 from curation.config import CurateSettings, EmbeddedSettings, EmbedSettings, IngestSettings, Retrieve
@@ -13,6 +14,9 @@ from distill.config import DistillSettings, PublishSettings
 from eval.config import EvaluateSettings, ReportSettings
 from infra.config import Config
 from pretrain.config import PretrainSettings
+
+# Flags of these work, but `fovea run --help` would list every key of every stage: some 600 lines.
+OfItsStage = Parameter(show=False)
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
@@ -66,25 +70,25 @@ class PipelineConfig(Config):
     """Images to run on."""
     known_leaks: KnownLeaks | None = None
     """Ground truth of decontamination, if there is any."""
-    ingest: IngestSettings = IngestSettings()
+    ingest: Annotated[IngestSettings, OfItsStage] = IngestSettings()
     """What counts as an image."""
-    copies: EmbedSettings = EmbedSettings()
+    copies: Annotated[EmbedSettings, OfItsStage] = EmbedSettings()
     """Embedding by which copies are found."""
-    likeness: EmbedSettings = EmbedSettings()
+    likeness: Annotated[EmbedSettings, OfItsStage] = EmbedSettings()
     """Embedding by which images like the seed are found."""
-    deduplicate: CurateSettings = CurateSettings()
+    deduplicate: Annotated[CurateSettings, OfItsStage] = CurateSettings()
     """Steps that compare copies."""
-    retrieve: CurateSettings = Field(default_factory=lambda: CurateSettings(steps=[Retrieve()]))
+    retrieve: Annotated[CurateSettings, OfItsStage] = Field(default_factory=lambda: CurateSettings(steps=[Retrieve()]))
     """Steps that compare with the seed; left out where there is no seed."""
-    pretrain: PretrainSettings = PretrainSettings()
+    pretrain: Annotated[PretrainSettings, OfItsStage] = PretrainSettings()
     """The teacher."""
-    distill: DistillSettings = DistillSettings()
+    distill: Annotated[DistillSettings, OfItsStage] = DistillSettings()
     """The student."""
-    evaluate: EvaluateSettings = EvaluateSettings()
+    evaluate: Annotated[EvaluateSettings, OfItsStage] = EvaluateSettings()
     """Protocols for both."""
-    publish: PublishSettings = PublishSettings()
+    publish: Annotated[PublishSettings, OfItsStage] = PublishSettings()
     """The published student."""
-    report: ReportSettings = ReportSettings()
+    report: Annotated[ReportSettings, OfItsStage] = ReportSettings()
     """The page."""
 
     @model_validator(mode="after")

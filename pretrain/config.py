@@ -183,7 +183,7 @@ class CheckpointBackbone(Config):
 
 
 class OfficialBackbone(Config):
-    """A Vision Transformer from a DINOv2 or DINOv3 checkpoint, a state dict or a training's teacher, with official names."""
+    """A Vision Transformer from an official DINOv2 or DINOv3 checkpoint: a state dict, or a training's teacher."""
 
     kind: Literal["official"] = "official"
     checkpoint: str
