@@ -181,8 +181,11 @@ def _recipe(command: str, name: str) -> str:
     room = {"pretrain": "pretrain", "curate": "curation"}.get(command)
     if room is None or not name.isidentifier():
         return name
-    recipe = Path(__file__).parents[1] / room / "recipes" / f"{name}.yaml"
-    return str(recipe) if recipe.exists() else name
+    recipes = {path.stem: path for path in (Path(__file__).parents[1] / room / "recipes").glob("*.yaml")}
+    if name not in recipes and not Path(name).exists():
+        known = ", ".join(sorted(recipes))
+        raise UserError(f"{name}: no such file and no recipe; recipes of {command} are {known}")
+    return str(recipes.get(name, name))
 
 
 def _check(content: dict[str, Any], model: type[Config], file: str) -> None:
