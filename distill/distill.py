@@ -19,6 +19,7 @@ from pretrain.objectives.build import build as build_objectives
 from pretrain.train import corpus_inputs, produce_together, train, view_dataset
 
 VERSION = 2
+_DISTILLED = ("dino", "ibot", "koleo", "gram")  # the others have nothing to learn from a teacher
 
 
 def distill(config: DistillConfig) -> Artifact:
@@ -45,15 +46,22 @@ def plan(config: DistillConfig) -> Plan:
 
 
 def student_settings(config: DistillConfig, teacher: Checkpoint) -> PretrainSettings:
-    """The teacher's objectives and views with the student's model and schedules; stochastic depth is off."""
+    """The teacher's objectives and views with the student's model and schedules; stochastic depth is off.
+
+    Raises:
+        UserError: the teacher has no prototypes, or patches of another size.
+    """
     if config.model.patch_size != teacher.model.patch_size:
         raise UserError(
             f"model.patch_size: {config.model.patch_size}, but the teacher's is {teacher.model.patch_size}; "
             "patch tokens must match one to one"
         )
+    objectives = [each for each in teacher.settings.objectives if each.kind in _DISTILLED]
+    if not any(each.kind in ("dino", "ibot") for each in objectives):
+        raise UserError(f"{teacher.artifact.url}: has no prototypes to distill from; train it with dino or ibot")
     return PretrainSettings(
         model=config.model.model_copy(update={"drop_path": 0.0}),
-        objectives=teacher.settings.objectives,
+        objectives=objectives,
         views=teacher.settings.views,
         schedule=config.schedule,
         optimizer=config.optimizer,
@@ -70,6 +78,6 @@ def build_learner(settings: PretrainSettings, teacher: Checkpoint) -> Learner:
     losses = build_objectives(settings.objectives, settings.model, teacher.model)
     for name, objective in losses.items():
         for part in ("teacher_head", "targets"):
-            if hasattr(objective, part):
-                getattr(objective, part).load_state_dict(teacher.weights(f"objectives.{name}.{part}."))
+            if weights := teacher.weights(f"objectives.{name}.{part}."):
+                getattr(objective, part).load_state_dict(weights)
     return Learner(student, teacher.backbone(), losses, settings.views, distilling=True)

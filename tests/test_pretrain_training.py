@@ -22,7 +22,7 @@ from pretrain.checkpoints import WEIGHTS, Checkpoint
 from pretrain.config import PretrainConfig
 from pretrain.engine import METRICS, parameter_groups
 from pretrain.train import build_learner
-from tests.conftest import Embedded
+from tests.conftest import Embedded, image_folder, ingested
 
 HEAD = {"hidden": 32, "bottleneck": 16, "prototypes": 16}
 TINY = {
@@ -73,6 +73,43 @@ def test_zero_stages_train_alike(embedded: Embedded, trained: Path, tmp_path: Pa
     run_module("pretrain", config(embedded.seed, tmp_path / "zero", sharding={"zero_stage": stage}))
     for ours, plain in zip(losses(tmp_path / "zero"), losses(trained), strict=True):
         assert ours == pytest.approx(plain, rel=1e-3)
+
+
+TEXT = {"context": 16, "width": 16, "heads": 2, "layers": 1}
+EVERY_KIND: list[dict[str, object]] = [
+    {"kind": "dino", "head": HEAD},
+    {"kind": "ibot", "tied": True},
+    {"kind": "koleo", "distributed": True},
+    {"kind": "gram", "start": 1, "refresh_every": 1},
+    {"kind": "mae", "dim": 16, "depth": 1, "heads": 2},
+    {"kind": "simmim"},
+    {"kind": "clip", "dim": 16, "text": TEXT},
+    {"kind": "siglip", "dim": 16, "text": TEXT},
+]
+
+
+@pytest.mark.multiprocess
+def test_every_objective_trains_sharded_as_plainly(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images", 24)
+    for picture in folder.glob("*.png"):
+        picture.with_suffix(".txt").write_text(f"picture number {picture.stem}")
+    corpus = ingested(folder, tmp_path / "corpus").artifact.url
+    changes = {
+        "objectives": EVERY_KIND,
+        "views": {**TINY["views"], "plain_size": 64},
+        "schedule": {"steps": 4, "micro_batch": 8},
+    }
+    run_module("pretrain", config(corpus, tmp_path / "plain", **changes, sharding={"engine": "torch"}))
+    run_module("pretrain", config(corpus, tmp_path / "sharded", **changes, sharding={"zero_stage": 2}))
+    plain, sharded = losses(tmp_path / "plain"), losses(tmp_path / "sharded")
+    assert {kind["kind"] for kind in EVERY_KIND} - {"dino"} <= set(plain[-1])
+    assert "gram" not in plain[0]
+    for ours, other in zip(sharded, plain, strict=True):
+        assert ours == pytest.approx(other, rel=1e-3)
+    half = config(corpus, tmp_path / "half", **changes, sharding={"zero_stage": 2, "precision": "bf16"})
+    run_module("pretrain", half)
+    for ours, other in zip(losses(tmp_path / "half"), plain, strict=True):
+        assert ours["loss"] == pytest.approx(other["loss"], rel=0.05)
 
 
 @pytest.mark.multiprocess

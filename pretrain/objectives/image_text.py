@@ -50,7 +50,7 @@ class ImageText(Objective):
         self.text = TextTransformer(
             context_length=text.context, width=text.width, heads=text.heads, layers=text.layers, output_dim=config.dim
         )
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(config.scale)))
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(config.scale)]))  # DeepSpeed refuses scalars
 
     def encode_images(self, class_tokens: Tensor) -> Tensor:
         """`[B, student dim]` to unit vectors `[B, dim]`, float32."""
@@ -93,7 +93,7 @@ class Siglip(ImageText):
         self, config: SiglipConfig, student: VisionTransformerConfig, teacher: VisionTransformerConfig
     ) -> None:
         super().__init__(config, student, teacher)
-        self.logit_bias = nn.Parameter(torch.tensor(config.bias))
+        self.logit_bias = nn.Parameter(torch.tensor([config.bias]))
 
     def scale(self) -> Tensor:
         return self.logit_scale.exp()
