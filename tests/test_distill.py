@@ -24,7 +24,7 @@ from pretrain.backbones import load
 from pretrain.checkpoints import Checkpoint
 from pretrain.config import CheckpointBackbone
 from tests.conftest import Embedded
-from tests.test_pretrain_training import config
+from tests.test_pretrain_training import TINY, config
 
 STUDENT = {
     "model": {"dim": 24, "depth": 1, "heads": 2, "patch_size": 8, "image_size": 32, "registers": 2},
@@ -98,6 +98,22 @@ def test_patch_sizes_must_match(teacher: Checkpoint, embedded: Embedded, tmp_pat
     model = {**STUDENT["model"], "patch_size": 4}  # type: ignore[dict-item]
     with pytest.raises(UserError, match="the teacher's is 8"):
         distill.run(distillation(teacher, embedded.seed, tmp_path / "x", model=model))
+
+
+def test_a_mixed_teacher_hands_down_its_prototypes_alone(embedded: Embedded, tmp_path: Path) -> None:
+    """Tied heads are DINO's, and pixels are nothing to learn from a teacher; without prototypes nothing is."""
+    settings = {"schedule": {"steps": 1, "micro_batch": 8}, "sharding": {"engine": "torch"}, "runtime": {"workers": 0}}
+    dino, pixels = TINY["objectives"][0], {"kind": "simmim"}  # type: ignore[index]
+    mixed = config(
+        embedded.seed, tmp_path / "mixed", **settings, objectives=[dino, {"kind": "ibot", "tied": True}, pixels]
+    )
+    checkpoint = Checkpoint.open(pretrain.run(mixed).url)
+    student = Checkpoint.open(distill.run(distillation(checkpoint, embedded.seed, tmp_path / "student")).url)
+    assert [each.kind for each in student.settings.objectives] == ["dino", "ibot"]
+    alone = config(embedded.seed, tmp_path / "alone", **settings, objectives=[pixels])
+    nothing = Checkpoint.open(pretrain.run(alone).url)
+    with pytest.raises(UserError, match="no prototypes to distill from"):
+        distill.run(distillation(nothing, embedded.seed, tmp_path / "none"))
 
 
 @pytest.fixture(scope="module")
