@@ -49,12 +49,16 @@ def student_settings(config: DistillConfig, teacher: Checkpoint) -> PretrainSett
     """The teacher's objectives and views with the student's model and schedules; stochastic depth is off.
 
     Raises:
-        UserError: the teacher has no prototypes, or patches of another size.
+        UserError: the teacher is itself distilled, has no prototypes, or patches of another size.
     """
     if config.model.patch_size != teacher.model.patch_size:
         raise UserError(
             f"model.patch_size: {config.model.patch_size}, but the teacher's is {teacher.model.patch_size}; "
             "patch tokens must match one to one"
+        )
+    if teacher.released != "teacher":
+        raise UserError(
+            f"{teacher.artifact.url}: a distillation's, whose heads are its teacher's; distill from that one"
         )
     objectives = [each for each in teacher.settings.objectives if each.kind in _DISTILLED]
     if not any(each.kind in ("dino", "ibot") for each in objectives):

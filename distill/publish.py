@@ -29,7 +29,7 @@ from pretrain.data.config import Views
 from pretrain.data.decode import decode_rgb
 from pretrain.models.vit import VisionTransformer
 
-VERSION = 1
+VERSION = 2
 _CHECKED_IMAGES = 16
 
 

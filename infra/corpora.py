@@ -94,16 +94,16 @@ class Corpus:
             raise UserError(f"{self.artifact.url}: has samples without a label; ingest a folder of class folders")
         return np.array(self.table["label"].to_numpy())
 
-    @cached_property
-    def captions(self) -> list[str]:
-        """Caption of each sample.
+    @property
+    def captions(self) -> pa.ChunkedArray:
+        """Caption of each sample, not copied from the index.
 
         Raises:
             UserError: some sample has none.
         """
         if self.table["caption"].null_count:
             raise UserError(f"{self.artifact.url}: has samples without a caption; ingest shards with .txt members")
-        return self.table["caption"].to_pylist()
+        return self.table["caption"]
 
     @cached_property
     def classes(self) -> list[str]:

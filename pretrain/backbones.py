@@ -94,6 +94,8 @@ class CheckpointedViT:
     """A Vision Transformer of a checkpoint, ours or an official one; its vector is the class token."""
 
     model: VisionTransformer
+    side: int
+    """Side in pixels that images are brought to."""
     mean: Tensor
     std: Tensor
 
@@ -102,7 +104,7 @@ class CheckpointedViT:
         checkpoint = Checkpoint.open(config.url)
         model = checkpoint.untrained() if config.untrained else checkpoint.backbone()
         views = checkpoint.settings.views
-        return cls._on_device(model, views.mean, views.std)
+        return cls._on_device(model, model.config.image_size, views.mean, views.std)
 
     @classmethod
     def from_official(cls, config: OfficialBackbone) -> CheckpointedViT:
@@ -111,16 +113,24 @@ class CheckpointedViT:
         except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
             raise UserError(f"{config.checkpoint}: not a readable checkpoint: {error}".splitlines()[0]) from None
         model = VisionTransformer(config.architecture).requires_grad_(False).eval()
-        model.load_state_dict(from_official(state.get("teacher", state), config.architecture))
-        return cls._on_device(model, config.mean, config.std)
+        try:
+            state = state.get("teacher", state) if isinstance(state, dict) else {}
+            model.load_state_dict(from_official(state, config.architecture))
+        except UserError as error:
+            raise UserError(f"{config.checkpoint}: {error}") from None
+        return cls._on_device(model, config.input_size, config.mean, config.std)
 
     @classmethod
-    def _on_device(cls, model: VisionTransformer, mean: Sequence[float], std: Sequence[float]) -> CheckpointedViT:
+    def _on_device(
+        cls, model: VisionTransformer, side: int, mean: Sequence[float], std: Sequence[float]
+    ) -> CheckpointedViT:
         device = default_device()
-        return cls(model.to(device), *(torch.tensor(each, device=device).view(1, 3, 1, 1) for each in (mean, std)))
+        return cls(
+            model.to(device), side, *(torch.tensor(each, device=device).view(1, 3, 1, 1) for each in (mean, std))
+        )
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
-        return center_crop(image, self.model.config.image_size)
+        return center_crop(image, self.side)
 
     def features(self, batch: Tensor) -> Tensor:
         return self.tokens(batch).class_token.float().cpu()

@@ -53,22 +53,29 @@ class Checkpoint:
         return self._inference(self.weights(f"{self.released}."))
 
     def untrained(self) -> VisionTransformer:
-        """The backbone as it was before the first step: same settings, same seed."""
+        """The backbone with the initial weights of its settings and seed."""
         return self._inference(initial_backbone(self.model, self.settings.schedule.seed).state_dict())
 
     def start(self, learner: Learner) -> None:
-        """Load student, teacher and heads into a learner of the same dimensions; position tables are resized.
+        """Load student, teacher and heads into a learner of the same dimensions.
+
+        Learned position tables are resized; objectives that only one of the two has are left alone.
 
         Raises:
-            UserError: the checkpoint is a distillation's, or has other dimensions or objectives.
+            UserError: the checkpoint is a distillation's, or has other dimensions.
         """
         if self.released != "teacher":
             raise UserError(f"{self.artifact.url}: a distillation's; start from a pretraining checkpoint")
-        state = self.weights()
         wanted = learner.state_dict()
-        for name in state.keys() & wanted.keys():
-            if name.endswith("pos_embed") and state[name].shape != wanted[name].shape:
-                state[name] = _resized_table(state[name], wanted[name])
+        known = {objective.kind for objective in self.settings.objectives} & set(learner.objectives)
+        shared = ("student.", "teacher.", *(f"objectives.{kind}." for kind in known))
+        state = {name: value for name, value in self.weights().items() if name.startswith(shared)}
+        for name, value in wanted.items():
+            fixed = name.endswith("decoder.pos_embed") or learner.student.config.position == "sincos"
+            if not name.startswith(shared):
+                state[name] = value
+            elif name.endswith("pos_embed") and name in state and state[name].shape != value.shape:
+                state[name] = value if fixed else _resized_table(state[name], value, learner.student.config)
         for name in state.keys() | wanted.keys():
             if name not in state or name not in wanted or state[name].shape != wanted[name].shape:
                 raise UserError(f"{self.artifact.url}: {name} does not fit the settings; keep its model and objectives")
@@ -80,10 +87,10 @@ class Checkpoint:
         return backbone.requires_grad_(False).eval()
 
 
-def _resized_table(table: Tensor, wanted: Tensor) -> Tensor:
+def _resized_table(table: Tensor, wanted: Tensor, model: VisionTransformerConfig) -> Tensor:
     """A position table `[1, 1 + side * side, dim]` for another grid."""
     side, other = (math.isqrt(each.shape[1] - 1) for each in (table, wanted))
-    return torch.cat([table[:, :1], positions.resized(table[:, 1:], side, other, other, "antialias")], dim=1)
+    return torch.cat([table[:, :1], positions.resized(table[:, 1:], side, other, other, model.interpolation)], dim=1)
 
 
 def initial_backbone(model: VisionTransformerConfig, seed: int) -> VisionTransformer:

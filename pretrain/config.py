@@ -9,11 +9,21 @@ from pydantic import Field, model_validator
 from infra.config import Config
 from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD, Views
 from pretrain.models.config import VisionTransformerConfig
-from pretrain.objectives.config import DinoConfig, IbotConfig, KoleoConfig, ObjectiveConfig
+from pretrain.objectives.config import (
+    ClipConfig,
+    DinoConfig,
+    IbotConfig,
+    KoleoConfig,
+    ObjectiveConfig,
+    SiglipConfig,
+)
 
 
 def _default_objectives() -> list[ObjectiveConfig]:
     return [DinoConfig(), IbotConfig(), KoleoConfig()]
+
+
+Precision = Literal["fp32", "bf16"]
 
 
 class Optimizer(Config):
@@ -67,7 +77,7 @@ class Sharding(Config):
     """deepspeed, or plain torch: one process, the oracle of tests."""
     zero_stage: Literal[0, 1, 2] = 0
     """DeepSpeed ZeRO stage: 1 shards the optimiser, 2 the gradients too."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Precision of matrix products; parameters, optimiser and teacher stay in float32."""
 
 
@@ -134,6 +144,11 @@ class PretrainSettings(Config):
         kinds = [objective.kind for objective in self.objectives]
         if len(set(kinds)) < len(kinds):
             raise ValueError("objectives: each kind may be given once")
+        if kinds == ["gram"]:
+            raise ValueError("objectives: gram anchors what other objectives learn; add one")
+        contexts = {each.text.context for each in self.objectives if isinstance(each, ClipConfig | SiglipConfig)}
+        if len(contexts) > 1:
+            raise ValueError("objectives: clip and siglip read the same captions; give both the same text.context")
         if self.views.global_count < 2 and (alone := {"dino", "ibot", "koleo"} & set(kinds)):
             raise ValueError(f"objectives: {min(alone)} needs views.global_count 2")
         if any(isinstance(each, IbotConfig) and each.tied for each in self.objectives) and "dino" not in kinds:
@@ -190,6 +205,8 @@ class OfficialBackbone(Config):
     """Path of its weights on this machine."""
     architecture: VisionTransformerConfig = VisionTransformerConfig()
     """The dimensions and parts it was trained with."""
+    input_size: int = Field(224, ge=8)
+    """Side in pixels that images are brought to; a multiple of the patch size."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Mean of each channel that is subtracted, values 0 to 1."""
     std: tuple[float, float, float] = IMAGENET_STD

@@ -9,6 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from pretrain.config import Precision
 from pretrain.data import photometric
 from pretrain.data.config import Views
 from pretrain.data.loader import Batch
@@ -44,6 +45,7 @@ class Learner(nn.Module):
         self.teacher = teacher.requires_grad_(False).eval()
         self.objectives = nn.ModuleDict(objectives)
         self.distilling = distilling
+        self.precision: Precision = "fp32"
         self.average = copy.deepcopy(student).requires_grad_(False).eval() if distilling else None
         self.register_buffer("mean", torch.tensor(views.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(views.std).view(1, 3, 1, 1), persistent=False)
@@ -63,6 +65,11 @@ class Learner(nn.Module):
 
     def forward(self, batch: Batch, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to optimise and its named terms, before weighting and detached."""
+        # Here, not around the engine: DeepSpeed's forward switches an outer autocast off.
+        with torch.autocast(batch.global_crops.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self._losses(batch, temperature)
+
+    def _losses(self, batch: Batch, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
         outputs = self._outputs(batch)
         total = outputs.images.new_zeros(())
         named: dict[str, Tensor] = {}

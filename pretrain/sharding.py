@@ -86,12 +86,10 @@ class TorchEngine:
             raise UserError("sharding.engine: torch runs in one process; choose deepspeed for several ranks")
         self.module, self.optimizer, self.device = module, adamw, device
         self.clip, self.accumulation = optimizer.clip, schedule.accumulation
-        self.precision = sharding.precision
         self._micro_steps = 0
 
     def forward(self, *args: Any) -> Any:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.module(*args)
+        return self.module(*args)
 
     def backward(self, loss: Tensor) -> None:
         (loss / self.accumulation).backward()
@@ -135,7 +133,6 @@ class DeepSpeedEngine:
         deepspeed = _import_deepspeed(device)
         _join_process_group(device)
         self.device = device
-        self.precision = sharding.precision
         self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=adamw,
@@ -152,8 +149,7 @@ class DeepSpeedEngine:
         self.module: nn.Module = self.engine.module
 
     def forward(self, *args: Any) -> Any:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.engine(*args)
+        return self.engine(*args)
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)

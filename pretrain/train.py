@@ -50,6 +50,7 @@ def train(
     title: str, learner: Learner, dataset: ViewDataset, settings: PretrainSettings, directory: Path
 ) -> Mapping[str, Any]:
     """Train a learner to the end, write it into a checkpoint's directory and return the checkpoint's metrics."""
+    learner.precision = settings.sharding.precision
     learner.student.execution = Execution(settings.runtime.activation_checkpointing, settings.runtime.compile)
     _log.info("attention: %s; blocks: %s", settings.model.attention, learner.student.execution)
     trained = Training(title, learner, dataset, settings, directory).run()
@@ -98,7 +99,7 @@ def _tokenizer(settings: PretrainSettings, corpora: Sequence[Corpus]) -> Callabl
     for objective in settings.objectives:
         if isinstance(objective, ClipConfig | SiglipConfig):
             for corpus in corpora:
-                assert len(corpus.captions) == len(corpus)  # raises, before training starts, if one is missing
+                _ = corpus.captions  # raises now, not in a worker, if one is missing
             return tokenizer(objective.text)
     return None
 

@@ -110,6 +110,8 @@ def test_a_mixed_teacher_hands_down_its_prototypes_alone(embedded: Embedded, tmp
     checkpoint = Checkpoint.open(pretrain.run(mixed).url)
     student = Checkpoint.open(distill.run(distillation(checkpoint, embedded.seed, tmp_path / "student")).url)
     assert [each.kind for each in student.settings.objectives] == ["dino", "ibot"]
+    with pytest.raises(UserError, match="distill from that one"):
+        distill.run(distillation(student, embedded.seed, tmp_path / "again"))
     alone = config(embedded.seed, tmp_path / "alone", **settings, objectives=[pixels])
     nothing = Checkpoint.open(pretrain.run(alone).url)
     with pytest.raises(UserError, match="no prototypes to distill from"):

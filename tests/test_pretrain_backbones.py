@@ -90,7 +90,7 @@ def test_an_official_checkpoint_is_a_backbone(tmp_path: Path) -> None:
     torch.save({"teacher": to_official(vit.state_dict(), model)}, tmp_path / "teacher.pth")
     corpus = ingested(image_folder(tmp_path / "images", 3), tmp_path / "corpus")
     config = OfficialBackbone(
-        checkpoint=str(tmp_path / "teacher.pth"), architecture=model, mean=(0, 0, 0), std=(1, 1, 1)
+        checkpoint=str(tmp_path / "teacher.pth"), architecture=model, input_size=32, mean=(0, 0, 0), std=(1, 1, 1)
     )
     features = extract(load(config), corpus, 2, "embed")
     pixels = np.stack([center_crop(picture(i), 32) for i in range(3)])
@@ -103,3 +103,6 @@ def test_a_checkpoint_that_is_none_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.pth").write_bytes(b"no checkpoint")
     with pytest.raises(UserError, match="not a readable checkpoint"):
         load(OfficialBackbone(checkpoint=str(tmp_path / "x.pth")))
+    torch.save([1, 2], tmp_path / "y.pth")
+    with pytest.raises(UserError, match=r"y\.pth: has no cls_token"):
+        load(OfficialBackbone(checkpoint=str(tmp_path / "y.pth")))

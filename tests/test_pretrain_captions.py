@@ -89,7 +89,7 @@ def encoded(checkpoint: Checkpoint, kind: type[Clip] | type[Siglip], url: str) -
     tokens = extract(load(CheckpointBackbone(url=checkpoint.artifact.url)), corpus, 256, "zero-shot").copy()
     tokenize = tokenizer(objective.text)
     images = head.encode_images(torch.from_numpy(tokens))
-    return Encoded(corpus.captions, images, lambda texts: head.encode_texts(tokenize(texts)))
+    return Encoded(corpus.captions.to_pylist(), images, lambda texts: head.encode_texts(tokenize(texts)))
 
 
 def zero_shot_accuracy(space: Encoded) -> float:

@@ -143,7 +143,7 @@ def test_koleo_sees_each_crop_by_itself(outputs: Outputs, batch: Batch) -> None:
 
 
 def test_koleo_leaves_half_precision_unless_told_to_stay(batch: Batch) -> None:
-    outputs = outputs_of(dtype=torch.bfloat16)
+    outputs = outputs_of()
     first, second = outputs.student_globals.class_token.float().chunk(2)
     exact = koleo(first) + koleo(second)
     with torch.autocast("cpu", torch.bfloat16):

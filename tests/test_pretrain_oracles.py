@@ -233,6 +233,13 @@ def test_gram_is_zero_for_turned_features_and_else_brute_force() -> None:
     torch.testing.assert_close(gram_loss(student, anchor), torch.stack(errors).mean())
 
 
+def test_gram_is_computed_in_float32() -> None:
+    student, anchor = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    exact = gram_loss(student, anchor)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gram_loss(student, anchor), exact)
+
+
 def test_gram_follows_its_schedule() -> None:
     gram = build([GramConfig(start=2, refresh_every=3, refreshes=1)], MODEL, MODEL)["gram"]
     teacher = VisionTransformer(MODEL)

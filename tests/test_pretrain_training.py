@@ -10,18 +10,21 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 import pretrain
+from infra.corpora import Corpus
 from infra.errors import UserError
 from infra.launch import run_module
 from pretrain import schedules
 from pretrain.checkpoints import WEIGHTS, Checkpoint
-from pretrain.config import PretrainConfig
+from pretrain.config import PretrainConfig, PretrainSettings
 from pretrain.engine import METRICS, parameter_groups
-from pretrain.train import build_learner
+from pretrain.train import build_learner, view_dataset
 from tests.conftest import Embedded, image_folder, ingested
 
 HEAD = {"hidden": 32, "bottleneck": 16, "prototypes": 16}
@@ -253,6 +256,39 @@ def test_parameter_groups_follow_dinov2() -> None:
     assert not any(name.startswith("teacher.") or "teacher_head" in name for name in found)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objectives": [{"kind": "gram"}]}, "gram anchors what other objectives learn"),
+        ({"objectives": [{"kind": "dino"}, {"kind": "dino"}]}, "each kind may be given once"),
+        ({"objectives": [{"kind": "ibot", "tied": True}]}, "ibot cannot be tied without dino"),
+        ({"objectives": [{"kind": "mae", "dim": 48, "heads": 5}]}, "no multiple of 4 and of heads 5"),
+        ({"objectives": [{"kind": "clip", "text": {"width": 50}}]}, "width 50 is no multiple of heads 8"),
+        ({"objectives": [{"kind": "clip"}, {"kind": "siglip", "text": {"context": 8}}]}, "the same text.context"),
+        ({"views": {"global_count": 1}}, "needs views.global_count 2"),
+        ({"objectives": [{"kind": "mae"}], "model": {"position": "rope"}}, "mae needs model.position"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_once(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        PretrainConfig.model_validate({"corpora": ["x"], "out": "y", **changes})
+
+
+@pytest.mark.multiprocess
+def test_bf16_reaches_the_products_under_both_engines(embedded: Embedded) -> None:
+    """The backbone sees autocast from inside; DeepSpeed would switch off one from outside."""
+    settings = PretrainSettings.model_validate({**TINY, "sharding": {"precision": "bf16"}})
+    learner = build_learner(settings)
+    learner.precision = settings.sharding.precision
+    seen: list[torch.dtype] = []
+    learner.student.blocks[0].attn.register_forward_hook(lambda module, _, out: seen.append(out.dtype))  # type: ignore[union-attr]
+    learner.begin_step(0)
+    batch = view_dataset([Corpus.open(embedded.seed)], settings).batch(np.arange(4))
+    with torch.autocast("cpu", enabled=False):  # as DeepSpeed's engine calls it
+        learner(batch, 0.05)
+    assert seen == [torch.bfloat16]
+
+
 def test_a_high_resolution_phase_starts_from_the_end_of_another(
     embedded: Embedded, trained: Path, tmp_path: Path
 ) -> None:
@@ -272,6 +308,11 @@ def test_a_high_resolution_phase_starts_from_the_end_of_another(
     torch.testing.assert_close(after.weights()[name], before.weights()[name], rtol=0, atol=1e-4)
     assert artifact.manifest.inputs["start"].id == before.artifact.id
     assert artifact.id != pretrain.train.plan(settings.model_copy(update={"start": None})).id
+    anchored = {**larger, "objectives": [*TINY["objectives"][:1], {"kind": "gram"}]}
+    gram = Checkpoint.open(pretrain.run(config(embedded.seed, tmp_path / "gram", **anchored, start=str(trained))).url)
+    anchor, teacher = (gram.weights(f"{each}.")["norm.weight"] for each in ("objectives.gram.anchor", "teacher"))
+    torch.testing.assert_close(anchor, before.weights("teacher.")["norm.weight"])
+    assert not torch.equal(anchor, teacher)
     other = {**larger, "model": {**TINY["model"], "dim": 64, "image_size": 48}}
     wider = config(embedded.seed, tmp_path / "other", **other, start=str(trained))
     with pytest.raises(UserError, match="does not fit the settings"):

@@ -62,7 +62,7 @@ class Views(Config):
     plain_size: int | None = Field(None, ge=8)
     """Side in pixels of further global crops, cut alike but not recoloured: what Gram anchoring's teacher sees."""
     inverted_blur: bool = False
-    """Blur with one minus the probability, as DINO, iBOT, DINOv2 and DINOv3 do unawares (dinov3 issue 286)."""
+    """Blur with one minus the probability, as DINOv2 and DINOv3 do unawares (dinov3 issue 286)."""
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip, drawn for each crop."""
     mean: tuple[float, float, float] = IMAGENET_MEAN

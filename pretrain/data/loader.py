@@ -112,7 +112,7 @@ class ViewDataset(Dataset[Batch | UserError]):
     def _texts(self, samples: Sequence[tuple[Corpus, int]]) -> Tensor:
         if self.tokenize is None:
             return torch.empty((len(samples), 0), dtype=torch.int64)
-        return self.tokenize([corpus.captions[row] for corpus, row in samples])
+        return self.tokenize([corpus.captions[row].as_py() for corpus, row in samples])
 
     def _masks(self, positions: np.ndarray) -> np.ndarray:
         side = self.views.globals.size // self.masks.patch_size

@@ -78,7 +78,7 @@ class VisionTransformerConfig(Config):
     qkv_bias: bool = True
     """Queries, keys and values have a bias."""
     key_bias: bool = True
-    """Keys have a bias of their own; DINOv3 keeps it at zero, for it cancels in the softmax."""
+    """Keys have a bias of their own. Without rotary positions it cancels in the softmax; large DINOv3 has none."""
     layer_scale: float | None = Field(1e-5, gt=0)
     """Initial value of LayerScale; null: no LayerScale."""
     class_norm: bool = False

@@ -50,10 +50,12 @@ def from_official(state: Mapping[str, Tensor], config: VisionTransformerConfig) 
     """
     family = family_of(config)
     out: dict[str, Tensor] = {}
-    for name, value in state.items():
-        name = _CHUNKED.sub(r"blocks.\1.", name.removeprefix("teacher.").removeprefix("backbone."))
+    for key, value in state.items():
+        name = _CHUNKED.sub(r"blocks.\1.", key.removeprefix("teacher.").removeprefix("backbone."))
         if name.startswith(("dino_head.", "ibot_head.")) or any(part in name for part in _DERIVED):
             continue
+        if f"{key}_mask" in state:  # a masked key bias may hold anything
+            value = value * state[f"{key}_mask"].nan_to_num(1).ne(0)
         name = name.replace(_REGISTERS[family], "reg_token")
         if config.ffn == "swiglu" and ".mlp." in name:
             name = name.replace(".w12.", ".fc1.").replace(".w3.", ".fc2.")
@@ -92,10 +94,8 @@ def _require_fitting(state: Mapping[str, Tensor], config: VisionTransformerConfi
         wanted = {name: value.shape for name, value in VisionTransformer(config).state_dict().items()}
     for name, shape in wanted.items():
         if name not in state:
-            raise UserError(f"checkpoint: has no {name}; choose the model settings it was trained with")
+            raise UserError(f"has no {name}; choose the model settings it was trained with")
         if state[name].shape != shape:
-            raise UserError(
-                f"checkpoint: {name} is {list(state[name].shape)}, the model settings ask for {list(shape)}"
-            )
+            raise UserError(f"{name} is {list(state[name].shape)}, the model settings ask for {list(shape)}")
     if extra := sorted(set(state) - set(wanted)):
-        raise UserError(f"checkpoint: {extra[0]} has no place in the model settings")
+        raise UserError(f"{extra[0]} has no place in the model settings")

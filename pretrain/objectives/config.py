@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from infra.config import Config
 from pretrain.models.config import HeadConfig
@@ -55,7 +55,7 @@ class KoleoConfig(Config):
     distributed: bool = False
     """Look for nearest neighbours among the crops of all ranks (DINOv3), not of each by itself."""
     half_precision: bool = False
-    """Stay in the backbone's precision, as DINOv2 does; half-precision distances can be zero."""
+    """In bf16 training compute in bf16 too, as DINOv2 does in fp16; distances can then be zero."""
 
 
 class GramConfig(Config):
@@ -89,6 +89,12 @@ class MaeConfig(Config):
     normalize_pixels: bool = True
     """Targets have mean 0 and variance 1 in each patch."""
 
+    @model_validator(mode="after")
+    def _divides(self) -> MaeConfig:
+        if self.dim % self.heads or self.dim % 4:
+            raise ValueError(f"dim {self.dim} is no multiple of 4 and of heads {self.heads}")
+        return self
+
 
 class SimmimConfig(Config):
     """Pixels of masked patch tokens by one linear layer (SimMIM)."""
@@ -110,9 +116,15 @@ class TextTower(Config):
     layers: int = Field(12, ge=1)
     """Number of blocks."""
 
+    @model_validator(mode="after")
+    def _divides(self) -> TextTower:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+        return self
+
 
 class ClipConfig(Config):
-    """Contrast of images and captions over all pairs of the global batch (CLIP's InfoNCE)."""
+    """Contrast of images and captions over all pairs of a micro-batch, of all ranks (CLIP's InfoNCE)."""
 
     kind: Literal["clip"] = "clip"
     weight: float = Field(1.0, ge=0)

@@ -18,8 +18,9 @@ def gram_loss(student: Tensor, anchor: Tensor) -> Tensor:
 
     The widths may differ.
     """
-    student, anchor = F.normalize(student.float(), dim=-1), F.normalize(anchor.float(), dim=-1)
-    return F.mse_loss(student @ student.transpose(1, 2), anchor @ anchor.transpose(1, 2))
+    with torch.autocast(student.device.type, enabled=False):
+        student, anchor = (F.normalize(tokens.float(), dim=-1) for tokens in (student, anchor))
+        return F.mse_loss(student @ student.transpose(1, 2), anchor @ anchor.transpose(1, 2))
 
 
 class Gram(Objective):
@@ -61,8 +62,8 @@ def _grid(images: Tensor, backbone: VisionTransformer) -> tuple[int, int]:
 
 
 def _resized(tokens: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
-    """Patch tokens `[B, h * w, dim]` of one grid, bicubically on another."""
+    """Patch tokens `[B, h * w, dim]` of one grid, bicubically on another (dinov3: global_teacher_resize_method)."""
     if grid == wanted:
         return tokens
     maps = tokens.float().unflatten(1, grid).permute(0, 3, 1, 2)
-    return F.interpolate(maps, size=wanted, mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    return F.interpolate(maps, size=wanted, mode="bicubic").flatten(2).transpose(1, 2)

@@ -64,7 +64,9 @@ class ImageText(Objective):
         """`clip` or `siglip`"""
         images = outputs.images[: len(batch.positions)]
         image = self.encode_images(outputs.student([images])[0].class_token)
-        return self.contrast(image, self.encode_texts(batch.texts))
+        text = self.encode_texts(batch.texts)
+        with torch.autocast(image.device.type, enabled=False):  # bf16 would round logits of 64 to quarters
+            return self.contrast(image, text)
 
     def contrast(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
         """The loss of unit vectors `[B, dim]`, row i of the images belonging to row i of the captions."""

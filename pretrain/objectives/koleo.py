@@ -43,8 +43,8 @@ class Koleo(Objective):
     def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
         """`koleo`: summed over the two global crops."""
         tokens = outputs.student_globals.class_token
-        if not self.config.half_precision:
-            tokens = tokens.float()
+        half = self.config.half_precision and torch.is_autocast_enabled(tokens.device.type)
+        tokens = tokens.to(torch.get_autocast_dtype(tokens.device.type) if half else torch.float32)
         with torch.autocast(tokens.device.type, enabled=False):
             terms = [koleo(crop, self.config.distributed) for crop in tokens.chunk(GLOBAL_COUNT)]
         return {"koleo": torch.stack(terms).sum()}
