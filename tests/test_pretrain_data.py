@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ from torchvision.transforms.v2 import functional as tv
 from infra.errors import UserError
 from pretrain.data import order, photometric
 from pretrain.data.config import Crops, Photometric, Views
+from pretrain.data.decode import decode_rgb
 from pretrain.data.loader import Batch, Place, ViewDataset, batches
 from pretrain.data.masks import MaskPlan, batch_masks, block_mask
 from pretrain.data.photometric import BLUR, draw
-from pretrain.data.views import cut, resized_crop_box
-from tests.conftest import image_folder, ingested
+from pretrain.data.views import cut, harmless_shrink, resized_crop_box
+from tests.conftest import encoded, image_folder, ingested, picture
 
 VIEWS = Views(globals=Crops(size=32), locals=Crops(size=16, scale=(0.1, 0.4)), local_count=2)
 MASKS = MaskPlan(patch_size=8, share=0.5, ratio=(0.1, 0.5), exact=True, shift=False)
@@ -92,6 +94,30 @@ def test_crop_boxes_lie_in_the_image(width: int, height: int, seed: int) -> None
     left, top, right, bottom = resized_crop_box(width, height, (0.05, 1.0), np.random.default_rng(seed))
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
+
+
+@given(st.integers(50, 4000), st.integers(50, 4000))
+def test_shrinking_leaves_the_smallest_crops_their_pixels(width: int, height: int) -> None:
+    views = Views()
+    factor = harmless_shrink(width, height, views)
+    assert factor >= 1
+    if factor > 1:
+        smallest = math.sqrt(0.05 * width * height) / factor, math.sqrt(0.32 * width * height) / factor
+        assert smallest[0] >= 96
+        assert smallest[1] >= 224
+
+
+def test_jpegs_are_decoded_smaller_where_that_harms_nothing() -> None:
+    image = picture(3, (1024, 768))
+    jpeg, png = encoded(image, "JPEG", quality=95), encoded(image)
+    small = decode_rgb(jpeg, shrink=lambda width, height: 2)
+    assert small.size == (512, 384)
+    assert decode_rgb(png, shrink=lambda width, height: 2).size == (1024, 768)
+    whole = np.asarray(image.resize((512, 384), Image.Resampling.BOX), dtype=float)
+    assert np.abs(np.asarray(small, dtype=float) - whole).mean() < 2
+    turned = image.getexif()
+    turned[0x0112] = 6  # EXIF orientation: lie on the right side
+    assert decode_rgb(encoded(image, "JPEG", exif=turned), shrink=lambda width, height: 2).size == (384, 512)
 
 
 def test_crop_areas_are_spread_as_torchvisions() -> None:

@@ -16,7 +16,7 @@ from pretrain.data import order
 from pretrain.data.config import Views
 from pretrain.data.decode import ImageRejected, decode_rgb
 from pretrain.data.masks import MaskPlan, batch_masks
-from pretrain.data.views import Cut, cut
+from pretrain.data.views import Cut, cut, harmless_shrink
 
 
 @dataclass
@@ -98,7 +98,9 @@ class ViewDataset(Dataset[Batch | UserError]):
 
     def _views(self, corpus: Corpus, row: int, position: int) -> tuple[Cut, Cut]:
         try:
-            image = decode_rgb(corpus.read_image(row))
+            image = decode_rgb(
+                corpus.read_image(row), shrink=lambda width, height: harmless_shrink(width, height, self.views)
+            )
         except ImageRejected as error:
             key = corpus.keys[row]
             raise UserError(f"{corpus.artifact.url}: sample {key} is {error.reason} now; ingest it again") from None

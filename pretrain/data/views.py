@@ -34,6 +34,15 @@ def resized_crop_box(
     return left, top, left + w, top + h
 
 
+def harmless_shrink(width: int, height: int, views: Views) -> int:
+    """The largest whole factor by which an image may shrink while its smallest crop still has as many pixels as asked."""
+    crops = [(views.globals, max(views.globals.size, views.plain_size or 0))]
+    if views.local_count:
+        crops.append((views.locals, views.locals.size))
+    sides = (math.sqrt(width * height * kind.scale[0]) / size for kind, size in crops)
+    return max(1, int(min(sides)))
+
+
 @dataclass(frozen=True)
 class Cut:
     """Crops of one image."""
