@@ -1,9 +1,9 @@
 """Training views of photographs: images a CPU-second of Fovea's loader beside the usual one.
 
 The peer is torchvision's ImageFolder with DINOv2's transforms on Pillow images, as the official code composes them;
-both run in one process, 2 global crops of 224 px and 8 local ones of 96. Ours counts reading shards, decoding, cropping and
-recolouring. The photographs are the `webpool` set ($FOVEA_DATA or ../shared/data), as they are (about 350 px) and
-enlarged to 1,024 px.
+both run in one process, 2 global crops of 224 px and 8 local ones of 96. Ours counts reading shards, decoding,
+cropping and recolouring. The photographs are the `webpool` set ($FOVEA_DATA or ../shared/data), as they are (about
+350 px) and enlarged to 1,024 px.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def resized_crop_box(
 
 
 def harmless_shrink(width: int, height: int, views: Views) -> int:
-    """The largest whole factor by which an image may shrink while its smallest crop still has as many pixels as asked."""
+    """The largest whole factor by which an image may shrink while its smallest crop keeps as many pixels as asked."""
     crops = [(views.globals, max(views.globals.size, views.plain_size or 0))]
     if views.local_count:
         crops.append((views.locals, views.locals.size))
