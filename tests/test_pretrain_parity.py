@@ -18,9 +18,12 @@ from pretrain.models.official import from_official, to_official
 from pretrain.models.vit import VisionTransformer
 
 DINOV2 = {"patch_size": 14, "image_size": 518}
-SMALL = {"dim": 48, "depth": 2, "heads": 3, "patch_size": 4, "image_size": 32}
+NARROW = {"dim": 48, "depth": 2, "heads": 3}
+THEIR_SIZE = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+SMALL = {**NARROW, "patch_size": 4, "image_size": 32}
 DINOV3 = {"position": "rope", "registers": 4, "key_bias": False, "norm_eps": 1e-5}
 SIZES = [(32, 32), (56, 56), (40, 24)]
+DINOV2_SIZES = [(518, 518), (224, 224), (224, 140)]
 
 
 def model(**settings: Any) -> VisionTransformer:
@@ -130,87 +133,77 @@ def _projected(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.replace("fc1", "up_proj").replace("fc2", "down_proj"): value for name, value in state.items()}
 
 
-@pytest.mark.parametrize("size", SIZES)
+_EMBEDDINGS = {
+    "cls_token": "embeddings.cls_token",
+    "reg_token": "embeddings.register_tokens",
+    "mask_token": "embeddings.mask_token",
+}
+_DINOV2_NAMES = _EMBEDDINGS | {
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+    "norm.weight": "layernorm.weight",
+    "norm.bias": "layernorm.bias",
+}
+_DINOV3_NAMES = _EMBEDDINGS | {
+    "patch_embed.proj.weight": "embeddings.patch_embeddings.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embeddings.bias",
+}
+
+
+def transformers_agree(ours: VisionTransformer, theirs: Any, state: dict[str, Tensor], size: tuple[int, int]) -> None:
+    theirs.load_state_dict(state)
+    pixels = images(*size)
+    with torch.inference_mode():
+        same(ours, pixels, theirs.eval()(pixels).last_hidden_state)
+
+
+def renamed(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    return {names.get(name, name): value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("size", DINOV2_SIZES)
 @pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
 def test_transformers_dinov2(ffn: str, size: tuple[int, int]) -> None:
     from transformers import Dinov2Config, Dinov2Model
 
-    ours = model(**SMALL, ffn=ffn, interpolation="plain")
-    config = Dinov2Config(
-        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=4,
-        use_swiglu_ffn=ffn == "swiglu",
-    )  # fmt: skip
-    theirs = Dinov2Model(config).eval()
+    ours = model(**NARROW, **DINOV2, ffn=ffn, interpolation="plain")
+    theirs = Dinov2Model(Dinov2Config(**THEIR_SIZE, image_size=518, patch_size=14, use_swiglu_ffn=ffn == "swiglu"))
     state = _transformers_names(dict(ours.state_dict()), "encoder.layer")
     state = _gated(state) if ffn == "swiglu" else state
-    rename = {
-        "cls_token": "embeddings.cls_token",
-        "mask_token": "embeddings.mask_token",
-        "pos_embed": "embeddings.position_embeddings",
-        "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
-        "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
-        "norm.weight": "layernorm.weight",
-        "norm.bias": "layernorm.bias",
-    }
-    theirs.load_state_dict({rename.get(name, name): value for name, value in state.items()})
-    pixels = images(*size)
-    with torch.inference_mode():
-        same(ours, pixels, theirs(pixels).last_hidden_state)
+    transformers_agree(ours, theirs, renamed(state, _DINOV2_NAMES), size)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", DINOV2_SIZES)
 def test_transformers_dinov2_with_registers(size: tuple[int, int]) -> None:
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-    ours = model(**SMALL, registers=4)
-    config = Dinov2WithRegistersConfig(
-        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=4, num_register_tokens=4
-    )
-    theirs = Dinov2WithRegistersModel(config).eval()
+    ours = model(**NARROW, **DINOV2, registers=4)
+    config = Dinov2WithRegistersConfig(**THEIR_SIZE, image_size=518, patch_size=14, num_register_tokens=4)
     state = _transformers_names(dict(ours.state_dict()), "encoder.layer")
-    rename = {
-        "cls_token": "embeddings.cls_token",
-        "reg_token": "embeddings.register_tokens",
-        "mask_token": "embeddings.mask_token",
-        "pos_embed": "embeddings.position_embeddings",
-        "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
-        "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
-        "norm.weight": "layernorm.weight",
-        "norm.bias": "layernorm.bias",
-    }
-    theirs.load_state_dict({rename.get(name, name): value for name, value in state.items()})
-    pixels = images(*size)
-    with torch.inference_mode():
-        same(ours, pixels, theirs(pixels).last_hidden_state)
+    transformers_agree(ours, Dinov2WithRegistersModel(config), renamed(state, _DINOV2_NAMES), size)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [(224, 224), (256, 256), (224, 128)])
 @pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
 def test_transformers_dinov3(ffn: str, size: tuple[int, int]) -> None:
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-    ours = model(**SMALL, **DINOV3, ffn=ffn)
+    ours = model(**NARROW, **DINOV3, ffn=ffn)
     config = DINOv3ViTConfig(
-        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=4, num_register_tokens=4,
-        use_gated_mlp=ffn == "swiglu", hidden_act="silu" if ffn == "swiglu" else "gelu",
+        **THEIR_SIZE,
+        image_size=224,
+        patch_size=16,
+        num_register_tokens=4,
+        use_gated_mlp=ffn == "swiglu",
+        hidden_act="silu" if ffn == "swiglu" else "gelu",
         intermediate_size=ours.config.hidden,
-    )  # fmt: skip
-    theirs = DINOv3ViTModel(config).eval()
+    )
     state = _transformers_names(dict(ours.state_dict()), "model.layer")
     state = _gated(state) if ffn == "swiglu" else _projected(state)
     state = {name: value for name, value in state.items() if not name.endswith("k_proj.bias")}
     state["mask_token"] = state["mask_token"][None]
-    rename = {
-        "cls_token": "embeddings.cls_token",
-        "reg_token": "embeddings.register_tokens",
-        "mask_token": "embeddings.mask_token",
-        "patch_embed.proj.weight": "embeddings.patch_embeddings.weight",
-        "patch_embed.proj.bias": "embeddings.patch_embeddings.bias",
-    }
-    theirs.load_state_dict({rename.get(name, name): value for name, value in state.items()})
-    pixels = images(*size)
-    with torch.inference_mode():
-        same(ours, pixels, theirs(pixels).last_hidden_state)
+    transformers_agree(ours, DINOv3ViTModel(config), renamed(state, _DINOV3_NAMES), size)
 
 
 @pytest.mark.parametrize(
