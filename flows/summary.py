@@ -36,11 +36,21 @@ def write(
         **{protocol: _accuracies(teacher[protocol], student[protocol]) for protocol in ("knn", "linear")},
         "publish": {"timm_max_abs_diff": artifacts["publish"].metrics["timm_max_abs_diff"]},
         "artifacts": {stage: {"id": each.id, "url": each.url} for stage, each in artifacts.items()},
-        "seconds": seconds,
+        "seconds": _making(config, artifacts, seconds),
         "config": config.settings(),
     }
     storage.write_atomic(storage.join(config.root, SUMMARY), json.dumps(content, indent=2).encode())
     return content
+
+
+def _making(config: PipelineConfig, artifacts: dict[str, Artifact], seconds: dict[str, float]) -> dict[str, float]:
+    """Seconds that each artifact took to make: of an earlier run where that made it and this one found it."""
+    earlier = storage.join(config.root, SUMMARY)
+    if not storage.exists(earlier):
+        return seconds
+    before = json.loads(storage.read_bytes(earlier))
+    found = {stage for stage, each in artifacts.items() if before["artifacts"].get(stage, {}).get("id") == each.id}
+    return {stage: before["seconds"][stage] if stage in found else value for stage, value in seconds.items()}
 
 
 def _artifact(url: str) -> Artifact:

@@ -165,6 +165,7 @@ def test_the_pipeline_runs_resumes_and_survives_kill(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     unchanged = {path: path.stat().st_mtime_ns for path in times if path.is_file()}
     assert unchanged == {path: times[path] for path in unchanged}
+    assert json.loads((tmp_path / "whole" / "summary.json").read_text())["seconds"] == summary["seconds"]
 
     assert _killed_until_done(tmp_path / "killed", home) >= 2
     assert ids(tmp_path / "killed") == ids(tmp_path / "whole")
