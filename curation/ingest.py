@@ -142,7 +142,8 @@ def _assign_labels(rows: list[dict[str, Any]], intake: Intake) -> list[str]:
             row["label"] = None
     if None in found:
         if labels in ("folders", "json"):
-            raise UserError(f"labels: {labels}, but {found.count(None)} images have no class; mend them or choose none")
+            without = f"{found.count(None)} of {len(found)} images have no class"
+            raise UserError(f"labels: {labels}, but {without}; mend them, or choose auto")
         return []
     names = sorted({name for name in found if name is not None})
     numbers: dict[str | None, int] = {name: number for number, name in enumerate(names)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ def _shown_default(value: Any) -> str:
 
 app = App(
     name="fovea",
+    version=lambda: importlib.metadata.version("fovea"),
     help_format="plaintext",
     help="From a pile of images to a published vision backbone. Every command takes a YAML file, flags, or both "
     "(flags win), writes one artifact, and returns at once if that artifact exists.",

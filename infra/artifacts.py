@@ -168,7 +168,7 @@ def open_artifact(url: str, kind: Kind) -> Artifact:
     if artifact is None:
         raise UserError(f"{url}: no {kind} here (no {MANIFEST}); run the stage that makes it, or mend the path")
     if artifact.manifest.kind != kind:
-        raise UserError(f"{url}: is a {artifact.manifest.kind}, not a {kind}; give a {kind}'s URL")
+        raise UserError(f"{url}: is of kind {artifact.manifest.kind}, not {kind}; give the URL of a {kind} artifact")
     return artifact
 
 

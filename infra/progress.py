@@ -1,4 +1,4 @@
-"""Progress bars on standard error: live on a terminal, one closing line a stage elsewhere."""
+"""Progress bars on standard error: live on a terminal, elsewhere a line a minute and one at the end of a stage."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Advance = Callable[..., None]
+_LINE_SECONDS = 60  # between lines in a log file
 
 
 @contextlib.contextmanager
@@ -33,12 +34,17 @@ def progress(title: str, total: int | None, done: int = 0) -> Iterator[Advance]:
     )
     completed = done
     last_note = ""
+    last_line = started
 
     def advance(count: int = 1, note: str = "") -> None:
-        nonlocal completed, last_note
+        nonlocal completed, last_note, last_line
         completed += count
         last_note = note or last_note
         bar.update(task, advance=count, note=last_note)
+        if not console.is_terminal and time.monotonic() - last_line > _LINE_SECONDS:
+            last_line = time.monotonic()
+            of = "" if total is None else f" of {total}"
+            print(f"{title}: {completed}{of} {last_note}".rstrip(), file=sys.stderr, flush=True)
 
     with bar:
         task = bar.add_task(title, total=total, completed=done, note="")

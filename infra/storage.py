@@ -108,6 +108,8 @@ def list_files(url: str) -> list[str]:
     with readable_errors(url):
         files, path = filesystem(url)
         if not files.isdir(path):
+            if files.exists(path):
+                raise UserError(f"{url}: is a single file; give a folder, or shards (.tar, .tar.gz, .tgz)")
             raise FileNotFoundError(url)
         root = path.rstrip("/") + "/"
         return sorted(found.removeprefix(root) for found in files.find(path))

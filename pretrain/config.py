@@ -75,7 +75,7 @@ class Sharding(Config):
 
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     """deepspeed, or plain torch: one process, the oracle of tests."""
-    zero_stage: Literal[0, 1, 2] = 0
+    zero_stage: int = Field(0, ge=0, le=2)
     """DeepSpeed ZeRO stage: 1 shards the optimiser, 2 the gradients too."""
     precision: Precision = "fp32"
     """Precision of matrix products; parameters, optimiser and teacher stay in float32."""

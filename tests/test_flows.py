@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flows.cli import main
 from flows.config import PipelineConfig
 from infra.artifacts import find, verify
 from tests.conftest import SMALL, image_folder
 from tests.test_distill import STUDENT
+from tests.test_pretrain_recipes import RECIPES
 from tests.test_pretrain_training import TINY
 
 FOVEA = Path(sys.executable).with_name("fovea")
@@ -56,6 +58,7 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         (["pretrain", "dinov9"], "dinov9: no such file and no recipe; recipes of pretrain are clip_vitb16, "),
         (["pretrain", "tiny_cpu", "--corpora", "/nope", "--out", "o"], "/nope: no corpus here"),
         (["ingest", "--source", "/nope", "--out", "o"], "/nope: not found"),
+        (["ingest", "--source", sys.executable, "--out", "o"], "is a single file; give a folder, or shards"),
         (["ingest", "--sorce", "x", "--out", "o"], "Did you mean"),
         (["ingest", "--out", "o"], "source: required"),
         (["ingest", "--source", "ftq://x", "--out", "o"], "ftq://x"),
@@ -93,6 +96,14 @@ def test_a_wrong_key_in_a_file_is_named_with_the_file(tmp_path: Path) -> None:
     done = fovea("run", str(tmp_path / "p.yaml"))
     assert done.returncode == 2
     assert "p.yaml: pretrian: unknown key; allowed here: copies" in done.stderr
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_passes_through_the_command_line(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["pretrain", recipe, "--corpora", "/nope", "--out", "out", "--views.global-count", "2"])
+    assert ended.value.code == 2
+    assert "/nope: no corpus here" in capsys.readouterr().err
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:

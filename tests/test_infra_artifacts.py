@@ -118,7 +118,7 @@ def test_remote_artifacts_are_staged_and_uploaded(tmp_path: Path, monkeypatch: p
 
 def test_the_wrong_kind_and_the_wrong_place_are_named(tmp_path: Path) -> None:
     url = produce(PLAN, str(tmp_path / "a"), write).url
-    with pytest.raises(UserError, match="is a report, not a corpus"):
+    with pytest.raises(UserError, match="is of kind report, not corpus"):
         open_artifact(url, "corpus")
     with pytest.raises(UserError, match="no corpus here"):
         open_artifact(str(tmp_path / "b"), "corpus")

@@ -53,7 +53,7 @@ class Views(Config):
 
     globals: Crops = Crops(photometric=[Photometric(blur=1.0), Photometric(blur=0.1, solarize=0.2)])
     """The global crops."""
-    global_count: Literal[1, 2] = 2
+    global_count: int = Field(2, ge=1, le=2)
     """Global crops an image. Self-distillation compares two; MAE, CLIP and SigLIP need one."""
     locals: Crops = Crops(size=96, scale=(0.05, 0.32), photometric=[Photometric(blur=0.5)])
     """The local crops."""
