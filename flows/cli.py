@@ -81,7 +81,10 @@ def ingest(file: File = None, /, *, config: Annotated[IngestConfig, Flags]) -> N
     """Images to a corpus: a folder, class folders or tar shards, every unusable file listed with its reason."""
     from curation.ingest import ingest
 
-    _made(ingest(config))
+    artifact = ingest(config)
+    for reason, count in artifact.metrics["rejected"].items():
+        print(f"rejected: {count} {reason} (rejected.parquet lists them)", file=sys.stderr)
+    _made(artifact)
 
 
 @app.command(sort_key=2)
@@ -129,7 +132,11 @@ def evaluate(file: File = None, /, *, config: Annotated[EvaluateConfig, Flags]) 
     """A backbone to a report: kNN and linear probe, beside the untrained network and raw pixels."""
     from eval.evaluate import evaluate
 
-    _made(evaluate(config))
+    artifact = evaluate(config)
+    for protocol, values in artifact.metrics.items():
+        shown = ", ".join(f"{subject} {100 * value:.1f} %" for subject, value in values.items())
+        print(f"{protocol}: {shown}", file=sys.stderr)
+    _made(artifact)
 
 
 @app.command(sort_key=8)

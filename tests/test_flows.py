@@ -118,6 +118,13 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert artifact.manifest.config["min_side"] == 9
 
 
+def test_ingest_counts_what_it_turned_away(tmp_path: Path) -> None:
+    image_folder(tmp_path / "images", 3)
+    (tmp_path / "images" / "broken.jpg").write_bytes(b"no image")
+    done = fovea("ingest", "--source", str(tmp_path / "images"), "--out", str(tmp_path / "corpus"))
+    assert "rejected: 1 not_an_image" in done.stderr
+
+
 def pipeline(root: Path) -> dict[str, object]:
     settings = {
         "name": "Test",
