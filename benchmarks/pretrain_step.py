@@ -1,17 +1,23 @@
 """One step of DINO + iBOT + KoLeo, forward and backward, teacher included: work, memory and time.
 
 ViT-S/16, 4 images of 2 x 224 and 8 x 96 px, 8,192 prototypes, stochastic depth 0.3. FLOPs are torch's counter's, saved
-bytes those of the storages kept for the backward pass, parameters apart. The reference's figures are DINOv2's official
-code in this setting, counted in the same way (339.0 GFLOP, 750 MB). The peer in time is lightly, whose parts are put
-together as its documentation does for DINOv2; on one core.
+bytes those of the storages kept for the backward pass, parameters apart; peak memory is the resident memory that the
+first step adds, in a process of its own. The reference's figures are DINOv2's official code in this setting, counted in
+the same way (339.0 GFLOP, 750 MB). The peer in time and peak memory is lightly, whose parts are put together as its
+documentation does for DINOv2; on one core.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import timm
 import torch
 from torch import Tensor, nn
@@ -121,6 +127,33 @@ def lightlys(batch: Batch) -> Callable[[], None]:
     return step
 
 
+def _peak(which: str, answer: Any) -> None:
+    """In a process of its own: MB by which a step raises the resident memory above what the model itself takes."""
+    torch.set_num_threads(1)
+    batch = _batch()
+    if which == "lightly":
+        step = lightlys(batch)
+    else:
+        learner = build_learner(SETTINGS).train()
+        learner.student.execution = Execution("full" if which == "full" else "none")
+        step = partial(ours, learner, batch)
+    before = psutil.Process().memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of imports and of building
+    step()
+    status = Path("/proc/self/status").read_text()
+    answer.put((int(status.split("VmHWM:")[1].split()[0]) * 1024 - before) / 1e6)
+
+
+def peak_megabytes(which: str) -> float:
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    process = context.Process(target=_peak, args=(which, answer))
+    process.start()
+    value: float = answer.get()
+    process.join()
+    return value
+
+
 def measure() -> list[Row]:
     torch.set_num_threads(1)
     learner, batch = build_learner(SETTINGS).train(), _batch()
@@ -137,8 +170,14 @@ def measure() -> list[Row]:
     except ImportError:
         print("lightly is not installed, so no time is compared; pip install 'fovea[dev]'")
         return rows
+    peaks = {which: peak_megabytes(which) for which in ("plain", "full", "lightly")}
     mine, theirs = cpu_seconds(lambda: ours(learner, batch), peer, repeats=3)
-    return [*rows, compared("time (peer: lightly)", mine, theirs, "CPU s", target=1.3)]
+    return [
+        *rows,
+        compared("peak memory of a step (peer: lightly)", peaks["plain"], peaks["lightly"], "MB"),
+        compared("peak memory, full checkpointing (peer: without)", peaks["full"], peaks["plain"], "MB"),
+        compared("time of a step (peer: lightly)", mine, theirs, "CPU s", target=1.3),
+    ]
 
 
 if __name__ == "__main__":
