@@ -20,9 +20,10 @@ import numpy as np
 import psutil
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.memory import kept_for_backward
 from benchmarks.rows import Row, compared, cpu_seconds, main
 from pretrain.config import PretrainSettings
 from pretrain.data.loader import Batch
@@ -63,24 +64,13 @@ class Counted:
 def counted(learner: Learner, batch: Batch, checkpointing: Checkpointing) -> Counted:
     """FLOPs of a whole step, and what the backward pass finds kept."""
     learner.student.execution = Execution(checkpointing)
-    own = {parameter.untyped_storage().data_ptr() for parameter in learner.parameters()}
-    kept: dict[int, tuple[int, Tensor]] = {}
-
-    def pack(value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), value)
-        return value
-
     with FlopCounterMode(display=False) as flops:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        with kept_for_backward(learner) as kept:
             loss, _ = learner(batch, 0.05)
-        saved = sum(size for size, _ in kept.values())
-        kept.clear()
         loss.backward()
     learner.zero_grad()
     learner.student.execution = Execution()
-    return Counted(flops.get_total_flops() / 1e9, saved / 1e6)
+    return Counted(flops.get_total_flops() / 1e9, kept.bytes / 1e6)
 
 
 def ours(learner: Learner, batch: Batch) -> None:

@@ -94,7 +94,7 @@ class Corpus:
             raise UserError(f"{self.artifact.url}: has samples without a label; ingest a folder of class folders")
         return np.array(self.table["label"].to_numpy())
 
-    @property
+    @cached_property
     def captions(self) -> pa.ChunkedArray:
         """Caption of each sample, not copied from the index.
 

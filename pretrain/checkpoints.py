@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from infra.artifacts import Artifact, open_artifact
@@ -45,8 +46,9 @@ class Checkpoint:
 
     def weights(self, prefix: str = "") -> dict[str, Tensor]:
         """Weights whose name starts with `prefix`, without it."""
-        state = load_file(self.artifact.local_file(WEIGHTS))
-        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        with safe_open(self.artifact.local_file(WEIGHTS), framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no mapping)
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
     def backbone(self) -> VisionTransformer:
         """The released backbone, for inference."""
@@ -90,7 +92,9 @@ class Checkpoint:
 def _resized_table(table: Tensor, wanted: Tensor, model: VisionTransformerConfig) -> Tensor:
     """A position table `[1, 1 + side * side, dim]` for another grid."""
     side, other = (math.isqrt(each.shape[1] - 1) for each in (table, wanted))
-    return torch.cat([table[:, :1], positions.resized(table[:, 1:], side, other, other, model.interpolation)], dim=1)
+    return torch.cat(
+        [table[:, :1], positions.resized(table[:, 1:], (side, side), (other, other), model.interpolation)], dim=1
+    )
 
 
 def initial_backbone(model: VisionTransformerConfig, seed: int) -> VisionTransformer:

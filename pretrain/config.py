@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from infra.config import Config
 from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD, Views
-from pretrain.models.config import VisionTransformerConfig
+from pretrain.models.config import Checkpointing, VisionTransformerConfig
 from pretrain.objectives.config import (
     ClipConfig,
     DinoConfig,
@@ -88,7 +88,7 @@ class Runtime(Config):
     """Loader processes a rank; 0 loads in the training process."""
     checkpoint_every: int = Field(200, ge=1)
     """Steps between checkpoints to resume from."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Checkpointing = "none"
     """What the backward pass computes again to save memory: nothing, all but matrix products and attention, or whole
     blocks."""
     compile: bool = False

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from infra.errors import UserError
 from pretrain.config import Optimizer, Schedule, Sharding
+from pretrain.ranks import several_ranks
 
 
 class Engine(Protocol):
@@ -58,7 +59,7 @@ def world() -> tuple[int, int]:
 def average(values: dict[str, Tensor]) -> dict[str, float]:
     """Scalars, averaged over all ranks."""
     stacked = torch.stack([value.detach().float() for value in values.values()])
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if several_ranks():
         dist.all_reduce(stacked)
         stacked /= dist.get_world_size()
     return dict(zip(values, stacked.tolist(), strict=True))
@@ -66,7 +67,7 @@ def average(values: dict[str, Tensor]) -> dict[str, float]:
 
 def barrier() -> None:
     """Wait for all ranks."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if several_ranks():
         dist.barrier()
 
 

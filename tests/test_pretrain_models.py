@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from typing import Literal
 
 import pytest
 import timm
@@ -12,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.memory import kept_for_backward
 from distill import timm_format
 from infra.errors import UserError
 from pretrain.data.config import Views
 from pretrain.models.attention import attention
 from pretrain.models.blocks import _subset, _swiglu
-from pretrain.models.config import HeadConfig, RopeConfig, VisionTransformerConfig
-from pretrain.models.execution import Checkpointing, Execution
+from pretrain.models.config import Checkpointing, HeadConfig, Interpolation, RopeConfig, VisionTransformerConfig
+from pretrain.models.execution import Execution
 from pretrain.models.heads import PrototypeHead
 from pretrain.models.linear import normed_linear, scaled_linear
 from pretrain.models.positions import resized
@@ -170,21 +170,11 @@ def test_compiled_blocks_change_nothing(drop_path: float) -> None:
 
 
 def saved_bytes(vit: VisionTransformer, execution: Execution) -> int:
-    """Bytes kept for the backward pass, parameters apart."""
     vit.execution = execution
-    own = {parameter.untyped_storage().data_ptr() for parameter in vit.parameters()}
-    kept = {}
-
-    def pack(value: torch.Tensor) -> torch.Tensor:
-        storage = value.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), value)
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+    with kept_for_backward(vit) as kept:
         out = vit.train()([images(n, side) for n, side in GROUPS])
     assert out[0].class_token.requires_grad
-    return sum(size for size, _ in kept.values())
+    return kept.bytes
 
 
 def test_activation_checkpointing_keeps_less() -> None:
@@ -252,13 +242,13 @@ def test_norms_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("how", ["antialias", "offset", "plain"])
-def test_positions_are_resized_as_asked(how: Literal["antialias", "offset", "plain"]) -> None:
+def test_positions_are_resized_as_asked(how: Interpolation) -> None:
     table = torch.randn(1, 64, 6)
-    assert resized(table, 8, 8, 8, how) is table
-    out = resized(table, 8, 5, 11, how)
+    assert resized(table, (8, 8), (8, 8), how) is table
+    out = resized(table, (8, 8), (5, 11), how)
     assert out.shape == (1, 55, 6)
     flat = torch.full((1, 64, 6), 0.3)
-    torch.testing.assert_close(resized(flat, 8, 5, 11, how), torch.full((1, 55, 6), 0.3))
+    torch.testing.assert_close(resized(flat, (8, 8), (5, 11), how), torch.full((1, 55, 6), 0.3))
 
 
 def test_stochastic_depth_saves_its_share_of_the_work() -> None:

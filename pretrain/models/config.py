@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from infra.config import Config
 
 Backend = Literal["sdpa", "xformers", "reference"]
+Interpolation = Literal["antialias", "offset", "plain"]
+Checkpointing = Literal["none", "selective", "full"]
 Size = Literal["tiny", "small", "base", "large", "so400m", "huge", "giant", "7b"]
 
 # Widths, depths and heads as published: DeiT (tiny), ViT (small to huge), DINOv2 (giant), DINOv3 (so400m, 7b).
@@ -64,7 +66,7 @@ class VisionTransformerConfig(Config):
     """Register tokens (arXiv 2309.16588)."""
     position: Literal["learned", "sincos", "rope"] = "learned"
     """Position of patches: a learned table, MAE's fixed sines and cosines, or DINOv3's axial rotation."""
-    interpolation: Literal["antialias", "offset", "plain"] = "antialias"
+    interpolation: Interpolation = "antialias"
     """How a position table is resized, bicubically: antialiased (timm; DINOv2 with registers), with DINOv2's offset of
     0.1 patches (its models without registers), or plainly (transformers)."""
     rope: RopeConfig = RopeConfig()

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from pretrain.models.attention import Shape
+from pretrain.models.config import Checkpointing
 from pretrain.models.rope import Rotation
-
-Checkpointing = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,29 @@
-"""Position tables: learned ones resized to any grid, and fixed sines and cosines."""
+"""Position tables: learned ones resized to any grid, as patch tokens can be, and fixed sines and cosines."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.models.config import Interpolation
+
+Grid = tuple[int, int]  # rows and columns of patches
+
 _OFFSET = 0.1  # patches; DINOv2's guard against rounding when it resizes by a factor
 
 
-def resized(table: Tensor, side: int, height: int, width: int, how: Literal["antialias", "offset", "plain"]) -> Tensor:
-    """Resize patch positions `[1, side * side, dim]` to `[1, height * width, dim]`, bicubically."""
-    if (height, width) == (side, side):
-        return table
-    square = table.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()
+def resized(tokens: Tensor, grid: Grid, wanted: Grid, how: Interpolation) -> Tensor:
+    """Resize patch tokens or positions `[n, rows * columns, dim]` of one grid to another, bicubically."""
+    if grid == wanted:
+        return tokens
+    maps = tokens.unflatten(1, grid).permute(0, 3, 1, 2).float()
     if how == "offset":
-        factors = ((height + _OFFSET) / side, (width + _OFFSET) / side)
-        square = F.interpolate(square, scale_factor=factors, mode="bicubic")
+        factors = [(new + _OFFSET) / old for new, old in zip(wanted, grid, strict=True)]
+        maps = F.interpolate(maps, scale_factor=factors, mode="bicubic")
     else:
-        square = F.interpolate(square, size=(height, width), mode="bicubic", antialias=how == "antialias")
-    return square.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
+        maps = F.interpolate(maps, size=wanted, mode="bicubic", antialias=how == "antialias")
+    return maps.permute(0, 2, 3, 1).flatten(1, 2).to(tokens.dtype)
 
 
 def sincos(side: int, dim: int) -> Tensor:

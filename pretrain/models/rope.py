@@ -23,6 +23,12 @@ class AxialRope(nn.Module):
         quarter = torch.arange(head_dim // 4, dtype=torch.float32)
         self.register_buffer("periods", config.base ** (2 * quarter / (head_dim // 2)), persistent=False)
 
+    @property
+    def varies(self) -> bool:
+        """Whether each call gives another rotation of the same grid."""
+        config = self.config
+        return self.training and (config.shift > 0 or config.jitter > 1 or config.rescale > 1)
+
     def forward(self, height: int, width: int, prefix: int) -> Rotation:
         """The rotation of `prefix` tokens that stay as they are, then of a grid of patches, row by row.
 
@@ -41,7 +47,7 @@ class AxialRope(nn.Module):
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
 
     def _augmented(self, coordinates: Tensor) -> Tensor:
-        if not self.training:
+        if not self.varies:
             return coordinates
         config = self.config
         if config.shift:

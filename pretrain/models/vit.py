@@ -113,8 +113,11 @@ class VisionTransformer(nn.Module):
         """Groups `[B, tokens, dim]` through all blocks, before the final norm."""
         shapes: list[Shape] = [(group.shape[0], group.shape[1]) for group in tokens]
         x = torch.cat([group.flatten(0, 1) for group in tokens])
-        for block in self.blocks:
-            x = run_block(block, x, shapes, self._rotations(grids), self.execution)
+        rotations = self._rotations(grids)
+        for i, block in enumerate(self.blocks):
+            if i and self.rope is not None and self.rope.varies:  # DINOv3 augments positions anew for each block
+                rotations = self._rotations(grids)
+            x = run_block(block, x, shapes, rotations, self.execution)
         parts = x.split([crops * length for crops, length in shapes])
         return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
 
@@ -144,9 +147,8 @@ class VisionTransformer(nn.Module):
         class_token: Tensor = self.cls_token
         if self.pos_embed is not None:
             class_token = class_token + self.pos_embed[:, :1]
-            patches = patches + positions.resized(
-                self.pos_embed[:, 1:], self.config.grid, grid.shape[2], grid.shape[3], self.config.interpolation
-            )
+            side, shape = self.config.grid, (grid.shape[2], grid.shape[3])
+            patches = patches + positions.resized(self.pos_embed[:, 1:], (side, side), shape, self.config.interpolation)
         batch = images.shape[0]
         parts = [class_token.expand(batch, -1, -1)]
         if self.reg_token is not None:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.data.loader import Batch
+from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.vit import Features, VisionTransformer
+from pretrain.objectives.config import ObjectiveConfig
 
 
 @dataclass
@@ -57,11 +59,23 @@ class Outputs:
 class Objective(nn.Module):
     """A loss. It knows neither the engine nor the other objectives.
 
+    Args:
+        config: its settings.
+        student: dimensions of the student's backbone.
+        teacher: dimensions of the teacher's.
+
     Attributes:
         weight: factor of its terms in the sum that is optimised.
     """
 
-    weight: float
+    config: ObjectiveConfig
+
+    def __init__(
+        self, config: ObjectiveConfig, student: VisionTransformerConfig, teacher: VisionTransformerConfig
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = config.weight
 
     def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
         """Named loss terms, each a scalar before `weight`.

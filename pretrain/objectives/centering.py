@@ -7,15 +7,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.objectives.config import Centering
+from pretrain.ranks import all_reduce_sum, several_ranks
 
 _SINKHORN_ITERATIONS = 3
-
-
-def all_reduce_sum(value: Tensor) -> Tensor:
-    """The sum over all ranks, in place; the value itself where there is one process."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(value)
-    return value
 
 
 def sinkhorn_knopp(logits: Tensor, temperature: float) -> Tensor:
@@ -29,7 +23,7 @@ def sinkhorn_knopp(logits: Tensor, temperature: float) -> Tensor:
     """
     scaled = logits.float() / temperature
     largest = scaled.max() if len(scaled) else scaled.new_tensor(-torch.inf)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if several_ranks():
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     q = torch.exp(scaled - largest)  # the constant cancels; it keeps exp from overflowing
     samples = all_reduce_sum(q.new_tensor(float(len(q))))

@@ -12,14 +12,11 @@ from pretrain.models.config import HeadConfig
 Centering = Literal["softmax", "sinkhorn"]
 
 
-class DinoConfig(Config):
-    """Agreement of class tokens between crops (DINO)."""
+class PrototypeConfig(Config):
+    """What DINO and iBOT share."""
 
-    kind: Literal["dino"] = "dino"
     weight: float = Field(1.0, ge=0)
     """Factor of the loss."""
-    local_weight: float = Field(1.0, ge=0)
-    """Factor of the local crops' share of it."""
     head: HeadConfig = HeadConfig()
     """The projection head."""
     centering: Centering = "sinkhorn"
@@ -28,20 +25,20 @@ class DinoConfig(Config):
     """Softmax temperature of the student."""
 
 
-class IbotConfig(Config):
+class DinoConfig(PrototypeConfig):
+    """Agreement of class tokens between crops (DINO)."""
+
+    kind: Literal["dino"] = "dino"
+    local_weight: float = Field(1.0, ge=0)
+    """Factor of the local crops' share of the loss."""
+
+
+class IbotConfig(PrototypeConfig):
     """Prediction of masked patch tokens (iBOT)."""
 
     kind: Literal["ibot"] = "ibot"
-    weight: float = Field(1.0, ge=0)
-    """Factor of the loss."""
     tied: bool = False
-    """Use DINO's heads instead of own ones."""
-    head: HeadConfig = HeadConfig()
-    """The projection head, where it is not tied."""
-    centering: Centering = "sinkhorn"
-    """How the teacher's targets are balanced."""
-    student_temperature: float = Field(0.1, gt=0)
-    """Softmax temperature of the student."""
+    """Use DINO's heads instead of own ones; `head` is then not read."""
     mean_over: Literal["masked", "all"] = "masked"
     """Divide by the number of masked crops; or of all global crops, masked or not, as DINOv2 does."""
 
@@ -123,30 +120,29 @@ class TextTower(Config):
         return self
 
 
-class ClipConfig(Config):
-    """Contrast of images and captions over all pairs of a micro-batch, of all ranks (CLIP's InfoNCE)."""
+class ImageTextConfig(Config):
+    """What CLIP and SigLIP share."""
 
-    kind: Literal["clip"] = "clip"
     weight: float = Field(1.0, ge=0)
     """Factor of the loss."""
     dim: int = Field(512, ge=1)
     """Width of the shared space."""
     text: TextTower = TextTower()
     """The text tower."""
+
+
+class ClipConfig(ImageTextConfig):
+    """Contrast of images and captions over all pairs of a micro-batch, of all ranks (CLIP's InfoNCE)."""
+
+    kind: Literal["clip"] = "clip"
     scale: float = Field(14.285714, gt=0)
     """First factor of the cosines, the inverse of the temperature; learned, at most 100."""
 
 
-class SiglipConfig(Config):
+class SiglipConfig(ImageTextConfig):
     """Each image with each caption, true or not, by itself (SigLIP)."""
 
     kind: Literal["siglip"] = "siglip"
-    weight: float = Field(1.0, ge=0)
-    """Factor of the loss."""
-    dim: int = Field(512, ge=1)
-    """Width of the shared space."""
-    text: TextTower = TextTower()
-    """The text tower."""
     scale: float = Field(10.0, gt=0)
     """First factor of the cosines; learned."""
     bias: float = -10.0

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pretrain.data.loader import Batch
 from pretrain.models.config import VisionTransformerConfig
+from pretrain.models.positions import Grid, resized
 from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.base import Objective, Outputs
 from pretrain.objectives.config import GramConfig
@@ -26,10 +27,10 @@ def gram_loss(student: Tensor, anchor: Tensor) -> Tensor:
 class Gram(Objective):
     """Anchors the student's global crops to a frozen copy of the teacher, which sees them larger and undistorted."""
 
+    config: GramConfig
+
     def __init__(self, config: GramConfig, student: VisionTransformerConfig, teacher: VisionTransformerConfig) -> None:
-        super().__init__()
-        self.weight = config.weight
-        self.config = config
+        super().__init__(config, student, teacher)
         self.anchor = VisionTransformer(teacher).requires_grad_(False).eval()
         self.started = False
 
@@ -52,18 +53,11 @@ class Gram(Objective):
         images = outputs.images if outputs.plain_images is None else outputs.plain_images
         with torch.no_grad():
             anchor = self.anchor([images])[0].patch_tokens
-            anchor = _resized(anchor, _grid(images, self.anchor), _grid(outputs.images, outputs.student))
+            # Plainly, as dinov3's global_teacher_resize_antialias: false.
+            anchor = resized(anchor, _grid(images, self.anchor), _grid(outputs.images, outputs.student), "plain")
         return {"gram": gram_loss(outputs.student_globals.patch_tokens, anchor)}
 
 
-def _grid(images: Tensor, backbone: VisionTransformer) -> tuple[int, int]:
+def _grid(images: Tensor, backbone: VisionTransformer) -> Grid:
     patch = backbone.config.patch_size
     return images.shape[-2] // patch, images.shape[-1] // patch
-
-
-def _resized(tokens: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
-    """Patch tokens `[B, h * w, dim]` of one grid, bicubically on another (dinov3: global_teacher_resize_method)."""
-    if grid == wanted:
-        return tokens
-    maps = tokens.float().unflatten(1, grid).permute(0, 3, 1, 2)
-    return F.interpolate(maps, size=wanted, mode="bicubic").flatten(2).transpose(1, 2)

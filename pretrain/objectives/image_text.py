@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from pretrain.data.loader import Batch
 from pretrain.models.config import VisionTransformerConfig
 from pretrain.objectives.base import Objective, Outputs
 from pretrain.objectives.config import ClipConfig, SiglipConfig, TextTower
-from pretrain.objectives.gather import gathered, several_ranks
+from pretrain.ranks import first_row, gathered
 
 _LARGEST_SCALE = math.log(100)  # section 2.5
 
@@ -42,8 +41,7 @@ class ImageText(Objective):
     ) -> None:
         from open_clip.transformer import TextTransformer
 
-        super().__init__()
-        self.weight = config.weight
+        super().__init__(config, student, teacher)
         self.project = nn.Linear(student.dim, config.dim, bias=False)
         nn.init.normal_(self.project.weight, std=student.dim**-0.5)
         text = config.text
@@ -82,7 +80,7 @@ class Clip(ImageText):
     """Symmetric cross-entropy between images and captions (section 2.3, figure 3)."""
 
     def contrast(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
-        own = torch.arange(len(image), device=image.device) + _first_row(len(image))
+        own = torch.arange(len(image), device=image.device) + first_row(len(image))
         by_image = F.cross_entropy(self.scale() * image @ gathered(text).T, own)
         by_text = F.cross_entropy(self.scale() * text @ gathered(image).T, own)
         return {"clip": (by_image + by_text) / 2}
@@ -103,10 +101,5 @@ class Siglip(ImageText):
     def contrast(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
         logits = self.scale() * image @ gathered(text).T + self.logit_bias
         signs = -torch.ones_like(logits)
-        signs.diagonal(_first_row(len(image))).fill_(1)
+        signs.diagonal(first_row(len(image))).fill_(1)
         return {"siglip": -F.logsigmoid(signs * logits).sum() / len(image)}
-
-
-def _first_row(rows: int) -> int:
-    """Where this rank's rows stand among all."""
-    return dist.get_rank() * rows if several_ranks() else 0

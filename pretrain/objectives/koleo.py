@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.data.loader import Batch
 from pretrain.data.views import GLOBAL_COUNT
-from pretrain.models.config import VisionTransformerConfig
 from pretrain.objectives.base import Objective, Outputs
 from pretrain.objectives.config import KoleoConfig
-from pretrain.objectives.gather import gathered, several_ranks
+from pretrain.ranks import first_row, gathered
 
 
 def koleo(x: Tensor, distributed: bool = False) -> Tensor:
@@ -21,9 +19,7 @@ def koleo(x: Tensor, distributed: bool = False) -> Tensor:
     With `distributed`, neighbours come from all ranks, each of which holds n vectors; gradients reach them.
     """
     x = F.normalize(x, dim=-1, eps=1e-8)
-    everywhere, first = x, 0
-    if distributed and several_ranks():
-        everywhere, first = gathered(x), dist.get_rank() * len(x)
+    everywhere, first = (gathered(x), first_row(len(x))) if distributed else (x, 0)
     with torch.no_grad():
         similarity = x @ everywhere.T
         similarity.diagonal(first).fill_(-1)
@@ -35,10 +31,7 @@ def koleo(x: Tensor, distributed: bool = False) -> Tensor:
 class Koleo(Objective):
     """KoLeo on the student's class tokens, each global crop of the batch by itself."""
 
-    def __init__(self, config: KoleoConfig, student: VisionTransformerConfig, teacher: VisionTransformerConfig) -> None:
-        super().__init__()
-        self.weight = config.weight
-        self.config = config
+    config: KoleoConfig
 
     def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
         """`koleo`: summed over the two global crops."""

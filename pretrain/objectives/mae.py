@@ -67,10 +67,10 @@ class Decoder(nn.Module):
 class Mae(Objective):
     """Mean squared error of the pixels of hidden patches, of the first global crop."""
 
+    config: MaeConfig
+
     def __init__(self, config: MaeConfig, student: VisionTransformerConfig, teacher: VisionTransformerConfig) -> None:
-        super().__init__()
-        self.weight = config.weight
-        self.config = config
+        super().__init__(config, student, teacher)
         self.patch_size = student.patch_size
         self.decoder = Decoder(config, student)
 

@@ -16,6 +16,7 @@ from pretrain.objectives.config import DinoConfig, IbotConfig
 class PrototypeObjective(Objective):
     """An objective whose student head is trained to give the teacher head's targets."""
 
+    config: DinoConfig | IbotConfig
     head: PrototypeHead
     teacher_head: PrototypeHead
     targets: Targets
@@ -23,9 +24,7 @@ class PrototypeObjective(Objective):
     def __init__(
         self, config: DinoConfig | IbotConfig, student: VisionTransformerConfig, teacher: VisionTransformerConfig
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.weight = config.weight
+        super().__init__(config, student, teacher)
         self.student_temperature = config.student_temperature
         if not (isinstance(config, IbotConfig) and config.tied):
             self._make_heads(config.head, student.dim, teacher.dim)

@@ -1,4 +1,4 @@
-"""Features of all ranks, with gradients."""
+"""What several ranks hold together; alone, each function is the identity."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ from torch import Tensor
 
 def several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """The sum over all ranks, in place; the value itself where there is one process."""
+    if several_ranks():
+        dist.all_reduce(value)
+    return value
 
 
 def gathered(x: Tensor) -> Tensor:
@@ -22,3 +29,8 @@ def gathered(x: Tensor) -> Tensor:
     from torch.distributed.nn.functional import all_gather
 
     return torch.cat(list(all_gather(x.contiguous())))
+
+
+def first_row(rows: int) -> int:
+    """Where this rank's rows stand among all that `gathered` gives, if every rank has as many."""
+    return dist.get_rank() * rows if several_ranks() else 0
