@@ -1,37 +1,49 @@
-"""Training views of photographs: images a CPU-second of Fovea's loader beside the usual one.
+"""Training views of photographs: Fovea's loader beside the usual ones, and its ingest beside reading and hashing alone.
 
-The peer is torchvision's ImageFolder with DINOv2's transforms on Pillow images, as the official code composes them;
-both run in one process, 2 global crops of 224 px and 8 local ones of 96. Ours counts reading shards, decoding,
-cropping and recolouring. The photographs are the `webpool` set ($FOVEA_DATA or ../shared/data), as they are (about
-350 px) and enlarged to 1,024 px.
+The peers are torchvision's ImageFolder and plain webdataset, both with DINOv2's transforms on Pillow images as the
+official code composes them. Every loader runs in a process of its own with one worker process: 2 global crops of 224 px
+and 8 local ones of 96, recoloured. CPU-seconds are those of both processes. The photographs are the `webpool` set
+($FOVEA_DATA or ../shared/data), as they are (about 350 px) and enlarged to 1,024 px.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+import multiprocessing
 import os
 import random
+import resource
+import statistics
 import tarfile
 import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from benchmarks.rows import Row, cpu_seconds, main
+from benchmarks.rows import Row, compared, main
 from curation.config import IngestConfig
 from curation.ingest import ingest
 from infra.corpora import Corpus
 from pretrain.config import PretrainSettings
-from pretrain.data import photometric
 from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD
-from pretrain.data.loader import ViewDataset
+from pretrain.data.loader import Place, batches
 from pretrain.train import view_dataset
 
-IMAGES = 64
+IMAGES = 192
+BATCH = 16
+ROUNDS = 3
+EPOCHS = 10
 SETTINGS = PretrainSettings()
 
 
@@ -88,36 +100,100 @@ class DinoTransform:
         return large, torch.stack([self.local(image) for _ in range(8)])
 
 
-def ours(dataset: ViewDataset) -> None:
-    mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
-    for first in range(0, IMAGES, 16):
-        batch = dataset.batch(np.arange(first, first + 16))
-        for crops, colours in (
-            (batch.global_crops, batch.global_photometric),
-            (batch.local_crops, batch.local_photometric),
-        ):
-            (photometric.apply(crops.float() / 255, colours) - mean) / std
+def ours(folder: str, corpus: str) -> Iterable[Any]:
+    return batches(view_dataset([corpus], SETTINGS), Place(0, 1, BATCH, 1, 0, IMAGES // BATCH), workers=1)
 
 
-def peer(dataset: ImageFolder) -> None:
+def folder_of_files(folder: str, corpus: str) -> Iterable[Any]:
+    return DataLoader(ImageFolder(folder, DinoTransform()), BATCH, shuffle=True, num_workers=1)
+
+
+def webdataset(folder: str, corpus: str) -> Iterable[Any]:
+    import webdataset as wds
+
+    shards = [shard.url for shard in Corpus.open(corpus).shards]
+    urls = [str(Path(corpus) / url) for url in shards]
+    samples = wds.WebDataset(urls, shardshuffle=False).shuffle(100, seed=0).decode("pil").to_tuple("jpg")
+    return wds.WebLoader(samples.map_tuple(DinoTransform()).batched(BATCH), batch_size=None, num_workers=1)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
     random.seed(0)
     torch.manual_seed(0)
-    for index in range(IMAGES):
-        dataset[index]
+
+
+def _measured(loader: Callable[[str, str], Iterable[Any]], folder: str, corpus: str) -> tuple[float, float]:
+    """CPU-seconds of one epoch and peak memory of the worker in MB."""
+    _one_thread()
+    before = sum(os.times()[:4])
+    for _ in loader(folder, corpus):
+        pass
+    return sum(os.times()[:4]) - before, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+
+
+def _memory_by_epoch(corpus: str) -> list[float]:
+    """Memory of the loading process alone after each of some epochs, in MB."""
+    _one_thread()
+    dataset, after = view_dataset([corpus], SETTINGS), []
+    for epoch in range(EPOCHS):
+        for first in range(epoch * IMAGES, (epoch + 1) * IMAGES, BATCH):
+            dataset.batch(np.arange(first, first + BATCH))
+        after.append(psutil.Process().memory_full_info().uss / 1e6)
+    return after
+
+
+def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a call in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _ingest_seconds(folder: str, scratch: str) -> tuple[float, float]:
+    """CPU-seconds of indexing shards in place, and of reading them and hashing every byte once."""
+    with tempfile.TemporaryDirectory(dir=scratch) as fresh:
+        os.environ["FOVEA_CACHE"] = fresh
+        before = time.process_time()
+        ingest(IngestConfig(source=folder, out=f"{fresh}/out", check="header", workers=1))
+        mine = time.process_time() - before
+    before = time.process_time()
+    for shard in Path(folder).glob("*.tar"):
+        hashlib.sha256(shard.read_bytes()).hexdigest()
+    return mine, time.process_time() - before
+
+
+def _loader_rows(name: str, folder: str, corpus: str, target: float) -> list[Row]:
+    loaders = {"ours": ours, "ImageFolder": folder_of_files, "webdataset": webdataset}
+    found: dict[str, list[tuple[float, float]]] = {loader: [] for loader in loaders}
+    for _ in range(ROUNDS):
+        for loader, make in loaders.items():
+            found[loader].append(_apart(_measured, make, folder, corpus))
+    seconds = {loader: statistics.median(each[0] for each in runs) for loader, runs in found.items()}
+    memory = {loader: statistics.median(each[1] for each in runs) for loader, runs in found.items()}
+    rows = []
+    for peer in ("ImageFolder", "webdataset"):
+        ratio = seconds[peer] / seconds["ours"]
+        speeds = IMAGES / seconds["ours"], IMAGES / seconds[peer]
+        rows.append(Row(f"{name}, {peer}", speeds[0], "images / CPU s", speeds[1], ratio, target))
+        rows.append(compared(f"{name}, {peer}: worker's peak", memory["ours"], memory[peer], "MB"))
+    return rows
 
 
 def measure() -> list[Row]:
-    torch.set_num_threads(1)
-    images = _photographs()
-    rows = []
+    images, rows = _photographs(), []
     with tempfile.TemporaryDirectory() as scratch:
-        for name, side, target in (("webpool", None, 2.0), ("1,024 px", 1024, 3.0)):
+        os.environ["FOVEA_CACHE"] = f"{scratch}/cache"
+        for name, side, target in (("350 px", None, 2.0), ("1,024 px", 1024, 3.0)):
             folder = Path(scratch) / name
             _write(images, folder, side)
-            corpus = Corpus.open(ingest(IngestConfig(source=str(folder), out=f"{scratch}/{name}-corpus")).url)
-            dataset, usual = view_dataset([corpus], SETTINGS), ImageFolder(str(folder), DinoTransform())
-            mine, theirs = cpu_seconds(lambda d=dataset: ours(d), lambda u=usual: peer(u), repeats=3)
-            rows.append(Row(name, IMAGES / mine, "images / CPU s", IMAGES / theirs, theirs / mine, target))
+            corpus = ingest(IngestConfig(source=str(folder), out=f"{scratch}/{name}-corpus", shard_mb=8)).url
+            rows += _loader_rows(name, str(folder), corpus, target)
+            after = _apart(_memory_by_epoch, corpus)
+            flat = f"{name}: memory, epoch {EPOCHS} against 2"
+            rows.append(Row(flat, after[-1], "MB", after[1], after[1] / after[-1], 0.95))
+            times = [_apart(_ingest_seconds, f"{corpus}/shards", scratch) for _ in range(ROUNDS)]
+            mine, theirs = (statistics.median(each[at] for each in times) for at in (0, 1))
+            rows.append(compared(f"{name}: ingest, read and hash", mine, theirs, "CPU s", target=0.8))
     return rows
 
 

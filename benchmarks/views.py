@@ -22,7 +22,7 @@ _CROPS = ((Crops(size=32, photometric=[_COLOURS]), 2), (Crops(size=16, scale=(0.
 
 def _images() -> list[Image.Image]:
     rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(64)]
+    return [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(64)]
 
 
 def ours(images: list[Image.Image]) -> list[torch.Tensor]:

@@ -49,8 +49,13 @@ class IngestSettings(Config):
     every image lies in one, else .cls files where there are any; none: no labels."""
     label_field: str = "label"
     """The field, for `json`."""
+    check: Literal["pixels", "header"] = "pixels"
+    """pixels: decode every image, so that what is kept is known to be whole. header: read its dimensions alone, many
+    times faster; training passes over those that then prove damaged."""
     max_pixels: int = Field(100_000_000, ge=1, le=100_000_000)
     """Images that claim more are rejected unread."""
+    max_file_mb: int = Field(256, ge=1)
+    """Images in larger files, in MiB, are rejected unread."""
     min_side: int = Field(8, ge=1)
     """Images with a shorter side are rejected."""
     shard_mb: int = Field(256, ge=1)
@@ -60,8 +65,12 @@ class IngestSettings(Config):
 class IngestConfig(IngestSettings):
     """Images in, corpus out."""
 
+    workers: int = Field(0, ge=0)
+    """Processes that read shards; 0: one a core."""
+
     source: str
-    """A folder of images, a folder of class folders, or tar shards: a folder, a glob or a {000..999} range."""
+    """A folder of images, of class folders or of tar shards, a glob of shards or a {000..999} range of them; here or at
+    any URL. What img2dataset wrote is such a folder."""
     out: str
     """URL of the corpus; {id} stands for its id."""
 

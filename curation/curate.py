@@ -17,11 +17,12 @@ from curation.steps.retrieve import retrieve
 from curation.verdicts import Verdicts
 from infra import selections
 from infra.artifacts import Artifact, Input, Plan, produce
-from infra.corpora import Corpus, CorpusWriter
+from infra.corpora import Corpus
 from infra.embeddings import Embeddings
 from infra.errors import UserError
 from infra.progress import progress
 from infra.selections import Selection
+from infra.shards import CorpusWriter
 
 VERSION = 1
 

@@ -4,195 +4,284 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
+import shutil
+import uuid
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from PIL import Image
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from curation import scan
 from curation.config import IngestConfig, IngestSettings
-from curation.sources import BrokenShard, Sample, Source, fingerprint, open_source
-from infra.artifacts import Artifact, Plan, produce
-from infra.corpora import CorpusWriter, Shard, write_index
+from curation.scan import PART_SCHEMA, Facts, Scans
+from curation.sources import BrokenShard, Sample, Unit, find_units
+from infra.artifacts import Artifact, Input, Plan, cache_directory, produce
+from infra.corpora import INDEX_SCHEMA, Shard
 from infra.errors import UserError
+from infra.hashing import hash_json
 from infra.progress import progress
-from pretrain.data.decode import ImageRejected, decode_rgb
+from infra.shards import IndexWriter, ParquetRows, ShardWriter, shard_path
 
-VERSION = 1
+VERSION = 2
+_PLACED = "placed"  # folder of a copying ingest's finished shards' rows, removed at the end
+_ALONE = 8 << 20  # bytes below which starting processes takes longer than reading
+
+T = TypeVar("T")
 
 
 def ingest(config: IngestConfig) -> Artifact:
     """Index a folder or shards; return the corpus artifact.
 
+    Units (shards, or runs of loose files) are read in parallel and kept, so that an interrupted ingest goes on, and one
+    over a grown source reads only what is new.
+
     Raises:
         UserError: the source is missing, or holds no usable image.
     """
-    source = open_source(config.source)
-    settings = config.model_dump(mode="json", exclude={"source", "out"})
-    inputs = {"source": fingerprint(source, config.source)}
-    plan = Plan("corpus", "ingest", VERSION, settings, inputs)
-    return produce(plan, config.out, lambda directory: _write(source, config, directory))
+    units = find_units(config.source, config.shard_mb << 20)
+    settings = IngestSettings(**{name: getattr(config, name) for name in IngestSettings.model_fields})
+    work = Work(
+        config.source,
+        units,
+        Scans(cache_directory() / "ingest", settings, uuid.uuid4().hex),
+        config.workers or _cores(),
+    )
+    facts = work.read([unit for unit in units if work.scans.facts(unit) is None])
+    inputs = {"source": Input(id=work.identity(facts), url=config.source)}
+    plan = Plan("corpus", "ingest", VERSION, settings.model_dump(mode="json"), inputs)
+    artifact = produce(plan, config.out, lambda directory: work.write(directory, facts), keep_work=True)
+    for unit in units:
+        work.scans.drop_rows(unit)
+    return artifact
 
 
-def _write(source: Source, config: IngestConfig, directory: Path) -> Mapping[str, Any]:
-    intake = Intake(config)
-    sink = _InPlace(source) if source.in_place else _Copy(CorpusWriter(directory, config.shard_mb << 20))
-    with progress("ingest", None) as advance:
-        for sample in source.samples():
-            if isinstance(sample, BrokenShard):
-                intake.reject(sample.shard.name, "broken_shard", sample.shard.bytes)
-                continue
-            row = intake.accept(sample)
-            if row is not None:
-                sink.add(sample, row)
-            advance()
-    if not sink.rows:
-        raise UserError(f"{config.source}: no usable image among {intake.seen}; reasons: {intake.summary()}")
-    classes = _assign_labels(sink.rows, intake)
-    sink.finish(directory, intake.rejected)
-    return {
-        "images": len(sink.rows),
-        "rejected": dict(sorted(Counter(each["reason"] for each in intake.rejected).items())),
-        "classes": classes,
-        "bytes": sum(row["image"]["size"] for row in sink.rows),
-    }
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass
-class Intake:
-    """Checks samples one by one and keeps the list of those it turned away."""
+class Work:
+    """One ingest: its units, and what was read of them before."""
 
-    settings: IngestSettings
-    seen: int = 0
-    rejected: list[dict[str, Any]] = field(default_factory=list)
-    class_names: list[str | None] = field(default_factory=list)
-    _keys: set[str] = field(default_factory=set)
+    source: str
+    units: list[Unit]
+    scans: Scans
+    workers: int
 
-    def accept(self, sample: Sample) -> dict[str, Any] | None:
-        """The index columns of a usable sample, or None, with the reason noted."""
-        self.seen += 1
-        image = sample.image()
-        if image is None:
-            self.reject(sample.key, "no_image", sum(len(each.data) for each in sample.members))
-            return None
-        reason, picture = self._look(sample.key, image.data)
-        if picture is None:
-            self.reject(sample.key, reason, len(image.data))
-            return None
-        self._keys.add(sample.key)
-        self.class_names.append(self._class_name(sample))
+    def identity(self, facts: Mapping[str, Facts]) -> str:
+        """A hash of names and contents, wherever they lie."""
+        return hash_json([[unit.name, facts[unit.name].sha256] for unit in self.units])
+
+    def read(self, units: list[Unit]) -> dict[str, Facts]:
+        """Read some units; return the facts of all, by name."""
+        found = {unit.name: facts for unit in self.units if (facts := self.scans.facts(unit)) is not None}
+        if not units:
+            return found
+        with progress("ingest", None, done=sum(facts.images for facts in found.values())) as advance:
+            if self._alone(units):
+                return found | {unit.name: self.scans.scan(unit, advance) for unit in units}
+            with _processes(min(self.workers, len(units))) as pool:
+                for unit, facts in zip(units, pool.map(self.scans.scan, units), strict=True):
+                    found[unit.name] = facts
+                    advance(facts.images)
+        return found
+
+    def _alone(self, units: Sequence[Unit]) -> bool:
+        return min(self.workers, len(units)) < 2 or sum(unit.bytes for unit in units) < _ALONE
+
+    def write(self, directory: Path, facts: Mapping[str, Facts]) -> Mapping[str, Any]:
+        """Write index and, where samples cannot be read where they are, shards."""
+        self.read([unit for unit in self.units if self.scans.rows(unit) is None])
+        images, rejected = sum(each.images for each in facts.values()), _rejected(facts.values())
+        if not images:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in rejected.items())
+            raise UserError(f"{self.source}: no usable image among {sum(rejected.values())}; reasons: {reasons}")
+        labels = Labels.of(self.scans.settings, list(facts.values()))
+        used = [unit for unit in self.units if facts[unit.name].images]
+        prefixed = self._keys_repeat(used)
+        index = IndexWriter(directory)
+        shards: list[Shard] = []
+        for unit, (shard, path) in zip(used, self._placed(directory, used, facts, prefixed), strict=True):
+            for batch in pq.ParquetFile(path).iter_batches():
+                index.add_table(_indexed(pa.Table.from_batches([batch]), len(shards), _prefix(unit, prefixed), labels))
+            shards.append(shard)
+        for unit in self.units:
+            for row in pq.read_table(_rows(self.scans, unit) / scan.REJECTED).to_pylist():
+                index.reject(row)
+        index.finish(shards)
+        shutil.rmtree(directory / _PLACED, ignore_errors=True)
         return {
-            "width": picture.width,
-            "height": picture.height,
-            "sha256": hashlib.sha256(image.data).hexdigest(),
-            "label": _label(sample),
-            "caption": sample.text("txt"),
+            "images": images,
+            "rejected": rejected,
+            "classes": labels.names,
+            "bytes": sum(each.bytes for each in facts.values()),
         }
 
-    def _look(self, key: str, data: bytes) -> tuple[str, Image.Image | None]:
-        """The decoded image, or the reason why there is none."""
-        if key in self._keys:
-            return "duplicate_key", None
-        if not key.isprintable():
-            return "unprintable_key", None
+    def _keys_repeat(self, units: list[Unit]) -> bool:
+        """Whether two shards use the same key; then every key gets its shard's name before it."""
+        hashes = [
+            pq.read_table(_rows(self.scans, unit) / scan.ROWS, columns=["key_hash"])["key_hash"] for unit in units
+        ]
+        joined = np.sort(np.concatenate([each.to_numpy() for each in hashes]))
+        return bool((joined[1:] == joined[:-1]).any())
+
+    def _placed(
+        self, directory: Path, units: list[Unit], facts: Mapping[str, Facts], prefixed: bool
+    ) -> Iterator[tuple[Shard, Path]]:
+        """The shard of each unit and the file of its rows."""
+        if all(unit.in_place for unit in units):
+            for unit in units:
+                shard = Shard(_absolute(unit.files[0].url), unit.bytes, facts[unit.name].sha256)
+                yield shard, _rows(self.scans, unit) / scan.ROWS
+            return
+        copies = [
+            Copy(unit, directory, number, _rows(self.scans, unit) / scan.ROWS, _prefix(unit, prefixed))
+            for number, unit in enumerate(units)
+        ]
+        with progress("copy", sum(facts[unit.name].images for unit in units)) as advance:
+            for unit, result in zip(units, self._run(copies), strict=True):
+                advance(facts[unit.name].images)
+                yield result
+
+    def _run(self, copies: list[Copy]) -> Iterator[tuple[Shard, Path]]:
+        if self._alone([copy.unit for copy in copies]):
+            yield from map(Copy.run, copies)
+        else:
+            with _processes(min(self.workers, len(copies))) as pool:
+                yield from pool.map(Copy.run, copies)
+
+
+@contextmanager
+def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """New processes, not forks: the caller may run threads."""
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
         try:
-            picture = decode_rgb(data, self.settings.max_pixels)
-        except ImageRejected as error:
-            return error.reason, None
-        if min(picture.size) < self.settings.min_side:
-            return "too_small", None
-        return "", picture
-
-    def _class_name(self, sample: Sample) -> str | None:
-        if self.settings.labels == "json":
-            return _json_field(sample, self.settings.label_field)
-        return sample.folder_class if self.settings.labels in ("auto", "folders") else None
-
-    def reject(self, key: str, reason: str, size: int) -> None:
-        key = key.encode(errors="backslashreplace").decode()
-        self.rejected.append({"key": key, "reason": reason, "bytes": size})
-
-    def summary(self) -> str:
-        return ", ".join(f"{reason} {count}" for reason, count in Counter(r["reason"] for r in self.rejected).items())
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def _label(sample: Sample) -> int | None:
-    text = sample.text("cls")
-    text = text.strip() if text is not None else ""
-    return int(text) if text.isdecimal() and len(text) <= 18 else None
+def _rows(scans: Scans, unit: Unit) -> Path:
+    path = scans.rows(unit)
+    if path is None:
+        raise UserError(f"{unit.files[0].url}: changed while it was read; ingest again")
+    return path
 
 
-def _json_field(sample: Sample, field: str) -> str | None:
-    text = sample.text("json")
-    try:
-        content = json.loads(text) if text is not None else None
-    except (ValueError, RecursionError):
-        return None
-    value = content.get(field) if isinstance(content, dict) else None
-    return None if value is None else str(value)
+def _rejected(facts: Any) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for each in facts:
+        total.update(each.rejected)
+    return dict(sorted(total.items()))
 
 
-def _assign_labels(rows: list[dict[str, Any]], intake: Intake) -> list[str]:
-    """Number the classes in the order of their names; return the names, or none where some image has no class."""
-    labels, found = intake.settings.labels, intake.class_names
-    if labels == "none":
-        for row in rows:
-            row["label"] = None
-    if None in found:
-        if labels in ("folders", "json"):
-            without = f"{found.count(None)} of {len(found)} images have no class"
-            raise UserError(f"labels: {labels}, but {without}; mend them, or choose auto")
-        return []
-    names = sorted({name for name in found if name is not None})
-    numbers: dict[str | None, int] = {name: number for number, name in enumerate(names)}
-    for row, name in zip(rows, found, strict=True):
-        row["label"] = numbers[name]
-    return names
+@dataclass(frozen=True)
+class Labels:
+    """How the samples' classes become numbers."""
+
+    names: list[str]
+    """Classes in the order of their numbers; none: the numbers that .cls members give"""
+    given: bool
+    """Whether .cls members count"""
+
+    @classmethod
+    def of(cls, settings: IngestSettings, facts: Sequence[Facts]) -> Labels:
+        """By the settings, and by whether every image has a class.
+
+        Raises:
+            UserError: classes were asked for, and some image has none.
+        """
+        without, images = sum(each.unclassed for each in facts), sum(each.images for each in facts)
+        if settings.labels == "none":
+            return cls([], given=False)
+        if without and settings.labels in ("folders", "json"):
+            raise UserError(
+                f"labels: {settings.labels}, but {without} of {images} images have no class; mend them, or choose auto"
+            )
+        names = set() if without else {name for each in facts for name in each.classes}
+        return cls(sorted(names), given=True)
+
+    def numbers(self, rows: pa.Table) -> pa.Array:
+        if self.names:
+            return pc.index_in(rows["class"], pa.array(self.names, pa.string())).cast(pa.int64())
+        return rows["label"] if self.given else pa.nulls(len(rows), pa.int64())
 
 
-class _Copy:
-    """Writes samples into the corpus's own shards."""
-
-    def __init__(self, writer: CorpusWriter) -> None:
-        self.writer = writer
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        return self.writer.rows
-
-    def add(self, sample: Sample, row: dict[str, Any]) -> None:
-        image = sample.image()
-        assert image is not None
-        members = {each.extension: each.data for each in sample.members}
-        self.writer.add(sample.key, members, image.extension, row)
-
-    def finish(self, directory: Path, rejected: list[dict[str, Any]]) -> None:
-        self.writer.finish(rejected)
+def _prefix(unit: Unit, prefixed: bool) -> str:
+    return f"{unit.name.split('.')[0]}/" if prefixed else ""
 
 
-class _InPlace:
-    """Notes where samples lie in shards that stay where they are."""
-
-    def __init__(self, source: Source) -> None:
-        self.shards = [Shard(_absolute(file.url), file.bytes, file.sha256) for file in source.files]
-        self.rows: list[dict[str, Any]] = []
-
-    def add(self, sample: Sample, row: dict[str, Any]) -> None:
-        image = sample.image()
-        assert image is not None
-        places = {
-            each.name: {"name": each.name, "offset": each.offset, "size": len(each.data)} for each in sample.members
-        }
-        row = {"key": sample.key, "shard": sample.shard, "image": places.pop(image.name), **row}
-        self.rows.append({**row, "members": list(places.values())})
-
-    def finish(self, directory: Path, rejected: list[dict[str, Any]]) -> None:
-        write_index(directory, self.rows, self.shards, rejected)
+def _indexed(rows: pa.Table, shard: int, prefix: str, labels: Labels) -> pa.Table:
+    """Rows of a part as rows of the index."""
+    columns = {name: rows[name] for name in INDEX_SCHEMA.names if name != "shard"}
+    columns["key"] = pc.binary_join_element_wise(prefix, rows["key"], "")
+    columns["shard"] = pa.array(np.full(len(rows), shard), pa.int32())
+    columns["label"] = labels.numbers(rows)
+    return pa.table({name: columns[name] for name in INDEX_SCHEMA.names})
 
 
 def _absolute(url: str) -> str:
     if "://" in url:
         return url.removeprefix("file://")
     return str(Path(url).resolve())
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Writing one unit's accepted samples into a shard of the corpus's own."""
+
+    unit: Unit
+    directory: Path
+    number: int
+    rows: Path
+    prefix: str
+
+    def run(self) -> tuple[Shard, Path]:
+        """Write the shard and the rows with its places, unless an earlier attempt has."""
+        placed = self.directory / _PLACED / f"{self.number:06d}.parquet"
+        facts = placed.with_suffix(".json")
+        if facts.exists():
+            return Shard(**json.loads(facts.read_text())), placed
+        placed.parent.mkdir(exist_ok=True)
+        writer = ShardWriter(shard_path(self.directory, self.number))
+        rows = ParquetRows(placed, PART_SCHEMA)
+        for row, sample in self._accepted():
+            rows.add(row | self._place(writer, row, sample))
+        rows.close()
+        shard = writer.finish(self.directory)
+        partial = facts.with_suffix(".part")
+        partial.write_text(json.dumps(vars(shard)))
+        partial.rename(facts)
+        return shard, placed
+
+    def _accepted(self) -> Iterator[tuple[dict[str, Any], Sample]]:
+        """Accepted rows with their samples, read again from the source."""
+        wanted = {row["ordinal"]: row for row in pq.read_table(self.rows).to_pylist()}
+        most = max(member["size"] for row in wanted.values() for member in (row["image"], *row["members"]))
+        try:
+            for ordinal, sample in enumerate(self.unit.samples(most, hashlib.sha256())):
+                if ordinal in wanted:
+                    yield wanted.pop(ordinal), sample
+        except BrokenShard:
+            pass  # as when it was scanned
+        if wanted:
+            raise UserError(f"{self.unit.files[0].url}: changed while it was read; ingest again")
+
+    def _place(self, writer: ShardWriter, row: Mapping[str, Any], sample: Sample) -> dict[str, Any]:
+        image = sample.image()
+        members = {each.extension: each.data for each in sample.members if each.data is not None}
+        if image is None or hashlib.sha256(image.data or b"").hexdigest() != row["sha256"]:
+            raise UserError(f"{self.unit.files[0].url}: changed while it was read; ingest again")
+        places = writer.add(self.prefix + row["key"], members)
+        return {"image": places.pop(image.extension), "members": list(places.values())}

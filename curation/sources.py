@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-import gzip
-import tarfile
-import zlib
-from collections.abc import Iterator
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Protocol
+from typing import IO, Any
 
 from braceexpand import braceexpand
-from webdataset.tariterators import base_plus_ext
 
-from infra import storage
-from infra.artifacts import Input
+from curation.tars import SUFFIXES, Broken, Decompressed
+from infra import ranges, storage
 from infra.errors import UserError
-from infra.hashing import hash_json, hash_url
+from infra.ranges import Range, SequentialFile
 
-SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 # Members that describe a sample; anything else may turn out to be its image.
-_SIDECARS = {"txt", "json", "cls", "caption"}
+_SIDECARS = {"txt", "json", "cls", "caption", "npy", "pkl", "pickle", "pth", "pyd", "ten"}
+_IMAGES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2"}
+_READ = 1 << 20
+_TOGETHER = 32  # groups of loose files that are asked for at once
 
 
 @dataclass(frozen=True)
 class Member:
-    """One file of a sample. `offset` is its place in a plain tar, None where it has none."""
+    """One file of a sample."""
 
     name: str
     extension: str
-    data: bytes
+    size: int
+    data: bytes | None
+    """None where it is larger than was asked for"""
     offset: int | None = None
+    """Its place in a plain tar"""
 
 
 @dataclass
@@ -38,85 +41,246 @@ class Sample:
     """Files that share a key."""
 
     key: str
-    shard: int
     members: list[Member] = field(default_factory=list)
     folder_class: str | None = None
 
     def image(self) -> Member | None:
-        """The member that is, or claims to be, the image: the one with the shortest extension that is no sidecar."""
+        """The member that is, or claims to be, the image: one with an image's extension, or the shortest other one that
+        is no sidecar."""
         candidates = [each for each in self.members if each.extension.lower() not in _SIDECARS]
-        return min(candidates, key=lambda each: (each.extension.count("."), each.extension), default=None)
+        return min(
+            candidates,
+            key=lambda each: (each.extension.lower() not in _IMAGES, each.extension.count("."), each.extension),
+            default=None,
+        )
 
     def text(self, extension: str) -> str | None:
         """The content of a sidecar as text; None where there is none or it is not UTF-8."""
         for member in self.members:
-            if member.extension.lower() == extension:
+            if member.extension.lower() == extension and member.data is not None:
                 try:
                     return member.data.decode()
                 except UnicodeDecodeError:
                     return None
         return None
 
+    def has(self, extension: str) -> bool:
+        return any(member.extension.lower() == extension for member in self.members)
+
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a source, with its content's hash."""
+    """One file of a source, before it is read."""
 
     name: str
     url: str
     bytes: int
-    sha256: str
+    stamp: str | None
+    """What changes when the file does: its entity tag, or its time of change and inode; None where nobody says"""
 
 
 class BrokenShard(Exception):
     """A shard that cannot be read to its end. What came before was yielded."""
 
-    def __init__(self, shard: SourceFile) -> None:
-        super().__init__(shard.name)
-        self.shard = shard
 
+@dataclass(frozen=True)
+class Unit:
+    """A piece of a source that is read on its own: a shard, or a run of loose files."""
 
-class Source(Protocol):
-    """Something `ingest` can read."""
+    name: str
+    files: Sequence[SourceFile]
 
     @property
-    def files(self) -> list[SourceFile]:
-        """Every file that is read."""
+    def is_shard(self) -> bool:
+        return self.name.endswith(SUFFIXES)
 
     @property
     def in_place(self) -> bool:
         """Whether samples can be read where they are, so that nothing need be copied."""
+        return self.name.endswith(".tar")
 
-    def samples(self) -> Iterator[Sample | BrokenShard]:
-        """Samples in a fixed order; a broken shard is reported in its place and the next one follows."""
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+    def samples(self, most: int, digest: Any) -> Iterator[Sample]:
+        """Samples in a fixed order; `digest` is fed the content.
+
+        Args:
+            most: files of more bytes are named but not kept.
+            digest: a hashlib object.
+
+        Raises:
+            BrokenShard: the shard cannot be read to its end.
+        """
+        return self._shard_samples(most, digest) if self.is_shard else self._file_samples(most, digest)
+
+    def _shard_samples(self, most: int, digest: Any) -> Iterator[Sample]:
+        (file,) = self.files
+        current: Sample | None = None
+        with _open(file) as raw:
+            hashed = io.BufferedReader(_Hashing(raw, digest), _READ)
+            archive = Decompressed(hashed, file.name)
+            try:
+                for member in archive.members(most):
+                    key, extension = split_name(member.name)
+                    if current is None or current.key != key:
+                        if current is not None:
+                            yield current
+                        current = Sample(key)
+                    offset = member.offset if self.in_place else None
+                    current.members.append(Member(member.name, extension, member.size, member.data, offset))
+            except Broken as error:
+                while hashed.read(_READ):  # the digest is of the whole file
+                    pass
+                if current is not None:
+                    yield current
+                raise BrokenShard(str(error)) from None
+        if current is not None:
+            yield current
+
+    def _file_samples(self, most: int, digest: Any) -> Iterator[Sample]:
+        groups = list(_groups(self.files).items())
+        for first in range(0, len(groups), _TOGETHER):
+            together = groups[first : first + _TOGETHER]
+            contents = _contents([file for _, files in together for file in files], most, digest)
+            for stem, files in together:
+                yield from _split(stem, files, contents)
 
 
-def open_source(url: str) -> Source:
-    """Folder or shards, by what is there.
+class _Hashing(io.RawIOBase):
+    def __init__(self, raw: IO[bytes], digest: Any) -> None:
+        self._raw, self._digest = raw, digest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._raw.readinto(buffer)  # type: ignore[attr-defined]
+        self._digest.update(memoryview(buffer)[:count])
+        return count
+
+
+def _open(file: SourceFile) -> IO[bytes]:
+    if storage.is_local(file.url):
+        with storage.readable_errors(file.url):
+            return storage.local_path(file.url).open("rb", buffering=0)
+    return SequentialFile(file.url, file.bytes)  # type: ignore[return-value]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and extension of a member: split at the first dot of its base name, as in WebDataset."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    key = (folder + slash + stem) if dot and stem else name
+    return key.lstrip("./"), extension if dot and stem else "bin"
+
+
+def _groups(files: Sequence[SourceFile]) -> dict[str, list[SourceFile]]:
+    """Loose files by the name they share but for its last extension."""
+    groups: dict[str, list[SourceFile]] = {}
+    for file in files:
+        path = PurePosixPath(file.name)
+        groups.setdefault(str(path.with_name(path.stem)), []).append(file)
+    return groups
+
+
+def _split(stem: str, files: list[SourceFile], contents: dict[str, bytes | None]) -> Iterator[Sample]:
+    """One sample an image: of several images of one name, each keeps its extension in its key."""
+    images = [file for file in files if _extension(file) not in _SIDECARS]
+    sidecars = [file for file in files if _extension(file) in _SIDECARS]
+    candidates: list[SourceFile | None] = [*images] or [None]
+    parents = PurePosixPath(stem).parts[:-1]
+    for image in candidates:
+        chosen = ([image] if image else []) + sidecars
+        members = [Member(each.name, _extension(each), each.bytes, contents[each.name]) for each in chosen]
+        key = _loose_key(stem, image if len(images) > 1 else None)
+        yield Sample(key, members, folder_class=parents[0] if parents else None)
+
+
+def _loose_key(stem: str, image: SourceFile | None) -> str:
+    """A key without dots in its last part, which would end it in a tar; names that lost some keep apart by a hash."""
+    path = PurePosixPath(stem)
+    base = path.name if image is None else f"{path.name}_{PurePosixPath(image.name).suffix.removeprefix('.')}"
+    plain = base.replace(".", "_")
+    mark = f"-{hashlib.sha256(base.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}" if plain != base else ""
+    return str(path.with_name(plain + mark))
+
+
+def _extension(file: SourceFile) -> str:
+    return PurePosixPath(file.name).suffix.removeprefix(".").lower() or "bin"
+
+
+def _contents(files: list[SourceFile], most: int, digest: Any) -> dict[str, bytes | None]:
+    """The content of loose files by name; None where one is larger than `most`."""
+    small = [file for file in files if file.bytes <= most]
+    read = dict(zip(small, ranges.read([Range(file.url, 0, file.bytes) for file in small]), strict=True))
+    for file in files:
+        digest.update(f"{file.name}\0{file.bytes}\0".encode("utf-8", "surrogateescape"))
+        for piece in _stream(file) if file not in read else [read[file]]:
+            digest.update(piece)
+    return {file.name: read.get(file) for file in files}
+
+
+def _stream(file: SourceFile) -> Iterator[bytes]:
+    with _open(file) as raw:
+        while piece := raw.read(_READ):
+            yield piece
+
+
+def find_units(url: str, unit_bytes: int) -> list[Unit]:
+    """What a URL stands for, in the order of names: tar shards, or loose files in runs of about `unit_bytes`.
 
     Raises:
-        UserError: nothing is there.
+        UserError: nothing is there, or shards and loose images together.
     """
     shards = _shard_urls(url)
     if shards:
-        return ShardSource(_fingerprints(shards))
-    names = [name for name in storage.list_files(url) if not PurePosixPath(name).name.startswith(".")]
-    if not names:
+        return [Unit(name, [_look(name, each)]) for name, each in sorted(shards.items())]
+    found = {name: info for name, info in storage.list_files(url).items() if not _hidden(name)}
+    inside = [name for name in found if name.endswith(SUFFIXES)]
+    loose = [name for name in found if PurePosixPath(name).suffix.removeprefix(".").lower() in _IMAGES]
+    if inside and loose:
+        raise UserError(f"{url}: holds shards ({inside[0]}) and loose images ({loose[0]}); ingest them apart")
+    if not found:
         raise UserError(f"{url}: no files here; give a folder of images or tar shards")
-    return FolderSource(_fingerprints({name: storage.join(url, name) for name in names}))
+    files = [_source_file(name, storage.join(url, name), found[name]) for name in (inside or sorted(found))]
+    if inside:
+        return [Unit(file.name, [file]) for file in sorted(files, key=lambda file: file.name)]
+    return list(_runs(files, unit_bytes))
 
 
-def fingerprint(source: Source, url: str) -> Input:
-    """The source as an artifact's input: its id is the hash of names and contents, wherever it lies."""
-    return Input(id=hash_json([[each.name, each.sha256] for each in source.files]), url=url)
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in PurePosixPath(name).parts)
 
 
-def _fingerprints(urls: dict[str, str]) -> list[SourceFile]:
-    return [SourceFile(name, url, *hash_url(url)) for name, url in sorted(urls.items())]
+def _runs(files: list[SourceFile], unit_bytes: int) -> Iterator[Unit]:
+    """Consecutive groups of one stem, cut where a run has become large enough."""
+    run: list[SourceFile] = []
+    number = size = 0
+    for group in _groups(files).values():
+        run += group
+        size += sum(file.bytes for file in group)
+        if size >= unit_bytes:
+            yield Unit(f"files-{number:06d}", run)
+            run, number, size = [], number + 1, 0
+    if run:
+        yield Unit(f"files-{number:06d}", run)
+
+
+def _look(name: str, url: str) -> SourceFile:
+    return _source_file(name, url, storage.details(url))
+
+
+def _source_file(name: str, url: str, info: dict[str, Any]) -> SourceFile:
+    stamps = [
+        str(info[each]) for each in ("ETag", "etag", "mtime", "LastModified", "ino") if info.get(each) is not None
+    ]
+    return SourceFile(name, url, int(info["size"]), "-".join(stamps) or None)
 
 
 def _shard_urls(url: str) -> dict[str, str]:
-    """Tar shards that a URL stands for: {name: URL}; empty where it is a folder of something else."""
+    """Tar shards that a URL names one by one: {name: URL}; empty where it is a folder."""
     expanded = list(braceexpand(url)) if "{" in url else [url]
     if len(expanded) == 1 and "*" in url:
         files, path = storage.filesystem(url)
@@ -124,108 +288,11 @@ def _shard_urls(url: str) -> dict[str, str]:
             expanded = [str(files.unstrip_protocol(each)) for each in files.glob(path)]
         if not expanded:
             raise UserError(f"{url}: matches no file; mend the pattern")
-    if all(each.endswith(SHARD_SUFFIXES) for each in expanded):
+    if all(each.endswith(SUFFIXES) for each in expanded):
         names = {PurePosixPath(each).name: each for each in expanded}
         if len(names) < len(expanded):
-            raise UserError(f"{url}: stands for several shards of one name; ingest their folders one by one")
+            raise UserError(f"{url}: stands for several shards of one name; ingest their folder as a whole")
         return names
     if len(expanded) > 1:
-        raise UserError(f"{url}: stands for files that are not tar shards; give .tar, .tar.gz or .tgz files")
-    inside = [name for name in storage.list_files(url) if name.endswith(SHARD_SUFFIXES) and "/" not in name]
-    return {name: storage.join(url, name) for name in inside}
-
-
-@dataclass(frozen=True)
-class FolderSource:
-    """A folder of images with optional sidecars of the same name (`a.jpg`, `a.txt`)."""
-
-    files: list[SourceFile]
-
-    @property
-    def in_place(self) -> bool:
-        return False
-
-    def samples(self) -> Iterator[Sample | BrokenShard]:
-        groups: dict[str, list[SourceFile]] = {}
-        for file in self.files:
-            path = PurePosixPath(file.name)
-            stem = str(path.with_name(path.stem.replace(".", "_")))
-            groups.setdefault(stem, []).append(file)
-        for stem, files in groups.items():
-            yield from self._split(stem, files)
-
-    def _split(self, stem: str, files: list[SourceFile]) -> Iterator[Sample]:
-        """One sample an image: of several images of one name, each keeps its extension in its key."""
-        extensions = {file.name: PurePosixPath(file.name).suffix.removeprefix(".").lower() for file in files}
-        images = [file for file in files if extensions[file.name] not in _SIDECARS]
-        sidecars = [file for file in files if extensions[file.name] in _SIDECARS]
-        candidates: list[SourceFile | None] = [*images] or [None]
-        for image in candidates:
-            key = stem if len(images) < 2 or image is None else f"{stem}_{extensions[image.name]}"
-            chosen = ([image] if image else []) + sidecars
-            members = [
-                Member(file.name, extensions[file.name] or "bin", storage.read_bytes(file.url)) for file in chosen
-            ]
-            parents = PurePosixPath(stem).parts[:-1]
-            yield Sample(key, 0, members, folder_class=parents[0] if parents else None)
-
-
-@dataclass(frozen=True)
-class ShardSource:
-    """WebDataset shards: tar files whose members share a key up to the first dot of their base name."""
-
-    files: list[SourceFile]
-
-    @property
-    def in_place(self) -> bool:
-        return all(file.name.endswith(".tar") for file in self.files)
-
-    def samples(self) -> Iterator[Sample | BrokenShard]:
-        for number, shard in enumerate(self.files):
-            yield from self._read(number, shard)
-
-    def _read(self, number: int, shard: SourceFile) -> Iterator[Sample | BrokenShard]:
-        current: Sample | None = None
-        try:
-            for member in _tar_members(shard):
-                base, extension = base_plus_ext(member.name)
-                if not extension:
-                    base, extension = member.name, "bin"
-                key = str(base).lstrip("./")
-                if current is None or current.key != key:
-                    if current is not None:
-                        yield current
-                    current = Sample(key, number)
-                current.members.append(Member(member.name, extension, member.data, member.offset))
-        except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error):
-            if current is not None:
-                yield current
-            yield BrokenShard(shard)
-            return
-        if current is not None:
-            yield current
-
-
-def _tar_members(shard: SourceFile) -> Iterator[Member]:
-    """Regular files of a shard, in order, read as a stream."""
-    with storage.open_read(shard.url) as raw:
-        plain = shard.name.endswith(".tar")
-        stream = raw if plain else gzip.GzipFile(fileobj=raw)
-        with tarfile.open(fileobj=stream, mode="r|") as tar:
-            for entry in tar:
-                if not entry.isfile():
-                    continue
-                content = tar.extractfile(entry)
-                data = content.read() if content else b""
-                if len(data) != entry.size:
-                    raise tarfile.ReadError("truncated member")
-                yield Member(entry.name, "", data, entry.offset_data if plain else None)
-            # tarfile takes an archive for finished where a header is cut short, missing or damaged.
-            if plain and _block(shard, int(tar.offset)) != tarfile.NUL * tarfile.BLOCKSIZE:
-                raise tarfile.ReadError("no end-of-archive block")
-
-
-def _block(shard: SourceFile, offset: int) -> bytes:
-    with storage.readable_errors(shard.url):
-        files, path = storage.filesystem(shard.url)
-        return bytes(files.cat_file(path, start=offset, end=offset + tarfile.BLOCKSIZE))
+        raise UserError(f"{url}: stands for files that are not tar shards; give {', '.join(SUFFIXES)} files")
+    return {}

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from infra.config import Config
 from pretrain.config import Optimizer, Runtime, Schedule, Sharding, Teacher
+from pretrain.data.config import Sampling
 from pretrain.models.config import VisionTransformerConfig
 
 
@@ -14,6 +15,8 @@ class DistillSettings(Config):
 
     model: VisionTransformerConfig = VisionTransformerConfig()
     """The student; its patch size is the teacher's."""
+    sampling: Sampling = Sampling()
+    """Order of the samples."""
     schedule: Schedule = Schedule()
     """Length and batch."""
     optimizer: Optimizer = Optimizer()
@@ -32,7 +35,7 @@ class DistillConfig(DistillSettings):
     teacher_checkpoint: str
     """URL of the checkpoint of the frozen teacher, with its heads."""
     corpora: list[str] = Field(min_length=1)
-    """URLs of the corpora to distill on."""
+    """URLs of the corpora to distill on, or of selections: of those, what they keep of their corpus."""
     out: str
     """URL of the checkpoint; {id} stands for its id."""
 

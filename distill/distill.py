@@ -10,7 +10,6 @@ import torch
 
 from distill.config import DistillConfig
 from infra.artifacts import Artifact, Plan, open_artifact
-from infra.corpora import Corpus
 from infra.errors import UserError
 from pretrain.checkpoints import Checkpoint, initial_backbone
 from pretrain.config import PretrainSettings, decisive
@@ -18,7 +17,7 @@ from pretrain.learner import Learner
 from pretrain.objectives.build import build as build_objectives
 from pretrain.train import corpus_inputs, produce_together, train, view_dataset
 
-VERSION = 2
+VERSION = 3
 _DISTILLED = ("dino", "ibot", "koleo", "gram")  # the others have nothing to learn from a teacher
 
 
@@ -32,7 +31,7 @@ def distill(config: DistillConfig) -> Artifact:
     settings = student_settings(config, teacher)
 
     def write(directory: Path) -> Mapping[str, Any]:
-        dataset = view_dataset([Corpus.open(url) for url in config.corpora], settings)
+        dataset = view_dataset(config.corpora, settings)
         return train("distill", build_learner(settings, teacher), dataset, settings, directory)
 
     return produce_together(plan(config), config.out, write)
@@ -67,6 +66,7 @@ def student_settings(config: DistillConfig, teacher: Checkpoint) -> PretrainSett
         model=config.model.model_copy(update={"drop_path": 0.0}),
         objectives=objectives,
         views=teacher.settings.views,
+        sampling=config.sampling,
         schedule=config.schedule,
         optimizer=config.optimizer,
         teacher=config.average,

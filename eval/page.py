@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -19,6 +18,7 @@ from infra.artifacts import Artifact, Plan, find, produce
 from infra.errors import UserError
 from infra.lineage import Ancestor, ancestors
 from infra.progress import progress
+from pretrain import telemetry
 
 VERSION = 1
 PAGE = "index.html"
@@ -97,9 +97,8 @@ def funnel(artifacts: Mapping[str, Artifact]) -> list[FunnelStep]:
 
 
 def _curves(name: str, artifact: Artifact) -> Chart:
-    rows = [json.loads(line) for line in artifact.read_bytes("metrics.jsonl").splitlines()]
-    terms = [term for term in rows[0] if term not in ("step", "lr", "momentum")]
-    picture = charts.losses({term: [row[term] for row in rows] for term in terms})
+    rows = [telemetry.losses(row) for row in telemetry.parse(artifact.read_bytes(telemetry.METRICS).decode())]
+    picture = charts.losses({term: [row[term] for row in rows] for term in rows[0]})
     metrics = artifact.metrics
     note = f"{metrics['steps']} steps over {metrics['images']} images, {metrics['parameters']:,} parameters."
     return Chart(name, note, data_uri(picture, "image/png"))

@@ -158,17 +158,19 @@ def find(url: str) -> Artifact | None:
         raise UserError(f"{location}: not a manifest this version of Fovea can read; remove it or upgrade") from None
 
 
-def open_artifact(url: str, kind: Kind) -> Artifact:
-    """The artifact of a given kind at a URL.
+def open_artifact(url: str, *kinds: Kind) -> Artifact:
+    """The artifact of one of some kinds at a URL.
 
     Raises:
         UserError: none is there, or it is of another kind.
     """
-    artifact = find(url)
+    artifact, wanted = find(url), " or ".join(kinds)
     if artifact is None:
-        raise UserError(f"{url}: no {kind} here (no {MANIFEST}); run the stage that makes it, or mend the path")
-    if artifact.manifest.kind != kind:
-        raise UserError(f"{url}: is of kind {artifact.manifest.kind}, not {kind}; give the URL of a {kind} artifact")
+        raise UserError(f"{url}: no {wanted} here (no {MANIFEST}); run the stage that makes it, or mend the path")
+    if artifact.manifest.kind not in kinds:
+        raise UserError(
+            f"{url}: is of kind {artifact.manifest.kind}, not {wanted}; give the URL of a {wanted} artifact"
+        )
     return artifact
 
 
@@ -267,8 +269,19 @@ def _commit(plan: Plan, url: str, work: Path, metrics: Mapping[str, Any]) -> Art
         metrics=dict(metrics),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    if not storage.is_local(url):
-        for path, file in zip(paths, files, strict=True):
+    for path, file in zip(paths, files, strict=True):
+        if storage.is_local(url):
+            _flush(path)
+        else:
             storage.upload(path, storage.join(url, file.path))
     storage.write_atomic(storage.join(url, MANIFEST), manifest.model_dump_json(indent=2, by_alias=True).encode())
     return Artifact(url, manifest)
+
+
+def _flush(path: Path) -> None:
+    """Bring a file's content to the disk, so that a manifest never outlives in a power cut what it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from infra import storage
-from infra.artifacts import Artifact, open_artifact
+from infra import ranges, storage
+from infra.artifacts import Artifact, cache_directory, open_artifact
+from infra.cache import BlockCache, Span
 from infra.errors import UserError
-from infra.hashing import hash_file
+from infra.ranges import Range
 
 INDEX = "index.parquet"
 SHARDS = "shards.json"
@@ -29,7 +31,7 @@ MEMBER = pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.i
 INDEX_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
-        ("shard", pa.int32()),  # row of shards.json
+        ("shard", pa.int32()),  # row of shards.json; rows of a shard follow one another
         ("image", MEMBER),
         ("members", pa.list_(MEMBER)),  # every other member of the sample
         ("width", pa.int32()),
@@ -40,6 +42,7 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 REJECTED_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string()), ("bytes", pa.int64())])
+ROWS = 1 << 16  # of a batch of the mapped index
 
 
 @dataclass(frozen=True)
@@ -51,15 +54,27 @@ class Shard:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Unusable:
+    """Stands where an image should be: the reason why there is none."""
+
+    reason: str
+
+
+CHANGED = Unusable("changed")
+"""The bytes are not those that were indexed: the shard was written anew, or is damaged."""
+
+
 @dataclass
 class Corpus:
-    """Samples of a corpus artifact, read by row."""
+    """Samples of a corpus artifact, read by row. The index is mapped from disk, not held in memory.
+
+    Set `cache` to keep parts of remote shards on a local disk.
+    """
 
     artifact: Artifact
     shards: list[Shard]
-    table: pa.Table
-    _descriptors: dict[int, int] = field(default_factory=dict, repr=False)
-    _owner: int = 0
+    cache: BlockCache | None = None
 
     @classmethod
     def open(cls, url: str) -> Corpus:
@@ -69,15 +84,21 @@ class Corpus:
             UserError: there is no corpus.
         """
         artifact = open_artifact(url, "corpus")
-        shards = [Shard(**entry) for entry in artifact.read_json(SHARDS)]
-        table = pq.read_table(artifact.local_file(INDEX), schema=INDEX_SCHEMA)
-        return cls(artifact, shards, table)
+        return cls(artifact, [Shard(**entry) for entry in artifact.read_json(SHARDS)])
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """The index, in batches of `ROWS` rows."""
+        return _mapped(self.artifact)
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptors": {}}
+        return {"artifact": self.artifact, "shards": self.shards, "cache": self.cache}
+
+    def key(self, row: int) -> str:
+        return str(self.table["key"][row].as_py())
 
     @cached_property
     def keys(self) -> list[str]:
@@ -111,21 +132,54 @@ class Corpus:
         return list(self.artifact.metrics.get("classes", []))
 
     @cached_property
-    def _places(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        image = self.table["image"].combine_chunks()
-        return (
-            self.table["shard"].to_numpy(),
-            image.field("offset").to_numpy(),
-            image.field("size").to_numpy(),
-        )
+    def shard_ends(self) -> np.ndarray:
+        """Rows after each shard, int64 `[shards]`."""
+        counted = pc.value_counts(self.table["shard"])
+        counts = np.zeros(len(self.shards), dtype=np.int64)
+        counts[counted.field("values").to_numpy()] = counted.field("counts").to_numpy()
+        return np.cumsum(counts)
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all shards."""
+        return sum(shard.bytes for shard in self.shards)
 
     def shard_url(self, shard: int) -> str:
         return storage.join(self.artifact.url, self.shards[shard].url)
 
+    def entry(self, row: int) -> dict[str, Any]:
+        """The index's columns of one row."""
+        return self.table.slice(row, 1).to_pylist()[0]
+
     def read_image(self, row: int) -> bytes:
-        """The encoded image of one row."""
-        shard, offset, size = (int(column[row]) for column in self._places)
-        return self.read_range(shard, offset, size)
+        """The encoded image of one row.
+
+        Raises:
+            UserError: its bytes are not those that were indexed.
+        """
+        (image,) = self.read_images([row])
+        if isinstance(image, Unusable):
+            url = self.shard_url(self._place(row)[0])
+            raise UserError(f"{url}: sample {self.key(row)} changed after ingest; ingest it again")
+        return image
+
+    def read_images(self, rows: Sequence[int]) -> list[bytes | Unusable]:
+        """The encoded images of some rows, checked against the index; `CHANGED` in the place of any other bytes.
+
+        Raises:
+            UserError: a shard is gone, or the storage fails again and again.
+        """
+        places = [self._place(row) for row in rows]
+        images = self._read([place[:3] for place in places])
+        wrong = [at for at, image in enumerate(images) if _sha256(image) != places[at][3]]
+        if wrong and self.cache is not None:  # the damage may lie in the cache
+            self.cache.forget([self._span(*places[at][:3]) for at in wrong])
+        if wrong:
+            again = self._read([places[at][:3] for at in wrong])
+            images = [again[wrong.index(at)] if at in wrong else image for at, image in enumerate(images)]
+        return [
+            image if at not in wrong or _sha256(image) == places[at][3] else CHANGED for at, image in enumerate(images)
+        ]
 
     def read_range(self, shard: int, offset: int, size: int) -> bytes:
         """`size` bytes of a shard from `offset`.
@@ -133,121 +187,63 @@ class Corpus:
         Raises:
             UserError: the shard is gone or shorter than the index says.
         """
-        url = self.shard_url(shard)
-        if storage.is_local(url):
-            data = os.pread(self._descriptor(shard, url), size, offset)
-        else:
-            with storage.readable_errors(url):
-                files, path = storage.filesystem(url)
-                data = files.cat_file(path, start=offset, end=offset + size)
+        (data,) = self._read([(shard, offset, size)])
         if len(data) != size:
-            raise UserError(f"{url}: shorter than the index says; it changed after ingest, so ingest it again")
+            raise UserError(f"{self.shard_url(shard)}: shorter than the index says; it changed, so ingest it again")
         return data
 
-    def _descriptor(self, shard: int, url: str) -> int:
-        if self._owner != os.getpid():  # a forked worker opens its own files
-            self._descriptors, self._owner = {}, os.getpid()
-        if shard not in self._descriptors:
-            with storage.readable_errors(url):
-                self._descriptors[shard] = os.open(storage.local_path(url), os.O_RDONLY)
-        return self._descriptors[shard]
+    def _read(self, places: Sequence[tuple[int, int, int]]) -> list[bytes]:
+        if self.cache is not None and places and not storage.is_local(self.shard_url(places[0][0])):
+            return self.cache.read([self._span(*place) for place in places])
+        return ranges.read([Range(self.shard_url(shard), offset, size) for shard, offset, size in places])
 
+    def _span(self, shard: int, offset: int, size: int) -> Span:
+        file = self.shards[shard]
+        return Span(self.shard_url(shard), file.sha256, file.bytes, offset, size)
 
-class CorpusWriter:
-    """Writes samples into numbered shards, byte for byte the same for the same samples.
-
-    Args:
-        directory: the artifact's directory.
-        shard_bytes: a shard is closed once it holds this much.
-    """
-
-    def __init__(self, directory: Path, shard_bytes: int) -> None:
-        self.directory = directory
-        self.shard_bytes = shard_bytes
-        self.rows: list[dict[str, Any]] = []
-        self.shards: list[Shard] = []
-        self._buffer: io.BufferedWriter | None = None
-
-    def add(self, key: str, members: dict[str, bytes], image: str, row: dict[str, Any]) -> None:
-        """Append one sample.
-
-        Args:
-            key: its key, unique in the corpus.
-            members: {extension: bytes}.
-            image: the extension of the member that is the image.
-            row: the index's other columns (width, height, sha256, label, caption).
-        """
-        if self._buffer is None or self._tar.tarstream.offset >= self.shard_bytes:
-            self._open()
-        places = {}
-        for extension, data in members.items():
-            self._tar.write({"__key__": key, extension: data})
-            padded = -(-len(data) // 512) * 512
-            places[extension] = {
-                "name": f"{key}.{extension}",
-                "offset": self._tar.tarstream.offset - padded,
-                "size": len(data),
-            }
-        self.rows.append(
-            {
-                "key": key,
-                "shard": len(self.shards),
-                "image": places.pop(image),
-                "members": list(places.values()),
-                **row,
-            }
+    def _place(self, row: int) -> tuple[int, int, int, str]:
+        """(shard, offset, size, sha256) of a row's image."""
+        image = self.table["image"][row]
+        return (
+            self.table["shard"][row].as_py(),
+            image["offset"].as_py(),
+            image["size"].as_py(),
+            self.table["sha256"][row].as_py(),
         )
 
-    def copy(self, corpus: Corpus, row: int) -> None:
-        """Append a sample of another corpus, with its bytes, metadata and key."""
-        entry = corpus.table.slice(row, 1).to_pylist()[0]
-        places = {_extension(each["name"]): each for each in (entry["image"], *entry["members"])}
-        members = {
-            extension: corpus.read_range(entry["shard"], place["offset"], place["size"])
-            for extension, place in places.items()
-        }
-        image = members[_extension(entry["image"]["name"])]
-        if hashlib.sha256(image).hexdigest() != entry["sha256"]:
-            raise UserError(f"{corpus.shard_url(entry['shard'])}: sample {entry['key']} changed; ingest it again")
-        columns = {name: entry[name] for name in ("width", "height", "sha256", "label", "caption")}
-        self.add(entry["key"], members, _extension(entry["image"]["name"]), columns)
 
-    def _open(self) -> None:
-        import webdataset as wds
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
-        self._close()
-        path = self._path(len(self.shards))
+
+def _mapped(artifact: Artifact) -> pa.Table:
+    """The index as an Arrow file that all processes of a machine map, made from the parquet file once."""
+    digest = next(file.sha256 for file in artifact.manifest.files if file.path == INDEX)
+    path = cache_directory() / "indexes" / f"{digest}.arrow"
+    if path.exists():
+        os.utime(path)
+    else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._buffer = path.open("wb")
-        self._tar = wds.TarWriter(self._buffer, encoder=False, mtime=0.0, user="fovea", group="fovea")
-
-    def _path(self, shard: int) -> Path:
-        return self.directory / "shards" / f"{shard:06d}.tar"
-
-    def _close(self) -> None:
-        if self._buffer is None:
-            return
-        self._tar.close()
-        self._buffer.close()
-        self._buffer = None
-        path = self._path(len(self.shards))
-        self.shards.append(Shard(path.relative_to(self.directory).as_posix(), path.stat().st_size, hash_file(path)))
-
-    def finish(self, rejected: Sequence[dict[str, Any]] = ()) -> None:
-        """Close the last shard and write the index."""
-        self._close()
-        write_index(self.directory, self.rows, self.shards, rejected)
+        _remove_unused(path.parent)
+        _unpack(artifact.local_file(INDEX), path)
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def _extension(name: str) -> str:
-    """What follows the first dot of a member's base name, as in WebDataset."""
-    return PurePosixPath(name).name.partition(".")[2] or "bin"
+def _remove_unused(folder: Path) -> None:
+    """Forget indexes that were not opened for a month; whoever has one mapped keeps it."""
+    for path in folder.iterdir():
+        if path.stat().st_mtime < time.time() - 30 * 24 * 3600:
+            path.unlink(missing_ok=True)
 
 
-def write_index(
-    directory: Path, rows: Iterable[dict[str, Any]], shards: Iterable[Shard], rejected: Iterable[dict[str, Any]]
-) -> None:
-    """Write what makes a directory a corpus: index, shard list and the list of what was rejected."""
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=INDEX_SCHEMA), directory / INDEX)
-    pq.write_table(pa.Table.from_pylist(list(rejected), schema=REJECTED_SCHEMA), directory / REJECTED)
-    (directory / SHARDS).write_text(json.dumps([vars(shard) for shard in shards], indent=1))
+def _unpack(parquet: Path, path: Path) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")
+    os.close(descriptor)
+    try:
+        with pa.ipc.new_file(temporary, INDEX_SCHEMA) as file, pq.ParquetFile(parquet) as source:
+            for batch in source.iter_batches(ROWS):
+                file.write_batch(batch.cast(INDEX_SCHEMA))
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

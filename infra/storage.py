@@ -80,6 +80,8 @@ _NETWORK_REMEDIES = {
 def read_bytes(url: str) -> bytes:
     """The whole content of a file."""
     with readable_errors(url):
+        if is_local(url):
+            return local_path(url).read_bytes()
         files, path = filesystem(url)
         return bytes(files.cat_file(path))
 
@@ -99,20 +101,29 @@ def open_read(url: str) -> IO[bytes]:
         return files.open(path, "rb")
 
 
-def list_files(url: str) -> list[str]:
-    """All files under a folder, as paths relative to it, sorted.
+def list_files(url: str) -> dict[str, dict[str, Any]]:
+    """All files under a folder by their path relative to it, sorted, with what fsspec knows of each (`size` at least).
 
     Raises:
         UserError: there is no such folder.
     """
     with readable_errors(url):
         files, path = filesystem(url)
+        files.invalidate_cache()
         if not files.isdir(path):
             if files.exists(path):
-                raise UserError(f"{url}: is a single file; give a folder, or shards (.tar, .tar.gz, .tgz)")
+                raise UserError(f"{url}: is a single file; give a folder, or shards (.tar, .tar.gz, .tgz, .tar.zst)")
             raise FileNotFoundError(url)
         root = path.rstrip("/") + "/"
-        return sorted(found.removeprefix(root) for found in files.find(path))
+        return {name.removeprefix(root): info for name, info in sorted(files.find(path, detail=True).items())}
+
+
+def details(url: str) -> dict[str, Any]:
+    """What fsspec knows of one file, its `size` at least."""
+    with readable_errors(url):
+        files, path = filesystem(url)
+        files.invalidate_cache()
+        return dict(files.info(path))
 
 
 def write_atomic(url: str, data: bytes) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from infra.config import Config
-from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD, Views
+from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD, Sampling, Views
 from pretrain.models.config import Checkpointing, VisionTransformerConfig
 from pretrain.objectives.config import (
     ClipConfig,
@@ -86,6 +86,11 @@ class Runtime(Config):
 
     workers: int = Field(2, ge=0)
     """Loader processes a rank; 0 loads in the training process."""
+    cache_gb: float = Field(0.0, ge=0)
+    """Parts of remote shards kept on a local disk, in GB, for all processes of a machine; 0: none. Used where it holds
+    the whole corpora, or shards are read in windows."""
+    max_unusable: float = Field(0.01, ge=0, le=1)
+    """Share of samples that may turn out unusable, each passed over for another one, before the run stops."""
     checkpoint_every: int = Field(200, ge=1)
     """Steps between checkpoints to resume from."""
     activation_checkpointing: Checkpointing = "none"
@@ -117,6 +122,8 @@ class PretrainSettings(Config):
     """Losses; their weighted sum is optimised. The default is DINOv2's."""
     views: Views = Views()
     """Crops and augmentation."""
+    sampling: Sampling = Sampling()
+    """Order of the samples."""
     schedule: Schedule = Schedule()
     """Length and batch."""
     optimizer: Optimizer = Optimizer()
@@ -164,7 +171,7 @@ class PretrainConfig(PretrainSettings):
     """Corpora in, teacher checkpoint out."""
 
     corpora: list[str] = Field(min_length=1)
-    """URLs of the corpora to train on."""
+    """URLs of the corpora to train on, or of selections: of those, what they keep of their corpus."""
     start: str | None = None
     """URL of a pretraining checkpoint to start from, weights and heads; image and crop sizes may differ (a
     high-resolution phase)."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,19 @@ from torch import Tensor
 
 from infra.errors import UserError
 from infra.progress import progress
-from pretrain import schedules, sharding
+from pretrain import schedules, sharding, telemetry
 from pretrain.config import PretrainSettings
 from pretrain.data import order
-from pretrain.data.loader import Batch, Place, ViewDataset, batches
+from pretrain.data.loader import UNUSABLE, Batch, Place, ViewDataset, batches
 from pretrain.learner import Learner
+from pretrain.ranks import all_reduce_sum
+from pretrain.telemetry import METRICS, UNUSABLE_PREFIX
 
-METRICS = "metrics.jsonl"
 TRAINING = "training"  # the last state of engine and optimiser, from which training can go on
 _STEPS = "steps"
+_FEW = 1000  # samples in which the share of unusable ones is not yet judged
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -34,6 +39,8 @@ class Trained:
     metrics: list[dict[str, float]]
     images_per_second: float
     resumed_at: int
+    unusable: dict[str, int]
+    """Samples that were passed over, by reason."""
 
 
 class Training:
@@ -49,12 +56,15 @@ class Training:
         groups = parameter_groups(learner, settings)
         self.engine = sharding.build(learner, groups, settings.optimizer, settings.schedule, settings.sharding)
         self.metrics: list[dict[str, float]] = []
+        self.seen = 0
+        self.unusable: Counter[str] = Counter()
 
     def run(self) -> Trained:
         """Train from wherever the work directory says to the last step."""
         first = self._resume()
         steps, accumulation = self.settings.schedule.steps, self.settings.schedule.accumulation
-        place = Place(self.rank, self.world_size, self.settings.schedule.micro_batch, accumulation, first, steps)
+        micro_batch = self.settings.schedule.micro_batch
+        place = Place(self.rank, self.world_size, micro_batch, accumulation, first, steps, self.seen)
         source = batches(self.dataset, place, self.settings.runtime.workers)
         started = time.monotonic()
         self.learner.train()
@@ -66,7 +76,8 @@ class Training:
                     self._checkpoint(step + 1)
         seconds = time.monotonic() - started
         self._finish()
-        return Trained(self.metrics, (steps - first) * self.global_batch / max(seconds, 1e-9), first)
+        speed = (steps - first) * self.global_batch / max(seconds, 1e-9)
+        return Trained(self.metrics, speed, first, dict(sorted(self.unusable.items())))
 
     def _step(self, step: int, source: Iterator[Batch]) -> dict[str, float]:
         position = schedules.at(self.settings, step, self.global_batch)
@@ -74,20 +85,41 @@ class Training:
         self.learner.begin_step(step)
         _seed_dropout(self.settings.schedule.seed, step, self.rank)
         totals: dict[str, Tensor] = {}
+        passed_over = torch.zeros(len(UNUSABLE), dtype=torch.int64, device=self.engine.device)
         accumulation = self.settings.schedule.accumulation
         for _ in range(accumulation):
             batch = next(source).to(self.engine.device)
             loss, terms = self.engine.forward(batch, position.temperature)
             self.engine.backward(loss)
             self.engine.step()
+            passed_over += batch.passed_over
             for name, value in {"loss": loss.detach(), **terms}.items():
                 totals[name] = totals.get(name, 0) + value / accumulation
         self.learner.update_averages(position.momentum)
         losses = sharding.average(totals)
         if not math.isfinite(losses["loss"]):
             raise UserError(f"{self.title}: the loss is {losses['loss']} at step {step}; lower optimizer.base_lr")
-        self.metrics.append({"step": step, "lr": position.lr, "momentum": position.momentum, **losses})
+        self.seen += self.global_batch
+        counts = self._count(passed_over)
+        facts = {"step": step, "samples": self.seen, "lr": position.lr, "momentum": position.momentum}
+        self.metrics.append({**facts, **losses, **counts})
         return losses
+
+    def _count(self, passed_over: Tensor) -> dict[str, float]:
+        """Add up the samples that could not be used, stop where they are too many, and return what telemetry says."""
+        counts = dict(zip(UNUSABLE, all_reduce_sum(passed_over).tolist(), strict=True))
+        new = {reason: count for reason, count in counts.items() if count}
+        if new and not self.unusable and self.rank == 0:
+            _log.warning("%s: samples are passed over (%s); metrics.jsonl counts them", self.title, ", ".join(new))
+        self.unusable.update(new)
+        ceiling = self.settings.runtime.max_unusable
+        if self.unusable.total() > ceiling * max(self.seen, _FEW):
+            reasons = ", ".join(f"{reason} {count}" for reason, count in self.unusable.items())
+            raise UserError(
+                f"{self.title}: {self.unusable.total()} of {self.seen} samples cannot be used ({reasons}), more than "
+                f"runtime.max_unusable {ceiling:g}; ingest the corpora again, or raise it"
+            )
+        return {UNUSABLE_PREFIX + reason: float(count) for reason, count in new.items()}
 
     def _apply(self, position: schedules.Position) -> None:
         for group in self.engine.parameter_groups():
@@ -106,7 +138,7 @@ class Training:
         self.engine.save(partial)
         sharding.barrier()
         if self.rank == 0:
-            _write_jsonl(partial / METRICS, self.metrics)
+            telemetry.write(partial / METRICS, self.metrics)
             partial.rename(folder)
             for other in folder.parent.iterdir():
                 if other != folder:
@@ -122,7 +154,11 @@ class Training:
             return 0
         folder = steps[max(steps)]
         self.engine.load(folder)
-        self.metrics = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+        self.metrics = telemetry.parse((folder / METRICS).read_text())
+        self.seen = int(self.metrics[-1]["samples"])
+        for reason in UNUSABLE:
+            self.unusable[reason] = int(sum(row.get(UNUSABLE_PREFIX + reason, 0) for row in self.metrics))
+        self.unusable = +self.unusable
         return max(steps)
 
     def _finish(self) -> None:
@@ -135,7 +171,7 @@ class Training:
             if not (self.work / TRAINING).exists():
                 (self.work / _STEPS / str(steps)).rename(self.work / TRAINING)
             shutil.rmtree(self.work / _STEPS, ignore_errors=True)
-            _write_jsonl(self.work / METRICS, self.metrics)
+            telemetry.write(self.work / METRICS, self.metrics)
         sharding.barrier()
 
 
@@ -168,7 +204,3 @@ def parameter_groups(learner: Learner, settings: PretrainSettings) -> list[dict[
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
     """Make stochastic depth a function of the step, so that nothing about it need be saved."""
     torch.manual_seed(int(order.generator(seed, order.DROPOUT, step, rank).integers(2**62)))
-
-
-def _write_jsonl(path: Path, rows: list[dict[str, float]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

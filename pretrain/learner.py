@@ -89,15 +89,17 @@ class Learner(nn.Module):
         return Outputs(
             student=self.student,
             teacher=self.teacher,
-            images=self._normalized(photometric.apply(batch.global_crops.float() / 255, batch.global_photometric)),
-            local_images=self._normalized(photometric.apply(batch.local_crops.float() / 255, batch.local_photometric))
-            if len(batch.local_crops)
-            else None,
-            plain_images=self._normalized(batch.plain_crops.float() / 255) if len(batch.plain_crops) else None,
+            images=self._images(batch.global_crops, batch.global_photometric),
+            local_images=self._images(batch.local_crops, batch.local_photometric) if len(batch.local_crops) else None,
+            plain_images=self._images(batch.plain_crops) if len(batch.plain_crops) else None,
             masks=None if self.distilling else batch.masks,
         )
 
-    def _normalized(self, images: Tensor) -> Tensor:
+    def _images(self, crops: Tensor, recolouring: Tensor | None = None) -> Tensor:
+        """Crops as the network takes them, recoloured here where the loader has not done it."""
+        images = crops.float() / 255
+        if recolouring is not None and len(recolouring):
+            images = photometric.apply(images, recolouring)
         return (images - self.mean) / self.std
 
     def averages(self) -> Iterator[tuple[nn.Module, nn.Module]]:

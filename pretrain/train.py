@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infra.artifacts import Artifact, Input, Plan, find, open_artifact, produce, work_directory
-from infra.corpora import Corpus
-from pretrain import sharding
+from infra.artifacts import Artifact, Input, Plan, cache_directory, find, open_artifact, produce, work_directory
+from infra.cache import BlockCache
+from pretrain import sharding, telemetry
 from pretrain.checkpoints import Checkpoint, initial_backbone, save_learner
 from pretrain.config import PretrainConfig, PretrainSettings, decisive
 from pretrain.data.loader import ViewDataset
 from pretrain.data.masks import MaskPlan
+from pretrain.data.samples import Part, Samples
 from pretrain.engine import Trained, Training
 from pretrain.learner import Learner
 from pretrain.models.execution import Execution
@@ -24,7 +25,7 @@ from pretrain.objectives.build import build as build_objectives
 from pretrain.objectives.config import ClipConfig, SiglipConfig
 from pretrain.objectives.image_text import tokenizer
 
-VERSION = 2
+VERSION = 3
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def pretrain(config: PretrainConfig) -> Artifact:
     """
 
     def write(directory: Path) -> Mapping[str, Any]:
-        dataset = view_dataset([Corpus.open(url) for url in config.corpora], config)
+        dataset = view_dataset(config.corpora, config)
         learner = build_learner(config)
         if config.start:
             Checkpoint.open(config.start).start(learner)
@@ -79,10 +80,13 @@ def plan(config: PretrainConfig) -> Plan:
 
 
 def corpus_inputs(urls: Sequence[str]) -> dict[str, Input]:
-    return {f"corpus_{i}": open_artifact(url, "corpus").as_input() for i, url in enumerate(urls)}
+    return {f"corpus_{i}": open_artifact(url, "corpus", "selection").as_input() for i, url in enumerate(urls)}
 
 
-def view_dataset(corpora: list[Corpus], settings: PretrainSettings) -> ViewDataset:
+def view_dataset(corpora: Sequence[str], settings: PretrainSettings) -> ViewDataset:
+    """Views of the samples of some corpora or selections."""
+    samples = Samples([Part.open(url) for url in corpora])
+    _cache(samples, settings)
     views = settings.views
     masks = MaskPlan(
         patch_size=settings.model.patch_size,
@@ -91,15 +95,29 @@ def view_dataset(corpora: list[Corpus], settings: PretrainSettings) -> ViewDatas
         exact=views.mask_sampler == "dinov3",
         shift=views.mask_shift,
     )
-    return ViewDataset(corpora, views, masks, settings.schedule.seed, _tokenizer(settings, corpora))
+    return ViewDataset(samples, views, masks, settings.schedule.seed, settings.sampling, _tokenizer(settings, samples))
 
 
-def _tokenizer(settings: PretrainSettings, corpora: Sequence[Corpus]) -> Callable[[Sequence[str]], Tensor] | None:
+def _cache(samples: Samples, settings: PretrainSettings) -> None:
+    """Keep parts of shards on the local disk, where that saves reading them again."""
+    max_bytes = int(settings.runtime.cache_gb * 1e9)
+    whole = sum(part.corpus.total_bytes for part in samples.parts)
+    if max_bytes == 0:
+        return
+    if settings.sampling.shuffle == "full" and whole > max_bytes:
+        _log.warning("cache_gb: %.1f GB of shards do not fit, so images are read one by one, uncached", whole / 1e9)
+        return
+    cache = BlockCache(cache_directory() / "blocks", max_bytes)
+    for part in samples.parts:
+        part.corpus.cache = cache
+
+
+def _tokenizer(settings: PretrainSettings, samples: Samples) -> Callable[[Sequence[str]], Tensor] | None:
     """The text objectives' tokenizer, where there is one; then every sample must have a caption."""
     for objective in settings.objectives:
         if isinstance(objective, ClipConfig | SiglipConfig):
-            for corpus in corpora:
-                _ = corpus.captions  # raises now, not in a worker, if one is missing
+            for part in samples.parts:
+                _ = part.corpus.captions  # raises now, not in a worker, if one is missing
             return tokenizer(objective.text)
     return None
 
@@ -117,10 +135,11 @@ def build_learner(settings: PretrainSettings) -> Learner:
 def training_metrics(trained: Trained, learner: Learner, dataset: ViewDataset) -> dict[str, Any]:
     last = trained.metrics[-1]
     return {
-        "images": dataset.size,
+        "images": dataset.samples.size,
+        "unusable": trained.unusable,
         "steps": len(trained.metrics),
         "parameters": sum(parameter.numel() for parameter in learner.student.parameters()),
-        "loss": {name: value for name, value in last.items() if name not in ("step", "lr", "momentum")},
+        "loss": telemetry.losses(last),
         "images_per_second": round(trained.images_per_second, 1),
         "resumed_at": trained.resumed_at,
     }

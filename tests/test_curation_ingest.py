@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
+import os
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from curation.scan import Scans
+from curation.sources import find_units
 from infra.corpora import REJECTED, Corpus
 from infra.errors import UserError
 from pretrain.data.decode import REASONS, ImageRejected, decode_rgb
@@ -32,7 +40,11 @@ def tar(path: Path, members: dict[str, bytes]) -> Path:
             entry.size = len(data)
             archive.addfile(entry, io.BytesIO(data))
     data = buffer.getvalue()
-    path.write_bytes(gzip.compress(data) if path.name.endswith(".gz") else data)
+    if path.name.endswith(".gz"):
+        data = gzip.compress(data)
+    elif path.name.endswith(".zst"):
+        data = pa.compress(data, codec="zstd", asbytes=True)
+    path.write_bytes(data)
     return path
 
 
@@ -103,7 +115,7 @@ def test_images_of_one_name_keep_their_extension_in_the_key(tmp_path: Path) -> N
     (folder / "b.v2.png").write_bytes(encoded(picture(3)))
     (folder / "lonely.txt").write_text("a caption without an image")
     corpus = ingested(folder, tmp_path / "corpus")
-    assert corpus.keys == ["a_jpg", "a_png", "b_v2"]
+    assert corpus.keys == ["a_jpg", "a_png", f"b_v2-{hashlib.sha256(b'b.v2').hexdigest()[:8]}"]
     assert rejected(corpus) == {"lonely": "no_image"}
 
 
@@ -115,7 +127,7 @@ def test_small_images_and_bombs_are_turned_away(tmp_path: Path) -> None:
     assert rejected(corpus) == {"tiny": "too_small", "big": "too_many_pixels"}
 
 
-@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.zst"])
 def test_shards_of_others_are_read_as_they_are(tmp_path: Path, suffix: str) -> None:
     members = {
         f"{i}.{ext}": data
@@ -134,7 +146,7 @@ def test_shards_of_others_are_read_as_they_are(tmp_path: Path, suffix: str) -> N
     assert in_place == (suffix == ".tar")
 
 
-@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.zst"])
 def test_a_shard_cut_short_gives_what_it_has(tmp_path: Path, suffix: str) -> None:
     folder = tmp_path / "shards"
     folder.mkdir()
@@ -143,16 +155,155 @@ def test_a_shard_cut_short_gives_what_it_has(tmp_path: Path, suffix: str) -> Non
     tar(folder / f"b{suffix}", {f"b{i}.png": encoded(picture(i)) for i in range(3)})
     corpus = ingested(folder, tmp_path / "corpus")
     assert rejected(corpus) == {f"a{suffix}": "broken_shard"}
-    assert {"a0", "a1", "b0", "b1", "b2"} <= set(corpus.keys)
+    assert {"b0", "b1", "b2"} <= set(corpus.keys)
+    assert suffix == ".tar.zst" or {"a0", "a1"} <= set(corpus.keys)  # zstd packs all of them into one block
     assert all(decode_rgb(corpus.read_image(row)) for row in range(len(corpus)))
 
 
-def test_a_repeated_key_is_listed(tmp_path: Path) -> None:
-    folder = tmp_path / "shards"
+def test_a_key_repeated_in_a_shard_is_listed(tmp_path: Path) -> None:
+    image = encoded(picture(1))
+    tar(tmp_path / "a.tar", {"same.png": image, "other.png": image, "./same.png": image})
+    corpus = ingested(tmp_path / "a.tar", tmp_path / "corpus")
+    assert corpus.keys == ["same", "other"]
+    assert rejected(corpus) == {"same": "duplicate_key"}
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_keys_that_shards_share_get_the_shards_name(tmp_path: Path, suffix: str) -> None:
+    for name in ("a", "b/a"):
+        path = tmp_path / "shards" / f"{name}{suffix}"
+        path.parent.mkdir(parents=True)
+        tar(path, {f"{i}.png": encoded(picture(i)) for i in range(2)})
+    corpus = ingested(tmp_path / "shards", tmp_path / "corpus")
+    assert corpus.keys == ["a/0", "a/1", "b/a/0", "b/a/1"]
+    assert [corpus.read_image(row) for row in range(4)] == [encoded(picture(i)) for i in (0, 1, 0, 1)]
+
+
+def test_shards_and_loose_images_are_not_mixed(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images", 2)
+    tar(folder / "x.tar", {"a.png": encoded(picture(1))})
+    with pytest.raises(UserError, match=r"holds shards \(x.tar\) and loose images \(0000.png\)"):
+        ingested(folder, tmp_path / "corpus")
+
+
+def test_what_img2dataset_wrote_is_indexed(tmp_path: Path) -> None:
+    folder = tmp_path / "laion"
     folder.mkdir()
-    for name in ("a", "b"):
-        tar(folder / f"{name}.tar", {"same.png": encoded(picture(1))})
-    assert rejected(ingested(folder, tmp_path / "corpus")) == {"same": "duplicate_key"}
+    members = {}
+    for i in range(3):
+        members[f"00000000{i}.jpg"] = encoded(picture(i), "JPEG")
+        members[f"00000000{i}.json"] = b'{"url": "http://example.org", "status": "success"}'
+        members[f"00000000{i}.txt"] = f"caption {i}".encode()
+    tar(folder / "00000.tar", members)
+    (folder / "00000.parquet").write_bytes(b"PAR1")
+    (folder / "00000_stats.json").write_text("{}")
+    corpus = ingested(folder, tmp_path / "corpus")
+    assert corpus.keys == [f"00000000{i}" for i in range(3)]
+    assert corpus.captions.to_pylist() == [f"caption {i}" for i in range(3)]
+    assert not rejected(corpus)
+
+
+def test_what_else_shards_hold_harms_nobody(tmp_path: Path) -> None:
+    image = encoded(picture(1))
+    members = {
+        "../../escape.png": image,
+        "up/../../down.png": image,
+        "/etc/absolute.png": image,
+        "pickled.png": image,
+        "pickled.pkl": b"cos\nsystem\n(S'exit 1'\ntR.",
+        "only.pkl": b"cos\nsystem\n(S'exit 1'\ntR.",
+        "said.png": image,
+        "said.txt": b"caf\xe9",
+        "zero.png": b"",
+        "large.png": b"\0" * (1 << 20) + b"1",
+    }
+    tar(tmp_path / "x.tar", members)
+    corpus = ingested(tmp_path / "x.tar", tmp_path / "corpus", max_file_mb=1)
+    assert corpus.keys == ["escape", "etc/absolute", "pickled", "said"]
+    assert corpus.table["caption"].to_pylist() == [None] * 4
+    assert rejected(corpus) == {
+        "up/../../down": "unsafe_key",
+        "only": "no_image",
+        "said.txt": "caption_not_utf8",
+        "zero": "empty",
+        "large": "too_many_bytes",
+    }
+    assert not list(tmp_path.glob("**/*.png"))
+
+
+def test_headers_alone_give_the_same_index(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images", 6)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    (folder / "turned.jpg").write_bytes(encoded(picture(7, (40, 20)), "JPEG", exif=turned))
+    (folder / "torn.png").write_bytes(encoded(picture(8))[:-30])
+    decoded = ingested(folder, tmp_path / "decoded")
+    read = ingested(folder, tmp_path / "read", check="header")
+    assert rejected(decoded) == {"torn": "truncated"}
+    assert not rejected(read)
+    columns = ["key", "width", "height", "sha256"]
+    kept = [row for row in read.table.select(columns).to_pylist() if row["key"] != "torn"]
+    assert kept == decoded.table.select(columns).to_pylist()
+
+
+def shards(folder: Path, count: int, suffix: str = ".tar") -> Path:
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        tar(folder / f"{i:03d}{suffix}", {f"{i}-{j}.png": encoded(picture(10 * i + j)) for j in range(5)})
+    return folder
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("suffix", ["", ".tar", ".tar.gz"])
+def test_many_processes_make_the_same_corpus(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = shards(tmp_path / "source", 4, suffix) if suffix else image_folder(tmp_path / "source", 40)
+    monkeypatch.setattr("curation.ingest._ALONE", 0)
+    monkeypatch.setattr("curation.ingest.find_units", lambda url, size: find_units(url, 20_000))
+    corpora = []
+    for workers in (1, 3):
+        monkeypatch.setenv("FOVEA_CACHE", str(tmp_path / f"cache{workers}"))
+        corpora.append(ingested(source, tmp_path / f"out{workers}", workers=workers))
+    assert corpora[0].artifact.manifest.files == corpora[1].artifact.manifest.files
+    assert len(corpora[0].shards) > 2
+
+
+def test_only_what_changed_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = shards(tmp_path / "source", 3)
+    read: list[str] = []
+    scan = Scans.scan
+    monkeypatch.setattr(Scans, "scan", lambda self, unit, *more: (read.append(unit.name), scan(self, unit, *more))[1])
+    first = ingested(source, tmp_path / "{id}")
+    ingested(source, tmp_path / "{id}")
+    assert read == ["000.tar", "001.tar", "002.tar"]
+    tar(source / "001.tar", {"new.png": encoded(picture(99))})
+    second = ingested(source, tmp_path / "{id}")
+    assert read[3:4] == ["001.tar"]
+    assert second.artifact.id != first.artifact.id
+    assert second.keys == [*first.keys[:5], "new", *first.keys[10:]]
+
+
+@pytest.mark.multiprocess
+def test_a_killed_ingest_goes_on(tmp_path: Path) -> None:
+    source = shards(tmp_path / "source", 30, ".tar.gz")
+    whole = ingested(source, tmp_path / "whole")
+    code = f"""
+from curation.config import IngestConfig
+from curation.ingest import ingest
+ingest(IngestConfig(source={str(source)!r}, out={str(tmp_path / "killed")!r}, workers=1))
+"""
+    environment = os.environ | {"FOVEA_CACHE": str(tmp_path / "cache")}
+    left = []
+    for seconds in (0.05, 0.1, 0.2):
+        process = subprocess.Popen([sys.executable, "-c", code], env=environment)
+        while process.poll() is None and not (tmp_path / "cache").exists():
+            time.sleep(0.01)
+        time.sleep(seconds)
+        process.kill()
+        process.wait()
+        left.append(len(list((tmp_path / "cache").glob("ingest/*.json"))))
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert left == sorted(left)
+    assert Corpus.open(str(tmp_path / "killed")).artifact.manifest.files == whole.artifact.manifest.files
 
 
 def test_brace_ranges_and_globs_name_shards(tmp_path: Path) -> None:

@@ -81,12 +81,11 @@ def test_distilling_moves_the_student_and_its_average_and_not_the_teacher(
 
 
 def test_the_student_sees_everything(teacher: Checkpoint, embedded: Embedded) -> None:
-    from infra.corpora import Corpus
     from pretrain.train import view_dataset
 
     settings = student_settings(distillation(teacher, "x", Path("y")), teacher)
     learner = build_learner(settings, teacher).eval()
-    batch = view_dataset([Corpus.open(embedded.seed)], settings).batch(np.arange(4))
+    batch = view_dataset([embedded.seed], settings).batch(np.arange(4))
     seen: list[object] = []
     learner.student.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
     learner(batch, 0.07)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import webdataset as wds
 
-from infra.corpora import Corpus, CorpusWriter
+from infra.corpora import Corpus
 from infra.errors import UserError
+from infra.shards import CorpusWriter
 from tests.conftest import encoded, image_folder, ingested, picture
 
 ROW = {"width": 40, "height": 32, "sha256": "0", "label": 3, "caption": "blobs"}
@@ -74,5 +75,5 @@ def test_a_shard_that_shrank_is_noticed(tmp_path: Path) -> None:
     corpus = ingested(image_folder(tmp_path / "images", 5), tmp_path / "corpus")
     shard = Path(corpus.shard_url(0))
     shard.write_bytes(shard.read_bytes()[:600])
-    with pytest.raises(UserError, match="shorter than the index says"):
+    with pytest.raises(UserError, match="sample 0004 changed after ingest"):
         Corpus.open(corpus.artifact.url).read_image(4)

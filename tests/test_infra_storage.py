@@ -21,7 +21,7 @@ from tests.conftest import image_folder, ingested
 
 
 @pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def bucket() -> Iterator[str]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     with pytest.MonkeyPatch.context() as patch:
@@ -29,7 +29,6 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         patch.setenv("AWS_ACCESS_KEY_ID", "key")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("FOVEA_CACHE", str(tmp_path_factory.mktemp("cache")))
         files, _ = storage.filesystem("s3://fovea")
         files.mkdir("fovea")
         yield "s3://fovea"

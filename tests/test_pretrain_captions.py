@@ -21,10 +21,10 @@ from infra.errors import UserError
 from pretrain.backbones import load
 from pretrain.checkpoints import Checkpoint
 from pretrain.config import CheckpointBackbone, PretrainConfig
-from pretrain.engine import METRICS
 from pretrain.features import extract
 from pretrain.objectives.config import ClipConfig, SiglipConfig
 from pretrain.objectives.image_text import Clip, Siglip, tokenizer
+from pretrain.telemetry import METRICS
 from tests.conftest import image_folder, ingested
 
 pytestmark = pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import functional as pil
 from torchvision.transforms.v2 import functional as tv
 
+import curation
+from curation.config import CurateConfig, Exact
+from infra.corpora import Corpus
 from infra.errors import UserError
-from pretrain.data import order, photometric
-from pretrain.data.config import Crops, Photometric, Views
+from pretrain.data import order, photometric, views
+from pretrain.data.config import Crops, Photometric, Sampling, Views
 from pretrain.data.decode import decode_rgb
-from pretrain.data.loader import Batch, Place, ViewDataset, batches
+from pretrain.data.loader import UNUSABLE, Batch, Place, ViewDataset, batches
 from pretrain.data.masks import MaskPlan, batch_masks, block_mask
 from pretrain.data.photometric import BLUR, draw
+from pretrain.data.recolour import recolour
+from pretrain.data.samples import Part, Samples
 from pretrain.data.views import cut, harmless_shrink, resized_crop_box
 from tests.conftest import encoded, image_folder, ingested, picture
 
@@ -28,17 +35,11 @@ VIEWS = Views(globals=Crops(size=32), locals=Crops(size=16, scale=(0.1, 0.4)), l
 MASKS = MaskPlan(patch_size=8, share=0.5, ratio=(0.1, 0.5), exact=True, shift=False)
 
 
-@given(st.integers(0, 1000), st.integers(1, 50), st.integers(0, 5))
-def test_every_epoch_shows_every_sample_once(seed: int, size: int, epoch: int) -> None:
-    positions = np.arange(epoch * size, (epoch + 1) * size)
-    assert sorted(order.rows_at(positions, seed, size)) == list(range(size))
-
-
 @given(st.integers(0, 100), st.sampled_from([(1, 4), (2, 2), (4, 1)]), st.integers(1, 3))
 def test_a_step_sees_the_same_samples_on_any_number_of_ranks(step: int, ranks: tuple[int, int], batch: int) -> None:
     world_size, accumulation = ranks
     seen = [
-        order.positions_of(step, micro, rank, world_size, batch, accumulation)
+        order.positions_of(step * 4 * batch, micro, rank, world_size, batch)
         for micro in range(accumulation)
         for rank in range(world_size)
     ]
@@ -52,7 +53,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> ViewDataset:
         ingested(image_folder(root / name, 7, first=first), root / f"{name}-corpus")
         for name, first in (("a", 0), ("b", 50))
     ]
-    return ViewDataset(corpora, VIEWS, MASKS, seed=3)
+    return ViewDataset(samples(*corpora), VIEWS, MASKS, seed=3)
+
+
+def samples(*corpora: Corpus) -> Samples:
+    return Samples([Part.open(corpus.artifact.url) for corpus in corpora])
 
 
 def equal(first: Batch, second: Batch) -> bool:
@@ -62,7 +67,7 @@ def equal(first: Batch, second: Batch) -> bool:
 @pytest.mark.multiprocess
 def test_batches_are_the_same_for_any_number_of_workers_and_from_any_step(dataset: ViewDataset) -> None:
     def read(workers: int, first: int) -> list[Batch]:
-        return list(batches(dataset, Place(0, 1, 4, 1, first, 6), workers))
+        return list(batches(dataset, Place(0, 1, 4, 1, first, 6, seen=4 * first), workers))
 
     alone, helped, resumed = read(0, 0), read(2, 0), read(2, 4)
     assert all(equal(a, b) for a, b in zip(alone, helped, strict=True))
@@ -76,17 +81,56 @@ def test_batches_have_the_documented_shapes(dataset: ViewDataset) -> None:
     assert batch.local_crops.shape == (8, 3, 16, 16)
     assert batch.global_crops.dtype == torch.uint8
     assert batch.masks.shape == (8, 16)
-    assert batch.global_photometric.shape == batch.local_photometric.shape == (8, 9)
+    assert batch.global_photometric.shape == batch.local_photometric.shape == (0, 9)
+    assert batch.passed_over.tolist() == [0] * len(UNUSABLE)
 
 
 @pytest.mark.multiprocess
-def test_a_sample_gone_bad_is_named_from_a_worker(tmp_path: Path) -> None:
+def test_a_corpus_gone_bad_is_named_from_a_worker(tmp_path: Path) -> None:
     corpus = ingested(image_folder(tmp_path / "images", 4), tmp_path / "corpus")
     shard = Path(corpus.shard_url(0))
     shard.write_bytes(b"\0" * shard.stat().st_size)
-    broken = ViewDataset([corpus], VIEWS, MASKS, seed=0)
-    with pytest.raises(UserError, match=r"sample 000[0-3] is not_an_image now"):
+    broken = ViewDataset(samples(corpus), VIEWS, MASKS, seed=0)
+    with pytest.raises(UserError, match=r"16 samples in a row cannot be used \(changed 16\)"):
         next(batches(broken, Place(0, 1, 2, 1, 0, 1), workers=1))
+
+
+def test_bad_samples_are_passed_over_and_counted(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images", 40)
+    (folder / "torn.png").write_bytes(encoded(picture(8))[:-30])
+    (folder / "page.png").write_bytes(encoded(picture(9))[:60])
+    corpus = ingested(folder, tmp_path / "corpus", check="header")
+    shard = Path(corpus.shard_url(0))
+    content = bytearray(shard.read_bytes())
+    content[corpus.entry(3)["image"]["offset"] + 100] ^= 1
+    shard.write_bytes(content)
+    data = ViewDataset(samples(corpus), VIEWS, MASKS, seed=0)
+    together = data.batch(np.arange(42))
+    counts = dict(zip(UNUSABLE, together.passed_over.tolist(), strict=True))
+    assert counts["changed"] >= 1
+    assert counts["truncated"] + counts["undecodable"] >= 2
+    assert sum(counts.values()) < 8
+    apart = [data.batch(np.arange(at, at + 1)) for at in range(42)]
+    assert torch.equal(sum(batch.passed_over for batch in apart), together.passed_over)
+    views = torch.cat([batch.local_crops.unflatten(0, (2, 1)) for batch in apart], dim=1).flatten(0, 1)
+    assert torch.equal(views, together.local_crops)
+
+
+def test_a_selection_stands_for_what_it_keeps(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images", 12)
+    (folder / "copy.png").write_bytes((folder / "0003.png").read_bytes())
+    corpus = ingested(folder, tmp_path / "corpus")
+    config = CurateConfig(steps=[Exact()], corpus=corpus.artifact.url, out=str(tmp_path / "selection"))
+    part = Part.open(curation.run(config).url)
+    chosen = Samples([part])
+    assert chosen.size == 12
+    weights = dict(zip([chosen.key(row) for row in range(12)], part.weights, strict=True))
+    assert weights.pop("0003") == 2
+    assert set(weights.values()) == {1.0}
+    seen = chosen.order(0, Sampling(weighted=True)).rows_at(np.arange(12 * 50))
+    counts = np.bincount(seen, minlength=12) / 50
+    np.testing.assert_allclose(counts, [12 / 13] * 3 + [24 / 13] + [12 / 13] * 8, atol=0.15)
+    assert chosen.read(np.array([0, 11])) == [(folder / f"{i:04d}.png").read_bytes() for i in (0, 11)]
 
 
 @given(st.integers(8, 300), st.integers(8, 300), st.integers(0, 10_000))
@@ -98,8 +142,7 @@ def test_crop_boxes_lie_in_the_image(width: int, height: int, seed: int) -> None
 
 @given(st.integers(50, 4000), st.integers(50, 4000))
 def test_shrinking_leaves_the_smallest_crops_their_pixels(width: int, height: int) -> None:
-    views = Views()
-    factor = harmless_shrink(width, height, views)
+    factor = harmless_shrink(width, height, Views())
     assert factor >= 1
     if factor > 1:
         smallest = math.sqrt(0.05 * width * height) / factor, math.sqrt(0.32 * width * height) / factor
@@ -134,9 +177,10 @@ def test_crop_areas_are_spread_as_torchvisions() -> None:
 
 
 def test_a_whole_crop_is_the_image() -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
-    pixels = cut(image, Crops(size=16, scale=(1.0, 1.0)), 20, Views(flip=0.0), np.random.default_rng(1)).pixels
-    assert any(np.array_equal(crop, np.asarray(image)) for crop in pixels)
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    plain = Crops(size=16, scale=(1.0, 1.0), photometric=[Photometric(jitter=0.0, grey=0.0)])
+    pixels = cut(image, plain, 20, Views(flip=0.0), np.random.default_rng(1)).pixels
+    assert any(np.array_equal(crop, image) for crop in pixels)
 
 
 def parameters(**changes: float) -> torch.Tensor:
@@ -166,6 +210,55 @@ IMAGE = torch.from_numpy(np.random.default_rng(0).random((1, 3, 24, 20), dtype=n
 )
 def test_recolouring_is_torchvisions(changes: dict[str, float], expected: torch.Tensor) -> None:
     torch.testing.assert_close(photometric.apply(IMAGE, parameters(**changes)), expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, lambda image: image),
+        ({"brightness": 1.3}, lambda image: pil.adjust_brightness(image, 1.3)),
+        ({"contrast": 0.6}, lambda image: pil.adjust_contrast(image, 0.6)),
+        ({"saturation": 1.4}, lambda image: pil.adjust_saturation(image, 1.4)),
+        ({"hue": 0.2}, lambda image: pil.adjust_hue(image, 0.2)),
+        ({"hue": -0.35}, lambda image: pil.adjust_hue(image, -0.35)),
+        ({"grey": 1.0}, lambda image: pil.to_grayscale(image, 3)),
+        ({"blur": 1.2}, lambda image: pil.gaussian_blur(image, [9, 9], [1.2, 1.2])),
+        ({"solarize": 1.0}, lambda image: pil.solarize(image, 128)),
+        ({"invert": 1.0}, lambda image: pil.invert(image)),
+        ({"channels": 3.0}, lambda image: Image.fromarray(np.asarray(image)[..., [1, 2, 0]])),
+    ],
+)
+def test_recolouring_in_workers_is_torchvisions_on_pillow_images(
+    changes: dict[str, float], expected: Callable[[Image.Image], Image.Image]
+) -> None:
+    image = picture(5, (48, 40))
+    ours = recolour(np.array(image), parameters(**changes)[0].numpy()).astype(int)
+    theirs = np.asarray(expected(image)).astype(int)
+    most = 12 if "hue" in changes else 1  # Pillow cuts hue and saturation off to 8 bits; OpenCV rounds
+    assert np.abs(ours - theirs).max() <= most
+    assert np.abs(ours - theirs).mean() <= 1
+
+
+def test_both_ways_of_recolouring_agree() -> None:
+    spec = Photometric(jitter=0.8, grey=0.2, blur=0.5, solarize=0.0, invert=0.2, channels=0.3)
+    rng = np.random.default_rng(0)
+    table = np.stack([draw(spec, rng) for _ in range(40)])
+    images = np.stack([np.array(picture(seed)) for seed in range(40)])
+    on_device = photometric.apply(torch.from_numpy(images).permute(0, 3, 1, 2) / 255, torch.from_numpy(table))
+    in_workers = np.stack([recolour(image, row) for image, row in zip(images, table, strict=True)])
+    difference = np.abs(on_device.permute(0, 2, 3, 1).numpy() * 255 - in_workers)
+    assert difference.mean() < 1
+    assert np.quantile(difference, 0.99) < 6
+
+
+@pytest.mark.parametrize("size", [16, 56, 96])
+def test_crops_are_resized_as_pillow_does(size: int) -> None:
+    image = picture(6, (70, 60))
+    box = (3, 5, 63, 53)
+    ours = views._resized(np.array(image), box, size, turned=False).astype(int)
+    theirs = np.asarray(image.crop(box).resize((size, size), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(ours - theirs).max() <= 2
+    assert np.array_equal(views._resized(np.array(image), box, size, turned=True), ours[:, ::-1])
 
 
 def test_each_image_of_a_batch_has_its_own_recolouring() -> None:
@@ -219,8 +312,9 @@ def test_inverted_blur_blurs_with_one_minus_the_probability() -> None:
 
 def test_plain_crops_are_the_global_crops_larger() -> None:
     gradient = np.linspace(0, 255, 64, dtype=np.uint8)
-    image = Image.fromarray(np.stack([np.tile(gradient, (64, 1))] * 3, axis=-1))
-    crops = cut(image, Crops(size=16), 20, Views(), np.random.default_rng(0), plain_size=32)
+    image = np.stack([np.tile(gradient, (64, 1))] * 3, axis=-1)
+    settings = Views(recolour_on="device")
+    crops = cut(image, Crops(size=16), 20, settings, np.random.default_rng(0), plain_size=32)
     assert crops.plain.shape == (20, 32, 32, 3)
     smaller = crops.plain.reshape(20, 16, 2, 16, 2, 3).mean((2, 4))
     np.testing.assert_allclose(smaller, crops.pixels, atol=3)

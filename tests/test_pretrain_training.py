@@ -17,13 +17,13 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 import pretrain
-from infra.corpora import Corpus
 from infra.errors import UserError
 from infra.launch import run_module
 from pretrain import schedules
 from pretrain.checkpoints import WEIGHTS, Checkpoint
 from pretrain.config import PretrainConfig, PretrainSettings
-from pretrain.engine import METRICS, parameter_groups
+from pretrain.engine import parameter_groups
+from pretrain.telemetry import METRICS
 from pretrain.train import build_learner, view_dataset
 from tests.conftest import Embedded, image_folder, ingested
 
@@ -283,7 +283,7 @@ def test_bf16_reaches_the_products_under_both_engines(embedded: Embedded) -> Non
     seen: list[torch.dtype] = []
     learner.student.blocks[0].attn.register_forward_hook(lambda module, _, out: seen.append(out.dtype))  # type: ignore[union-attr]
     learner.begin_step(0)
-    batch = view_dataset([Corpus.open(embedded.seed)], settings).batch(np.arange(4))
+    batch = view_dataset([embedded.seed], settings).batch(np.arange(4))
     with torch.autocast("cpu", enabled=False):  # as DeepSpeed's engine calls it
         learner(batch, 0.05)
     assert seen == [torch.bfloat16]

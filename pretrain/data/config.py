@@ -63,6 +63,9 @@ class Views(Config):
     """Side in pixels of further global crops, cut alike but not recoloured: what Gram anchoring's teacher sees."""
     inverted_blur: bool = False
     """Blur with one minus the probability, as DINOv2 and DINOv3 do unawares (dinov3 issue 286)."""
+    recolour_on: Literal["workers", "device"] = "workers"
+    """Where crops are recoloured: by the loader's processes in 8 bits, as Pillow would, or on the training device in
+    floating point, which spares the CPU where there are few cores to a GPU."""
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip, drawn for each crop."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -77,3 +80,15 @@ class Views(Config):
     """dinov3: blocks, then single patches up to the exact number. dinov2: blocks alone, which may fall short."""
     mask_shift: bool = False
     """Shift masks around the image's edges (DINOv3)."""
+
+
+class Sampling(Config):
+    """In which order samples are read, and how often."""
+
+    shuffle: Literal["full", "windows"] = "full"
+    """full: any sample may follow any other, each read on its own: for local disks and object stores. windows: a few
+    shards at a time, in random order within them, so that a cache or a spinning disk reads each shard once an epoch."""
+    window_shards: int = Field(64, ge=2)
+    """Shards of a window; batches are the better mixed the more there are."""
+    weighted: bool = False
+    """See each sample as often as the selection's weights say, instead of once an epoch."""

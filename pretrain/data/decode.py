@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 Image.MAX_IMAGE_PIXELS = None  # the limit is ours, checked before any pixel is decoded
 
 DEFAULT_MAX_PIXELS = 100_000_000
+_ORIENTATION = 0x0112  # of EXIF; from 5 on the image lies on its side
 
 
 # Formats whose decoders are code of Pillow and its libraries; others (EPS) run programs on what they are given.
@@ -86,6 +87,15 @@ def decode_rgb(
         raise ImageRejected("truncated" if "truncated" in str(error) else "undecodable") from None
     except Exception:
         raise ImageRejected("undecodable") from None
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an opened image once it is put upright by its EXIF orientation."""
+    try:
+        turned = "exif" in image.info and image.getexif().get(_ORIENTATION, 1) >= 5
+    except Exception:  # hostile metadata; decoding decides
+        turned = False
+    return (image.height, image.width) if turned else image.size
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

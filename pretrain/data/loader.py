@@ -1,7 +1,9 @@
-"""Batches of views from corpora, in an order that is a pure function of the seed and the step."""
+"""Batches of views from samples, in an order that is a pure function of the seed and the place in it."""
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -10,13 +12,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from infra.corpora import Corpus
+from infra.corpora import CHANGED, Unusable
 from infra.errors import UserError
 from pretrain.data import order
-from pretrain.data.config import Views
-from pretrain.data.decode import ImageRejected, decode_rgb
+from pretrain.data.config import Sampling, Views
+from pretrain.data.decode import REASONS, ImageRejected, decode_rgb
 from pretrain.data.masks import MaskPlan, batch_masks
+from pretrain.data.samples import Samples
 from pretrain.data.views import Cut, cut, harmless_shrink
+
+UNUSABLE = (*REASONS, CHANGED.reason)
+"""Why a sample may be passed over."""
+_SUBSTITUTES = 16  # samples tried in the place of one before giving up
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -26,11 +35,11 @@ class Batch:
     global_crops: Tensor
     """uint8 `[G*B, 3, H, W]`"""
     global_photometric: Tensor
-    """float32 `[G*B, 9]`"""
+    """float32 `[G*B, 9]`: how they are still to be recoloured; no rows where the loader has done it"""
     local_crops: Tensor
     """uint8 `[L*B, 3, h, w]`"""
     local_photometric: Tensor
-    """float32 `[L*B, 9]`"""
+    """float32 `[L*B, 9]`, likewise"""
     masks: Tensor
     """bool `[G*B, patches]`: patch tokens of the global crops hidden from the student"""
     plain_crops: Tensor
@@ -39,34 +48,41 @@ class Batch:
     """int64 `[B, context]`: token ids of the captions; `[B, 0]` where no objective reads them"""
     positions: Tensor
     """int64 `[B]`: places in the endless run of epochs"""
+    passed_over: Tensor
+    """int64 `[reasons]`: samples of these places that could not be used, by their reason in `UNUSABLE`"""
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(**{each.name: getattr(self, each.name).to(device, non_blocking=True) for each in fields(self)})
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """In memory that a GPU reads by itself; the loader calls this."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(**{each.name: change(getattr(self, each.name)) for each in fields(self)})
 
 
 class ViewDataset(Dataset[Batch | UserError]):
-    """Maps the positions of a micro-batch to its views. Corpora are read one after the other as one."""
+    """Maps places of the order to their views.
+
+    A sample that cannot be used is passed over: another one, drawn from the seed and the place, stands in for it.
+    """
 
     def __init__(
         self,
-        corpora: Sequence[Corpus],
+        samples: Samples,
         views: Views,
         masks: MaskPlan,
         seed: int,
+        sampling: Sampling | None = None,
         tokenize: Callable[[Sequence[str]], Tensor] | None = None,
     ) -> None:
-        self.corpora = list(corpora)
-        self.ends = np.cumsum([len(corpus) for corpus in corpora])
+        self.samples = samples
+        self.order = samples.order(seed, sampling or Sampling())
         self.views = views
         self.masks = masks
         self.seed = seed
         self.tokenize = tokenize
-        if self.size == 0:
-            raise UserError(f"{corpora[0].artifact.url}: an empty corpus; nothing to train on")
-
-    @property
-    def size(self) -> int:
-        return int(self.ends[-1])
 
     def __getitem__(self, positions: np.ndarray) -> Batch | UserError:
         try:
@@ -75,10 +91,13 @@ class ViewDataset(Dataset[Batch | UserError]):
             return error
 
     def batch(self, positions: np.ndarray) -> Batch:
-        """The views of the images at given positions."""
-        rows = order.rows_at(positions, self.seed, self.size)
-        samples = [self._sample(int(row)) for row in rows]
-        views = [self._views(*sample, int(place)) for sample, place in zip(samples, positions, strict=True)]
+        """The views of the images at given places."""
+        rows = self.order.rows_at(positions)
+        passed_over: Counter[str] = Counter()
+        views: list[tuple[Cut, Cut]] = []
+        for at, (place, data) in enumerate(zip(positions, self.samples.read(rows), strict=True)):
+            rows[at], image = self._usable(int(place), int(rows[at]), data, passed_over)
+            views.append(self._views(image, int(place)))
         large, small = ([pair[i] for pair in views] for i in (0, 1))
         return Batch(
             global_crops=_stack_images([crops.pixels for crops in large]),
@@ -87,34 +106,45 @@ class ViewDataset(Dataset[Batch | UserError]):
             local_photometric=_stack([crops.photometric for crops in small]),
             plain_crops=_stack_images([crops.plain for crops in large]),
             masks=torch.from_numpy(self._masks(positions)),
-            texts=self._texts(samples),
+            texts=self._texts(rows),
             positions=torch.from_numpy(positions),
+            passed_over=torch.tensor([passed_over[reason] for reason in UNUSABLE]),
         )
 
-    def _sample(self, row: int) -> tuple[Corpus, int]:
-        """A row of all corpora as one: the corpus and the row in it."""
-        number = int(np.searchsorted(self.ends, row, side="right"))
-        return self.corpora[number], row - (int(self.ends[number - 1]) if number else 0)
+    def _usable(
+        self, place: int, row: int, data: bytes | Unusable, passed_over: Counter[str]
+    ) -> tuple[int, np.ndarray]:
+        """The decoded image of a place, and its row: the first usable one of the sample and its substitutes."""
+        rng = order.generator(self.seed, order.SUBSTITUTES, place)
+        for _ in range(_SUBSTITUTES):
+            try:
+                if isinstance(data, Unusable):
+                    raise ImageRejected(data.reason)
+                return row, self._decoded(data)
+            except ImageRejected as error:
+                passed_over[error.reason] += 1
+                _log.info("sample %s is passed over: %s", self.samples.key(row), error.reason)
+            row = int(rng.integers(self.samples.size))
+            (data,) = self.samples.read(np.array([row]))
+        reasons = ", ".join(f"{reason} {count}" for reason, count in passed_over.items())
+        url = self.samples.place(row)[0].artifact.url
+        raise UserError(f"{url}: {_SUBSTITUTES} samples in a row cannot be used ({reasons}); ingest it again")
 
-    def _views(self, corpus: Corpus, row: int, position: int) -> tuple[Cut, Cut]:
-        try:
-            image = decode_rgb(
-                corpus.read_image(row), shrink=lambda width, height: harmless_shrink(width, height, self.views)
-            )
-        except ImageRejected as error:
-            key = corpus.keys[row]
-            raise UserError(f"{corpus.artifact.url}: sample {key} is {error.reason} now; ingest it again") from None
-        rng = order.generator(self.seed, order.AUGMENTATION, position)
+    def _decoded(self, data: bytes) -> np.ndarray:
+        return np.array(decode_rgb(data, shrink=lambda width, height: harmless_shrink(width, height, self.views)))
+
+    def _views(self, image: np.ndarray, place: int) -> tuple[Cut, Cut]:
+        rng = order.generator(self.seed, order.AUGMENTATION, place)
         views = self.views
         return (
             cut(image, views.globals, views.global_count, views, rng, views.plain_size),
             cut(image, views.locals, views.local_count, views, rng),
         )
 
-    def _texts(self, samples: Sequence[tuple[Corpus, int]]) -> Tensor:
+    def _texts(self, rows: np.ndarray) -> Tensor:
         if self.tokenize is None:
-            return torch.empty((len(samples), 0), dtype=torch.int64)
-        return self.tokenize([corpus.captions[row].as_py() for corpus, row in samples])
+            return torch.empty((len(rows), 0), dtype=torch.int64)
+        return self.tokenize([self.samples.caption(int(row)) for row in rows])
 
     def _masks(self, positions: np.ndarray) -> np.ndarray:
         side = self.views.globals.size // self.masks.patch_size
@@ -134,7 +164,7 @@ def _stack(samples: Sequence[np.ndarray]) -> Tensor:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank stands in the training: who it is and which step comes next."""
+    """Where a rank stands in the training: who it is, which step comes next, what all ranks together have seen."""
 
     rank: int
     world_size: int
@@ -142,21 +172,25 @@ class Place:
     accumulation: int
     first_step: int
     steps: int
+    seen: int = 0
 
-    def positions(self) -> Iterator[np.ndarray]:
-        """The positions of every micro-batch that is still to come."""
-        for step in range(self.first_step, self.steps):
+    def __len__(self) -> int:
+        return (self.steps - self.first_step) * self.accumulation
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """The places of every micro-batch that is still to come."""
+        global_batch = self.world_size * self.accumulation * self.micro_batch
+        for step in range(self.steps - self.first_step):
             for micro_step in range(self.accumulation):
-                yield order.positions_of(
-                    step, micro_step, self.rank, self.world_size, self.micro_batch, self.accumulation
-                )
+                first = self.seen + step * global_batch
+                yield order.positions_of(first, micro_step, self.rank, self.world_size, self.micro_batch)
 
 
 def batches(dataset: ViewDataset, place: Place, workers: int) -> Iterator[Batch]:
     """Micro-batches from a place to the end of the training, prepared by `workers` processes (0: in this one)."""
     loader = DataLoader(
         dataset,
-        sampler=list(place.positions()),
+        sampler=place,
         batch_size=None,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
@@ -172,4 +206,7 @@ def batches(dataset: ViewDataset, place: Place, workers: int) -> Iterator[Batch]
 
 
 def _one_thread(worker: int) -> None:
+    import cv2
+
     torch.set_num_threads(1)
+    cv2.setNumThreads(1)

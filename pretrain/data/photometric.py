@@ -16,8 +16,9 @@ from pretrain.data.config import Photometric
 # Columns of a parameter table.
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, BLUR, SOLARIZE, INVERT, CHANNELS = range(9)
 _NEUTRAL = np.array([1, 1, 1, 0, 0, 0, 0, 0, 0], dtype=np.float32)
-_CHANNEL_ORDERS = torch.tensor([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
-_GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601, as in torchvision and Pillow
+CHANNEL_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
+BLUR_SIZE = 9  # pixels of the kernel's side, as in DINOv2
+GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601, as in torchvision and Pillow
 
 
 def neutral() -> np.ndarray:
@@ -78,7 +79,7 @@ def _jitter(images: Tensor, parameters: Tensor) -> Tensor:
 
 def _grey(images: Tensor) -> Tensor:
     red, green, blue = images.unbind(1)
-    return (_GREY_WEIGHTS[0] * red + _GREY_WEIGHTS[1] * green + _GREY_WEIGHTS[2] * blue).unsqueeze(1)
+    return (GREY_WEIGHTS[0] * red + GREY_WEIGHTS[1] * green + GREY_WEIGHTS[2] * blue).unsqueeze(1)
 
 
 def _turn_hue(images: Tensor, turns: Tensor) -> Tensor:
@@ -99,8 +100,8 @@ def _turn_hue(images: Tensor, turns: Tensor) -> Tensor:
     return value.unsqueeze(1) - chroma.unsqueeze(1) * share
 
 
-def _blur(images: Tensor, sigmas: Tensor, size: int = 9) -> Tensor:
-    """Gaussian blur with one sigma an image and a kernel of `size` pixels, as in DINOv2."""
+def _blur(images: Tensor, sigmas: Tensor, size: int = BLUR_SIZE) -> Tensor:
+    """Gaussian blur with one sigma an image and a kernel of `size` pixels."""
     n, channels, height, width = images.shape
     size = min(size, 2 * min(height, width) - 1)
     offsets = torch.arange(size, device=images.device) - size // 2
@@ -116,5 +117,5 @@ def _blur(images: Tensor, sigmas: Tensor, size: int = 9) -> Tensor:
 
 
 def _reorder(images: Tensor, orders: Tensor) -> Tensor:
-    order = _CHANNEL_ORDERS.to(images.device)[orders.long()]
+    order = torch.tensor(CHANNEL_ORDERS, device=images.device)[orders.long()]
     return images.gather(1, order[:, :, None, None].expand_as(images))

@@ -1,20 +1,18 @@
-"""Views of one image: crops cut on the CPU, with the parameters of the recolouring the device will do."""
+"""Views of one image: crops cut on the CPU, recoloured there or with the parameters for the device."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from PIL import Image
+import torch
+import torch.nn.functional as F
 
 from pretrain.data.config import Crops, Views
 from pretrain.data.photometric import draw
 
 _ASPECTS = (3 / 4, 4 / 3)
-
-
 GLOBAL_COUNT = 2
 
 
@@ -50,28 +48,43 @@ class Cut:
     pixels: np.ndarray
     """uint8 `[count, size, size, 3]`"""
     photometric: np.ndarray
-    """float32 `[count, 9]`"""
+    """float32 `[count, 9]`: how the training device has to recolour them; no rows where that is done"""
     plain: np.ndarray
-    """uint8 `[count, plain size, plain size, 3]`: the same boxes; no crops where no plain size is asked for"""
+    """uint8 `[count, plain size, plain size, 3]`: the same boxes, never recoloured; none where no size is asked for"""
 
 
 def cut(
-    image: Image.Image, crops: Crops, count: int, views: Views, rng: np.random.Generator, plain_size: int | None = None
+    image: np.ndarray, crops: Crops, count: int, views: Views, rng: np.random.Generator, plain_size: int | None = None
 ) -> Cut:
-    """Cut `count` random crops."""
+    """Cut `count` random crops of an image, uint8 `[h, w, 3]`."""
+    in_place = views.recolour_on == "workers"
     pixels = np.empty((count, crops.size, crops.size, 3), dtype=np.uint8)
     plain = np.empty((count if plain_size else 0, plain_size or 0, plain_size or 0, 3), dtype=np.uint8)
-    parameters = np.empty((count, 9), dtype=np.float32)
+    later = np.empty((0 if in_place else count, 9), dtype=np.float32)
     for i in range(count):
-        box = resized_crop_box(image.width, image.height, crops.scale, rng)
+        box = resized_crop_box(image.shape[1], image.shape[0], crops.scale, rng)
         turned = rng.random() < views.flip
-        pixels[i] = _resized(image, box, crops.size, turned)
+        parameters = draw(crops.photometric[min(i, len(crops.photometric) - 1)], rng, views.inverted_blur)
+        crop = _resized(image, box, crops.size, turned)
+        if in_place:
+            crop = _recoloured(crop, parameters)
+        else:
+            later[i] = parameters
+        pixels[i] = crop
         if plain_size:
             plain[i] = _resized(image, box, plain_size, turned)
-        parameters[i] = draw(crops.photometric[min(i, len(crops.photometric) - 1)], rng, views.inverted_blur)
-    return Cut(pixels, parameters, plain)
+    return Cut(pixels, later, plain)
 
 
-def _resized(image: Image.Image, box: tuple[int, int, int, int], size: int, turned: bool) -> np.ndarray:
-    crop: Any = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
-    return crop[:, ::-1] if turned else crop
+def _resized(image: np.ndarray, box: tuple[int, int, int, int], size: int, turned: bool) -> np.ndarray:
+    """A box of an image as a square, antialiased: torch's 8-bit kernel, several times as fast as Pillow's."""
+    left, top, right, bottom = box
+    crop = torch.from_numpy(image).permute(2, 0, 1)[None, :, top:bottom, left:right]
+    square = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+    return np.ascontiguousarray(square.flip(1) if turned else square)
+
+
+def _recoloured(crop: np.ndarray, parameters: np.ndarray) -> np.ndarray:
+    from pretrain.data.recolour import recolour  # OpenCV, for which the training device has no use
+
+    return recolour(crop, parameters)

@@ -1,0 +1,168 @@
+"""Parts of files at any URL: many at once, read again where the network failed, from where it failed."""
+
+from __future__ import annotations
+
+import io
+import logging
+import random
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from infra import storage
+from infra.errors import UserError
+
+_PIECE = 4 << 20  # bytes that are asked for at once, and at most lost when a connection breaks
+_ATTEMPTS = 8
+_BACKOFF = (0.1, 8.0)  # seconds: the longest first wait, and the longest of all
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Range:
+    """`size` bytes of a file from `start`."""
+
+    url: str
+    start: int
+    size: int
+
+
+def read(ranges: Sequence[Range]) -> list[bytes]:
+    """The bytes of each range; fewer than asked for only where the file ends before.
+
+    Raises:
+        UserError: a file is missing or closed to us, or the storage fails again and again.
+    """
+    results: list[bytes] = [b""] * len(ranges)
+    remote = [at for at, each in enumerate(ranges) if not storage.is_local(each.url)]
+    for at, each in enumerate(ranges):
+        if storage.is_local(each.url):
+            results[at] = _read_local(each)
+    pieces = [(at, piece) for at in remote for piece in _pieces(ranges[at])]
+    for (at, _), data in zip(pieces, _read_remote([piece for _, piece in pieces]), strict=True):
+        results[at] += data
+    return results
+
+
+def _read_local(wanted: Range) -> bytes:
+    with storage.readable_errors(wanted.url), storage.local_path(wanted.url).open("rb", buffering=0) as file:
+        file.seek(wanted.start)
+        return file.read(wanted.size)
+
+
+def _pieces(wanted: Range) -> Iterator[Range]:
+    for start in range(wanted.start, wanted.start + wanted.size, _PIECE):
+        yield Range(wanted.url, start, min(_PIECE, wanted.start + wanted.size - start))
+
+
+def _read_remote(pieces: list[Range]) -> list[bytes]:
+    """Read pieces, those that failed again after a pause; of one that broke off, the rest."""
+    got = [b""] * len(pieces)
+    missing = list(range(len(pieces)))
+    for attempt in range(_ATTEMPTS):
+        failures: list[Exception] = []
+        for at, answer in zip(missing, _ask([_rest(pieces[at], got[at]) for at in missing]), strict=True):
+            if isinstance(answer, bytes):
+                got[at] += answer
+            else:
+                failures.append(answer)
+        missing = [at for at in missing if len(got[at]) < pieces[at].size]
+        if missing and not failures:  # no error, yet less than asked for: the connection broke, or the file is short
+            missing = [at for at in missing if pieces[at].start + len(got[at]) < _file_size(pieces[at].url)]
+        if not missing:
+            return got
+        _log.info("%s: reading %d parts again after %r", pieces[missing[0]].url, len(missing), failures[:1])
+        time.sleep(_pause(attempt))
+    url, reason = pieces[missing[0]].url, failures[0] if failures else "answers are cut short"
+    with storage.readable_errors(url):
+        if failures:
+            raise failures[0]
+    raise UserError(f"{url}: could not be read in {_ATTEMPTS} attempts ({reason}); check the network and run again")
+
+
+def _rest(piece: Range, got: bytes) -> Range:
+    return Range(piece.url, piece.start + len(got), piece.size - len(got))
+
+
+def _ask(pieces: Sequence[Range]) -> list[bytes | Exception]:
+    """One request for each piece, all at once; what is beyond repair is raised."""
+    answers: list[bytes | Exception] = [b""] * len(pieces)
+    for root in {_root(piece.url) for piece in pieces}:
+        mine = [at for at, piece in enumerate(pieces) if _root(piece.url) == root]
+        with storage.readable_errors(pieces[mine[0]].url):
+            files, _ = storage.filesystem(pieces[mine[0]].url)
+            found = files.cat_ranges(
+                [storage.filesystem(pieces[at].url)[1] for at in mine],
+                [pieces[at].start for at in mine],
+                [pieces[at].start + pieces[at].size for at in mine],
+                on_error="return",
+            )
+        for at, answer in zip(mine, found, strict=True):
+            if isinstance(answer, Exception) and not _passing(answer):
+                with storage.readable_errors(pieces[at].url):
+                    raise answer
+            answers[at] = answer if isinstance(answer, Exception) else bytes(answer)
+    return answers
+
+
+def _root(url: str) -> str:
+    return url.split("/", 3)[2] if "://" in url else ""
+
+
+def _passing(error: Exception) -> bool:
+    """Whether trying again may help."""
+    lasting = (
+        FileNotFoundError,
+        NotADirectoryError,
+        IsADirectoryError,
+        PermissionError,
+        ValueError,
+        NotImplementedError,
+    )
+    return not isinstance(error, lasting) and "Credentials" not in type(error).__name__
+
+
+def _file_size(url: str) -> int:
+    with storage.readable_errors(url):
+        files, path = storage.filesystem(url)
+        files.invalidate_cache()
+        return int(files.size(path) or 0)
+
+
+def _pause(attempt: int) -> float:
+    """Seconds to wait: random up to a bound that doubles (full jitter), so that ranks do not come back together."""
+    first, most = _BACKOFF
+    return random.uniform(0, min(most, first * 2**attempt))
+
+
+class SequentialFile(io.RawIOBase):
+    """A file at a URL read from front to back, one piece ahead of the reader."""
+
+    def __init__(self, url: str, size: int) -> None:
+        super().__init__()
+        self._pieces = _pieces(Range(url, 0, size))
+        self._pool = ThreadPoolExecutor(1)
+        self._next = self._ask()
+        self._held = memoryview(b"")
+
+    def _ask(self) -> Future[list[bytes]] | None:
+        piece = next(self._pieces, None)
+        return None if piece is None else self._pool.submit(read, [piece])
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        if not self._held and self._next is not None:
+            (data,) = self._next.result()
+            self._held, self._next = memoryview(data), self._ask()
+        count = min(len(buffer), len(self._held))
+        buffer[:count] = self._held[:count]
+        self._held = self._held[count:]
+        return count
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        super().close()

@@ -1,0 +1,191 @@
+"""Writing corpora: tar shards and the index over them, streamed to disk."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.corpora import INDEX, INDEX_SCHEMA, REJECTED, REJECTED_SCHEMA, SHARDS, Corpus, Shard
+from infra.errors import UserError
+
+_GROUP = 1 << 14  # rows of a row group
+
+
+class ParquetRows:
+    """Rows appended to a parquet file, a group at a time."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.rows = 0
+        self._writer = pq.ParquetWriter(path, schema)
+        self._schema = schema
+        self._waiting: list[Mapping[str, Any]] = []
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self.rows += 1
+        self._waiting.append(row)
+        if len(self._waiting) == _GROUP:
+            self._flush()
+
+    def add_table(self, rows: pa.Table) -> None:
+        self._flush()
+        self.rows += rows.num_rows
+        self._writer.write_table(rows.cast(self._schema), row_group_size=_GROUP)
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        self._writer.write_table(pa.Table.from_pylist(self._waiting, schema=self._schema))
+        self._waiting = []
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+
+
+class IndexWriter:
+    """What makes a directory a corpus: the index, the list of its shards and the list of what was turned away."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._index = ParquetRows(directory / INDEX, INDEX_SCHEMA)
+        self._rejected = ParquetRows(directory / REJECTED, REJECTED_SCHEMA)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a row of the index; rows of a shard follow one another."""
+        self._index.add(row)
+
+    def add_table(self, rows: pa.Table) -> None:
+        """Append many rows of the index."""
+        self._index.add_table(rows)
+
+    def reject(self, row: Mapping[str, Any]) -> None:
+        """Append a row (key, reason, bytes) to what was turned away."""
+        self._rejected.add(row)
+
+    def finish(self, shards: Iterable[Shard]) -> None:
+        self._index.close()
+        self._rejected.close()
+        (self.directory / SHARDS).write_text(json.dumps([vars(shard) for shard in shards], indent=1))
+
+
+class ShardWriter:
+    """One tar shard, byte for byte the same for the same samples, hashed while it is written."""
+
+    def __init__(self, path: Path) -> None:
+        import webdataset as wds
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._file = _HashedFile(path)
+        self._tar = wds.TarWriter(self._file, encoder=False, mtime=0.0, user="fovea", group="fovea")
+
+    @property
+    def size(self) -> int:
+        """Size so far."""
+        return int(self._tar.tarstream.offset)
+
+    def add(self, key: str, members: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+        """Append a sample's members, {extension: bytes}; return where each lies: its name, offset and size."""
+        places = {}
+        for extension, data in members.items():
+            self._tar.write({"__key__": key, extension: data})
+            offset = self.size - (-(-len(data) // 512) * 512)
+            places[extension] = {"name": f"{key}.{extension}", "offset": offset, "size": len(data)}
+        return places
+
+    def finish(self, root: Path) -> Shard:
+        """Close the shard; its URL is relative to `root`."""
+        self._tar.close()
+        self._file.close()
+        return Shard(self.path.relative_to(root).as_posix(), self._file.size, self._file.digest.hexdigest())
+
+
+class _HashedFile(io.RawIOBase):
+    def __init__(self, path: Path) -> None:
+        self.digest, self.size = hashlib.sha256(), 0
+        self._file = path.open("wb")
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        return self._file.write(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class CorpusWriter:
+    """Writes samples into numbered shards and their index.
+
+    Args:
+        directory: the artifact's directory.
+        shard_bytes: a shard is closed once it holds this much.
+    """
+
+    def __init__(self, directory: Path, shard_bytes: int) -> None:
+        self.directory = directory
+        self.shard_bytes = shard_bytes
+        self.shards: list[Shard] = []
+        self._index = IndexWriter(directory)
+        self._shard: ShardWriter | None = None
+
+    def add(self, key: str, members: Mapping[str, bytes], image: str, row: Mapping[str, Any]) -> None:
+        """Append one sample.
+
+        Args:
+            key: its key, unique in the corpus.
+            members: {extension: bytes}.
+            image: the extension of the member that is the image.
+            row: the index's other columns (width, height, sha256, label, caption).
+        """
+        if self._shard is not None and self._shard.size >= self.shard_bytes:
+            self._close()
+        if self._shard is None:
+            self._shard = ShardWriter(shard_path(self.directory, len(self.shards)))
+        places = self._shard.add(key, members)
+        placed = {"image": places.pop(image), "members": list(places.values())}
+        self._index.add({"key": key, "shard": len(self.shards), **placed, **row})
+
+    def copy(self, corpus: Corpus, row: int) -> None:
+        """Append a sample of another corpus, with its bytes, metadata and key."""
+        entry = corpus.entry(row)
+        places = {extension_of(each["name"]): each for each in (entry["image"], *entry["members"])}
+        members = {
+            extension: corpus.read_range(entry["shard"], place["offset"], place["size"])
+            for extension, place in places.items()
+        }
+        image = extension_of(entry["image"]["name"])
+        if hashlib.sha256(members[image]).hexdigest() != entry["sha256"]:
+            raise UserError(f"{corpus.shard_url(entry['shard'])}: sample {entry['key']} changed; ingest it again")
+        columns = {name: entry[name] for name in ("width", "height", "sha256", "label", "caption")}
+        self.add(entry["key"], members, image, columns)
+
+    def _close(self) -> None:
+        if self._shard is not None:
+            self.shards.append(self._shard.finish(self.directory))
+            self._shard = None
+
+    def finish(self) -> None:
+        """Close the last shard and the index."""
+        self._close()
+        self._index.finish(self.shards)
+
+
+def shard_path(directory: Path, number: int) -> Path:
+    return directory / "shards" / f"{number:06d}.tar"
+
+
+def extension_of(name: str) -> str:
+    """What follows the first dot of a member's base name, as in WebDataset."""
+    return PurePosixPath(name).name.partition(".")[2] or "bin"

@@ -1,0 +1,24 @@
+"""What a training says of itself: one row a step, as JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+METRICS = "metrics.jsonl"
+_FACTS = ("step", "samples", "lr", "momentum")
+UNUSABLE_PREFIX = "unusable_"
+
+
+def losses(row: Mapping[str, float]) -> dict[str, float]:
+    """The loss and its terms in a row."""
+    return {name: value for name, value in row.items() if name not in _FACTS and not name.startswith(UNUSABLE_PREFIX)}
+
+
+def parse(text: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def write(path: Path, rows: Iterable[Mapping[str, float]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
