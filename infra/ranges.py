@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
-import random
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from infra import storage
-from infra.errors import UserError
 
 _PIECE = 4 << 20  # bytes that are asked for at once, and at most lost when a connection breaks
-_ATTEMPTS = 8
-_BACKOFF = (0.1, 8.0)  # seconds: the longest first wait, and the longest of all
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +57,7 @@ def _read_remote(pieces: list[Range]) -> list[bytes]:
     """Read pieces, those that failed again after a pause; of one that broke off, the rest."""
     got = [b""] * len(pieces)
     missing = list(range(len(pieces)))
-    for attempt in range(_ATTEMPTS):
+    for attempt in range(storage.ATTEMPTS):
         failures: list[Exception] = []
         for at, answer in zip(missing, _ask([_rest(pieces[at], got[at]) for at in missing]), strict=True):
             if isinstance(answer, bytes):
@@ -69,17 +65,13 @@ def _read_remote(pieces: list[Range]) -> list[bytes]:
             else:
                 failures.append(answer)
         missing = [at for at in missing if len(got[at]) < pieces[at].size]
-        if missing and not failures:  # no error, yet less than asked for: the connection broke, or the file is short
+        if missing and (not failures or any(_beyond_the_end(each) for each in failures)):
             missing = [at for at in missing if pieces[at].start + len(got[at]) < _file_size(pieces[at].url)]
         if not missing:
             return got
         _log.info("%s: reading %d parts again after %r", pieces[missing[0]].url, len(missing), failures[:1])
-        time.sleep(_pause(attempt))
-    url, reason = pieces[missing[0]].url, failures[0] if failures else "answers are cut short"
-    with storage.readable_errors(url):
-        if failures:
-            raise failures[0]
-    raise UserError(f"{url}: could not be read in {_ATTEMPTS} attempts ({reason}); check the network and run again")
+        storage.pause(attempt)
+    raise storage.given_up(pieces[missing[0]].url, failures[0] if failures else EOFError("answers are cut short"))
 
 
 def _rest(piece: Range, got: bytes) -> Range:
@@ -91,16 +83,15 @@ def _ask(pieces: Sequence[Range]) -> list[bytes | Exception]:
     answers: list[bytes | Exception] = [b""] * len(pieces)
     for root in {_root(piece.url) for piece in pieces}:
         mine = [at for at, piece in enumerate(pieces) if _root(piece.url) == root]
-        with storage.readable_errors(pieces[mine[0]].url):
-            files, _ = storage.filesystem(pieces[mine[0]].url)
-            found = files.cat_ranges(
-                [storage.filesystem(pieces[at].url)[1] for at in mine],
-                [pieces[at].start for at in mine],
-                [pieces[at].start + pieces[at].size for at in mine],
-                on_error="return",
-            )
+        files, _ = storage.filesystem(pieces[mine[0]].url)
+        found = files.cat_ranges(
+            [storage.filesystem(pieces[at].url)[1] for at in mine],
+            [pieces[at].start for at in mine],
+            [pieces[at].start + pieces[at].size for at in mine],
+            on_error="return",
+        )
         for at, answer in zip(mine, found, strict=True):
-            if isinstance(answer, Exception) and not _passing(answer):
+            if isinstance(answer, Exception) and not storage.passing(answer):
                 with storage.readable_errors(pieces[at].url):
                     raise answer
             answers[at] = answer if isinstance(answer, Exception) else bytes(answer)
@@ -111,30 +102,13 @@ def _root(url: str) -> str:
     return url.split("/", 3)[2] if "://" in url else ""
 
 
-def _passing(error: Exception) -> bool:
-    """Whether trying again may help."""
-    lasting = (
-        FileNotFoundError,
-        NotADirectoryError,
-        IsADirectoryError,
-        PermissionError,
-        ValueError,
-        NotImplementedError,
-    )
-    return not isinstance(error, lasting) and "Credentials" not in type(error).__name__
+def _beyond_the_end(error: Exception) -> bool:
+    """Whether a range may lie behind the file's end: stores answer 416, which s3fs makes an invalid argument."""
+    return isinstance(error, OSError) and error.errno == errno.EINVAL
 
 
 def _file_size(url: str) -> int:
-    with storage.readable_errors(url):
-        files, path = storage.filesystem(url)
-        files.invalidate_cache()
-        return int(files.size(path) or 0)
-
-
-def _pause(attempt: int) -> float:
-    """Seconds to wait: random up to a bound that doubles (full jitter), so that ranks do not come back together."""
-    first, most = _BACKOFF
-    return random.uniform(0, min(most, first * 2**attempt))
+    return int(storage.details(url)["size"])
 
 
 class SequentialFile(io.RawIOBase):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -16,8 +18,14 @@ from infra.errors import UserError
 
 # An unreachable endpoint must be reported while the user is still looking.
 _S3_OPTIONS: dict[str, Any] = {
-    "config_kwargs": {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 3}}
+    "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 3}}
 }
+
+ATTEMPTS = 6  # above those of the back ends, which repeat some failures and not others
+_BACKOFF = (0.1, 8.0)  # seconds: the longest first wait, and the longest of all
+_BACK_ENDS = ("aiohttp", "botocore", "gcsfs", "google", "azure", "requests", "urllib3")
+
+T = TypeVar("T")
 
 
 def is_local(url: str) -> bool:
@@ -77,21 +85,68 @@ _NETWORK_REMEDIES = {
 }
 
 
+def passing(error: Exception) -> bool:
+    """Whether an error is the storage's and trying again may help."""
+    lasting = FileNotFoundError | NotADirectoryError | IsADirectoryError | FileExistsError | PermissionError
+    if isinstance(error, lasting) or "Credentials" in type(error).__name__:
+        return False
+    return isinstance(error, OSError | EOFError) or type(error).__module__.split(".")[0] in _BACK_ENDS
+
+
+def pause(attempt: int) -> None:
+    """Wait before another attempt: randomly long up to a bound that doubles, so that ranks do not return together."""
+    first, most = _BACKOFF
+    time.sleep(random.uniform(0, min(most, first * 2**attempt)))
+
+
+def given_up(url: str, error: Exception) -> UserError:
+    """The one line for a storage that fails again and again."""
+    try:
+        with readable_errors(url):
+            raise error
+    except UserError as known:
+        return known
+    except Exception:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return UserError(f"{url}: the storage failed {ATTEMPTS} times ({reason}); check the network and run again")
+
+
+def persistently(url: str, operation: Callable[[], T]) -> T:
+    """The result of an operation on a remote file, tried again where that may help."""
+    for attempt in range(ATTEMPTS):
+        try:
+            with readable_errors(url):
+                return operation()
+        except Exception as error:
+            if isinstance(error, UserError) or is_local(url) or not passing(error):
+                raise
+            if attempt + 1 == ATTEMPTS:
+                raise given_up(url, error) from None
+            pause(attempt)
+    raise AssertionError("unreachable")
+
+
 def read_bytes(url: str) -> bytes:
     """The whole content of a file."""
-    with readable_errors(url):
-        if is_local(url):
+    if is_local(url):
+        with readable_errors(url):
             return local_path(url).read_bytes()
-        files, path = filesystem(url)
-        return bytes(files.cat_file(path))
+    files, path = filesystem(url)
+    return persistently(url, lambda: bytes(files.cat_file(path)))
 
 
 def exists(url: str) -> bool:
     """Whether a file is there."""
-    with readable_errors(url):
-        files, path = filesystem(url)
-        files.invalidate_cache()
-        return bool(files.isfile(path))
+    files, path = filesystem(url)
+    files.invalidate_cache()
+
+    def look() -> bool:
+        try:
+            return bool(files.info(path)["type"] == "file")
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    return persistently(url, look)  # not isfile, which takes every failure for absence
 
 
 def open_read(url: str) -> IO[bytes]:
@@ -107,23 +162,22 @@ def list_files(url: str) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: there is no such folder.
     """
-    with readable_errors(url):
-        files, path = filesystem(url)
-        files.invalidate_cache()
-        if not files.isdir(path):
-            if files.exists(path):
-                raise UserError(f"{url}: is a single file; give a folder, or shards (.tar, .tar.gz, .tgz, .tar.zst)")
-            raise FileNotFoundError(url)
-        root = path.rstrip("/") + "/"
-        return {name.removeprefix(root): info for name, info in sorted(files.find(path, detail=True).items())}
+    files, path = filesystem(url)
+    files.invalidate_cache()
+    if not persistently(url, lambda: files.isdir(path)):
+        if exists(url):
+            raise UserError(f"{url}: is a single file; give a folder, or shards (.tar, .tar.gz, .tgz, .tar.zst)")
+        raise UserError(f"{url}: not found; check the path or the bucket's name")
+    root = path.rstrip("/") + "/"
+    found = persistently(url, lambda: files.find(path, detail=True))
+    return {name.removeprefix(root): info for name, info in sorted(found.items())}
 
 
 def details(url: str) -> dict[str, Any]:
     """What fsspec knows of one file, its `size` at least."""
-    with readable_errors(url):
-        files, path = filesystem(url)
-        files.invalidate_cache()
-        return dict(files.info(path))
+    files, path = filesystem(url)
+    files.invalidate_cache()
+    return persistently(url, lambda: dict(files.info(path)))
 
 
 def write_atomic(url: str, data: bytes) -> None:
@@ -132,9 +186,8 @@ def write_atomic(url: str, data: bytes) -> None:
     A local file is written beside its place, flushed to disk and renamed; an object store is atomic by itself.
     """
     if not is_local(url):
-        with readable_errors(url):
-            files, path = filesystem(url)
-            files.pipe_file(path, data)
+        files, path = filesystem(url)
+        persistently(url, lambda: files.pipe_file(path, data))
         return
     target = local_path(url)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -154,13 +207,11 @@ def write_atomic(url: str, data: bytes) -> None:
 
 def upload(local: Path, url: str) -> None:
     """Copy a local file to a URL."""
-    with readable_errors(url):
-        files, path = filesystem(url)
-        files.put_file(str(local), path)
+    files, path = filesystem(url)
+    persistently(url, lambda: files.put_file(str(local), path))
 
 
 def download(url: str, local: Path) -> None:
     """Copy the file at a URL to a local path."""
-    with readable_errors(url):
-        files, path = filesystem(url)
-        files.get_file(path, str(local))
+    files, path = filesystem(url)
+    persistently(url, lambda: files.get_file(path, str(local)))

@@ -56,13 +56,13 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         (["run", "nope.yaml"], "nope.yaml: no such file"),
         (["bogus"], 'Unknown command "bogus"'),
         (["pretrain", "dinov9"], "dinov9: no such file and no recipe; recipes of pretrain are clip_vitb16, "),
-        (["pretrain", "tiny_cpu", "--corpora", "/nope", "--out", "o"], "/nope: no corpus here"),
+        (["pretrain", "tiny_cpu", "--corpora", "/nope", "--out", "o"], "/nope: no corpus or selection here"),
         (["ingest", "--source", "/nope", "--out", "o"], "/nope: not found"),
         (["ingest", "--source", sys.executable, "--out", "o"], "is a single file; give a folder, or shards"),
         (["ingest", "--sorce", "x", "--out", "o"], "Did you mean"),
         (["ingest", "--out", "o"], "source: required"),
         (["ingest", "--source", "ftq://x", "--out", "o"], "ftq://x"),
-        (["pretrain", "--corpora", "/nope", "--out", "o"], "/nope: no corpus here"),
+        (["pretrain", "--corpora", "/nope", "--out", "o"], "/nope: no corpus or selection here"),
         (["pretrain", "--corpora", "x", "--out", "o", "--optimizer.clip", "-1"], "optimizer.clip"),
         (
             ["eval", "--model.kind", "checkpoint", "--model.url", "/n", "--train", "a", "--test", "b", "--out", "o"],
@@ -103,7 +103,7 @@ def test_every_recipe_passes_through_the_command_line(recipe: str, capsys: pytes
     with pytest.raises(SystemExit) as ended:
         main(["pretrain", recipe, "--corpora", "/nope", "--out", "out", "--views.global-count", "2"])
     assert ended.value.code == 2
-    assert "/nope: no corpus here" in capsys.readouterr().err
+    assert "/nope: no corpus or selection here" in capsys.readouterr().err
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:

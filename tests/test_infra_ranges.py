@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infra import ranges
+from infra import ranges, storage
 from infra.errors import UserError
 from infra.ranges import Range, SequentialFile
 
@@ -41,7 +41,7 @@ class Flaky:
 
 @pytest.fixture(autouse=True)
 def _remote(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(ranges, "_BACKOFF", (1e-6, 1e-6))
+    monkeypatch.setattr(storage, "_BACKOFF", (1e-6, 1e-6))
     monkeypatch.setattr(ranges, "_PIECE", 1000)
     files = fsspec.filesystem("memory")
     files.pipe_file("/ranges-test/file", DATA)
@@ -79,7 +79,7 @@ def test_the_end_of_a_file_is_no_failure() -> None:
 
 def test_a_storage_that_stays_down_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     flaky(monkeypatch, 0, 1.1)
-    with pytest.raises(UserError, match=f"{URL}: could not be read in 8 attempts"):
+    with pytest.raises(UserError, match=f"{URL}: the storage failed 6 times"):
         ranges.read([Range(URL, 0, 100)])
 
 
