@@ -56,7 +56,7 @@ def batch() -> Batch:
     masks[::2] = False
     masks[1, 0] = True
     empty = torch.empty(0)
-    return Batch(empty, empty, empty, empty, masks, empty, empty, torch.arange(B))
+    return Batch(empty, empty, empty, empty, masks, empty, empty, torch.arange(B), torch.empty(0))
 
 
 def test_sinkhorn_balances_prototypes_and_gives_distributions() -> None:

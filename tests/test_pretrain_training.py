@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 import pretrain
+from infra.artifacts import open_artifact
 from infra.errors import UserError
 from infra.launch import run_module
 from pretrain import schedules
@@ -25,7 +26,7 @@ from pretrain.config import PretrainConfig, PretrainSettings
 from pretrain.engine import parameter_groups
 from pretrain.telemetry import METRICS
 from pretrain.train import build_learner, view_dataset
-from tests.conftest import Embedded, image_folder, ingested
+from tests.conftest import Embedded, encoded, image_folder, ingested, picture
 
 HEAD = {"hidden": 32, "bottleneck": 16, "prototypes": 16}
 TINY = {
@@ -94,8 +95,8 @@ EVERY_KIND: list[dict[str, object]] = [
 @pytest.mark.multiprocess
 def test_every_objective_trains_sharded_as_plainly(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "images", 24)
-    for picture in folder.glob("*.png"):
-        picture.with_suffix(".txt").write_text(f"picture number {picture.stem}")
+    for path in folder.glob("*.png"):
+        path.with_suffix(".txt").write_text(f"picture number {path.stem}")
     corpus = ingested(folder, tmp_path / "corpus").artifact.url
     changes = {
         "objectives": EVERY_KIND,
@@ -193,7 +194,7 @@ def _state(pid: str) -> str:
 
 
 def test_an_empty_or_missing_corpus_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no corpus here"):
+    with pytest.raises(UserError, match="no corpus or selection here"):
         pretrain.run(config(str(tmp_path / "nothing"), tmp_path / "out"))
 
 
@@ -317,3 +318,20 @@ def test_a_high_resolution_phase_starts_from_the_end_of_another(
     wider = config(embedded.seed, tmp_path / "other", **other, start=str(trained))
     with pytest.raises(UserError, match="does not fit the settings"):
         pretrain.run(wider)
+
+
+@pytest.mark.multiprocess
+def test_bad_samples_are_counted_and_too_many_stop_the_run(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images", 30)
+    for name in ("torn", "broken"):
+        (folder / f"{name}.png").write_bytes(encoded(picture(99))[:-40])
+    corpus = ingested(folder, tmp_path / "corpus", check="header").artifact.url
+    changes = {"schedule": {"steps": 4, "micro_batch": 8, "accumulation": 2}, "sharding": {"engine": "torch"}}
+    run_module("pretrain", config(corpus, tmp_path / "run", **changes))
+    rows = losses(tmp_path / "run")
+    assert [row["samples"] for row in rows] == [16, 32, 48, 64]
+    counted = open_artifact(str(tmp_path / "run"), "checkpoint").metrics["unusable"]
+    assert counted == {"truncated": sum(row.get("unusable_truncated", 0) for row in rows)}
+    assert 4 <= counted["truncated"] < 12  # each is met once an epoch, and now and then in another's place
+    with pytest.raises(UserError, match=r"samples cannot be used \(truncated \d+\), more than runtime.max_unusable 0"):
+        run_module("pretrain", config(corpus, tmp_path / "strict", **changes, runtime={"max_unusable": 0}))

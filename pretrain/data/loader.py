@@ -206,7 +206,4 @@ def batches(dataset: ViewDataset, place: Place, workers: int) -> Iterator[Batch]
 
 
 def _one_thread(worker: int) -> None:
-    import cv2
-
     torch.set_num_threads(1)
-    cv2.setNumThreads(1)

@@ -24,6 +24,9 @@ from pretrain.data.photometric import (
     SOLARIZE,
 )
 
+# Crops are too small for threads, and a pool of them would hang in the loader's forks. Set before the first use.
+cv2.setNumThreads(1)
+
 _VALUES = np.arange(256, dtype=np.float32)
 _SOLARIZED = np.where(_VALUES >= 128, 255 - _VALUES, _VALUES).astype(np.uint8)
 
