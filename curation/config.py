@@ -68,7 +68,7 @@ class IngestConfig(IngestSettings):
     workers: int = Field(0, ge=0)
     """Processes that read shards; 0: one a core."""
 
-    source: str
+    source: str = Field(min_length=1)
     """A folder of images, of class folders or of tar shards, a glob of shards or a {000..999} range of them; here or at
     any URL. What img2dataset wrote is such a folder."""
     out: str

@@ -11,9 +11,10 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,8 +26,10 @@ from curation import scan
 from curation.config import IngestConfig, IngestSettings
 from curation.scan import PART_SCHEMA, Facts, Scans
 from curation.sources import BrokenShard, Sample, Unit, find_units
+from curation.tars import SUFFIXES
+from infra import storage
 from infra.artifacts import Artifact, Input, Plan, cache_directory, produce
-from infra.corpora import INDEX_SCHEMA, Shard
+from infra.corpora import INDEX_SCHEMA, Corpus, Shard
 from infra.errors import UserError
 from infra.hashing import hash_json
 from infra.progress import progress
@@ -60,9 +63,22 @@ def ingest(config: IngestConfig) -> Artifact:
     inputs = {"source": Input(id=work.identity(facts), url=config.source)}
     plan = Plan("corpus", "ingest", VERSION, settings.model_dump(mode="json"), inputs)
     artifact = produce(plan, config.out, lambda directory: work.write(directory, facts), keep_work=True)
-    for unit in units:
-        work.scans.drop_rows(unit)
+    work.scans.forget_unstamped(units)
+    _check_places(artifact, units)
     return artifact
+
+
+def _check_places(artifact: Artifact, units: Sequence[Unit]) -> None:
+    """Check that the shards of an index that was made earlier are still where it says.
+
+    Raises:
+        UserError: they were moved.
+    """
+    places = {unit.name: _absolute(unit.files[0].url) for unit in units if unit.in_place}
+    for shard in Corpus.open(artifact.url).shards:
+        if storage.is_local(shard.url) and Path(shard.url).is_absolute() and not Path(shard.url).exists():
+            where = next(iter(places.values()), "elsewhere")
+            raise UserError(f"{artifact.url}: says {shard.url}, now {where}; remove it and ingest again")
 
 
 def _cores() -> int:
@@ -101,22 +117,21 @@ class Work:
 
     def write(self, directory: Path, facts: Mapping[str, Facts]) -> Mapping[str, Any]:
         """Write index and, where samples cannot be read where they are, shards."""
-        self.read([unit for unit in self.units if self.scans.rows(unit) is None])
         images, rejected = sum(each.images for each in facts.values()), _rejected(facts.values())
         if not images:
             reasons = ", ".join(f"{reason} {count}" for reason, count in rejected.items())
             raise UserError(f"{self.source}: no usable image among {sum(rejected.values())}; reasons: {reasons}")
         labels = Labels.of(self.scans.settings, list(facts.values()))
         used = [unit for unit in self.units if facts[unit.name].images]
-        prefixed = self._keys_repeat(used)
+        prefixes = self._prefixes(used)
         index = IndexWriter(directory)
         shards: list[Shard] = []
-        for unit, (shard, path) in zip(used, self._placed(directory, used, facts, prefixed), strict=True):
+        for unit, (shard, path) in zip(used, self._placed(directory, used, facts, prefixes), strict=True):
             for batch in pq.ParquetFile(path).iter_batches():
-                index.add_table(_indexed(pa.Table.from_batches([batch]), len(shards), _prefix(unit, prefixed), labels))
+                index.add_table(_indexed(pa.Table.from_batches([batch]), len(shards), prefixes[unit.name], labels))
             shards.append(shard)
         for unit in self.units:
-            for row in pq.read_table(_rows(self.scans, unit) / scan.REJECTED).to_pylist():
+            for row in pq.read_table(self.scans.rejected(unit)).to_pylist():
                 index.reject(row)
         index.finish(shards)
         shutil.rmtree(directory / _PLACED, ignore_errors=True)
@@ -127,25 +142,30 @@ class Work:
             "bytes": sum(each.bytes for each in facts.values()),
         }
 
-    def _keys_repeat(self, units: list[Unit]) -> bool:
-        """Whether two shards use the same key; then every key gets its shard's name before it."""
-        hashes = [
-            pq.read_table(_rows(self.scans, unit) / scan.ROWS, columns=["key_hash"])["key_hash"] for unit in units
-        ]
+    def _prefixes(self, units: list[Unit]) -> dict[str, str]:
+        """What stands before the keys of each unit: its name, where two shards use the same key; else nothing."""
+        hashes = [pq.read_table(self.scans.rows(unit), columns=["key_hash"])["key_hash"] for unit in units]
         joined = np.sort(np.concatenate([each.to_numpy() for each in hashes]))
-        return bool((joined[1:] == joined[:-1]).any())
+        if not (joined[1:] == joined[:-1]).any():
+            return dict.fromkeys([unit.name for unit in units], "")
+        stems = {unit.name: _stem(unit.name) for unit in units}
+        taken = set(stems.values())
+        nested = any(str(parent) in taken for stem in taken for parent in PurePosixPath(stem).parents)
+        if nested or len(set(stems.values())) < len(stems):
+            stems = {name: name for name in stems}
+        return {name: f"{scan.text(stem)}/" for name, stem in stems.items()}
 
     def _placed(
-        self, directory: Path, units: list[Unit], facts: Mapping[str, Facts], prefixed: bool
+        self, directory: Path, units: list[Unit], facts: Mapping[str, Facts], prefixes: Mapping[str, str]
     ) -> Iterator[tuple[Shard, Path]]:
         """The shard of each unit and the file of its rows."""
         if all(unit.in_place for unit in units):
             for unit in units:
-                shard = Shard(_absolute(unit.files[0].url), unit.bytes, facts[unit.name].sha256)
-                yield shard, _rows(self.scans, unit) / scan.ROWS
+                yield Shard(_absolute(unit.files[0].url), unit.bytes, facts[unit.name].sha256), self.scans.rows(unit)
             return
+        most = self.scans.settings.max_file_mb << 20
         copies = [
-            Copy(unit, directory, number, _rows(self.scans, unit) / scan.ROWS, _prefix(unit, prefixed))
+            Copy(unit, directory, number, self.scans.rows(unit), prefixes[unit.name], most)
             for number, unit in enumerate(units)
         ]
         with progress("copy", sum(facts[unit.name].images for unit in units)) as advance:
@@ -167,16 +187,21 @@ def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
     with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
         try:
             yield pool
+        except BrokenProcessPool:
+            raise UserError(
+                "ingest: a worker process died, of memory perhaps; a script needs `if __name__ == '__main__':` around "
+                "its call; --workers 1 does without processes"
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _rows(scans: Scans, unit: Unit) -> Path:
-    path = scans.rows(unit)
-    if path is None:
-        raise UserError(f"{unit.files[0].url}: changed while it was read; ingest again")
-    return path
+def _stem(name: str) -> str:
+    """A shard's name without its suffix."""
+    return (
+        name.removesuffix(next(each for each in SUFFIXES if name.endswith(each))) if name.endswith(SUFFIXES) else name
+    )
 
 
 def _rejected(facts: Any) -> dict[str, int]:
@@ -218,10 +243,6 @@ class Labels:
         return rows["label"] if self.given else pa.nulls(len(rows), pa.int64())
 
 
-def _prefix(unit: Unit, prefixed: bool) -> str:
-    return f"{unit.name.split('.')[0]}/" if prefixed else ""
-
-
 def _indexed(rows: pa.Table, shard: int, prefix: str, labels: Labels) -> pa.Table:
     """Rows of a part as rows of the index."""
     columns = {name: rows[name] for name in INDEX_SCHEMA.names if name != "shard"}
@@ -234,7 +255,7 @@ def _indexed(rows: pa.Table, shard: int, prefix: str, labels: Labels) -> pa.Tabl
 def _absolute(url: str) -> str:
     if "://" in url:
         return url.removeprefix("file://")
-    return str(Path(url).resolve())
+    return str(storage.local_path(url).resolve())
 
 
 @dataclass(frozen=True)
@@ -246,6 +267,8 @@ class Copy:
     number: int
     rows: Path
     prefix: str
+    most: int
+    """Bytes of the largest file that is copied"""
 
     def run(self) -> tuple[Shard, Path]:
         """Write the shard and the rows with its places, unless an earlier attempt has."""
@@ -268,9 +291,8 @@ class Copy:
     def _accepted(self) -> Iterator[tuple[dict[str, Any], Sample]]:
         """Accepted rows with their samples, read again from the source."""
         wanted = {row["ordinal"]: row for row in pq.read_table(self.rows).to_pylist()}
-        most = max(member["size"] for row in wanted.values() for member in (row["image"], *row["members"]))
         try:
-            for ordinal, sample in enumerate(self.unit.samples(most, hashlib.sha256())):
+            for ordinal, sample in enumerate(self.unit.samples(self.most, hashlib.sha256())):
                 if ordinal in wanted:
                     yield wanted.pop(ordinal), sample
         except BrokenShard:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from PIL import Image
 from curation.config import IngestSettings
 from curation.sources import BrokenShard, Member, Sample, Unit
 from infra.corpora import INDEX_SCHEMA, REJECTED_SCHEMA
+from infra.files import remove_unused
 from infra.hashing import hash_json
 from infra.shards import ParquetRows
 from pretrain.data.decode import ImageRejected, decode_rgb, open_image, upright_size
 
 VERSION = 1
-ROWS, REJECTED = "rows.parquet", "rejected.parquet"
+_ROWS, _REJECTED, _FACTS = "rows.parquet", "rejected.parquet", "facts.json"
 PART_SCHEMA = pa.schema(
     [each for each in INDEX_SCHEMA if each.name != "shard"]
     + [pa.field("class", pa.string()), pa.field("key_hash", pa.uint64()), pa.field("ordinal", pa.int64())]
@@ -47,55 +49,63 @@ class Facts:
 
 
 class Scans:
-    """Units that were read, kept on disk: their facts for good, their rows until a corpus is made of them.
+    """Units that were read, kept on disk, each in a folder that appears when it is whole.
 
     A unit is known by its files' names, places, sizes and stamps and by the settings, so that nothing is read twice;
-    what has no stamp is known by the run alone.
+    what has no stamp is known by the run alone. What was not used for a month is forgotten.
     """
 
     def __init__(self, directory: Path, settings: IngestSettings, run: str) -> None:
         self.directory, self.settings, self.run = directory, settings, run
+        directory.mkdir(parents=True, exist_ok=True)
+        remove_unused(directory)
 
-    def _name(self, unit: Unit) -> str:
+    def _folder(self, unit: Unit) -> Path:
         files = [(file.name, file.url, file.bytes, file.stamp or self.run) for file in unit.files]
         decisive = self.settings.model_dump(mode="json", exclude={"shard_mb"})
-        return hash_json([VERSION, decisive, unit.name, files])
+        return self.directory / hash_json([VERSION, decisive, unit.name, unit.classes, files])
 
     def facts(self, unit: Unit) -> Facts | None:
         """What is known of a unit; None if it has not been read."""
+        folder = self._folder(unit)
         try:
-            return Facts(**json.loads((self.directory / f"{self._name(unit)}.json").read_text()))
+            os.utime(folder)
+            return Facts(**json.loads((folder / _FACTS).read_text()))
         except FileNotFoundError:
             return None
 
-    def rows(self, unit: Unit) -> Path | None:
-        """The directory of a unit's rows; None where there is none any more."""
-        path = self.directory / self._name(unit)
-        return path if path.is_dir() else None
+    def rows(self, unit: Unit) -> Path:
+        """The file of a unit's rows."""
+        return self._folder(unit) / _ROWS
+
+    def rejected(self, unit: Unit) -> Path:
+        """The file of what was turned away."""
+        return self._folder(unit) / _REJECTED
 
     def scan(self, unit: Unit, advance: Callable[[], None] = lambda: None) -> Facts:
         """Read a unit and keep what is found."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=self.directory, prefix="."))
         try:
             facts = _read(unit, self.settings, work, advance)
-            (work / "facts.json").write_text(json.dumps(asdict(facts)))
-            target = self.directory / self._name(unit)
-            os.replace(work / "facts.json", f"{target}.json")
-            if not target.exists():  # another process may have read the same meanwhile
-                work.rename(target)
+            (work / _FACTS).write_text(json.dumps(asdict(facts)))
+            try:
+                work.rename(self._folder(unit))
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise  # else another process has read the same meanwhile
         finally:
             shutil.rmtree(work, ignore_errors=True)
         return facts
 
-    def drop_rows(self, unit: Unit) -> None:
-        path = self.rows(unit)
-        if path is not None:
-            shutil.rmtree(path)
+    def forget_unstamped(self, units: Sequence[Unit]) -> None:
+        """Remove what no later run will know again."""
+        for unit in units:
+            if any(file.stamp is None for file in unit.files):
+                shutil.rmtree(self._folder(unit), ignore_errors=True)
 
 
 def _read(unit: Unit, settings: IngestSettings, directory: Path, advance: Callable[[], None]) -> Facts:
-    rows, rejected = ParquetRows(directory / ROWS, PART_SCHEMA), ParquetRows(directory / REJECTED, REJECTED_SCHEMA)
+    rows, rejected = ParquetRows(directory / _ROWS, PART_SCHEMA), ParquetRows(directory / _REJECTED, REJECTED_SCHEMA)
     digest = hashlib.sha256()
     intake = Intake(settings, rejected)
     classes: set[str] = set()
@@ -142,14 +152,18 @@ class Intake:
             self.reject(sample.key, reason, image.size)
             return None
         self._keys.add(key_hash)
+        others = [each for each in sample.members if each is not image and each.data is not None]
+        for each in sample.members:
+            if each.data is None:
+                self.reject(each.name, "too_many_bytes", each.size)
         caption = sample.text("txt")
-        if caption is None and sample.has("txt"):
+        if caption is None and any(each.extension == "txt" for each in others):
             self.reject(f"{sample.key}.txt", "caption_not_utf8", 0)
         return {
             "key": sample.key,
             "key_hash": key_hash,
             "image": _place(image),
-            "members": [_place(each) for each in sample.members if each is not image],
+            "members": [_place(each) for each in others],
             "width": size[0],
             "height": size[1],
             "sha256": hashlib.sha256(image.data).hexdigest(),
@@ -180,17 +194,23 @@ class Intake:
 
     def _class(self, sample: Sample) -> str | None:
         if self.settings.labels == "json":
-            return _json_field(sample, self.settings.label_field)
-        return sample.folder_class if self.settings.labels in ("auto", "folders") else None
+            name = _json_field(sample, self.settings.label_field)
+        else:
+            name = sample.folder_class if self.settings.labels in ("auto", "folders") else None
+        return None if name is None else text(name)
 
     def reject(self, key: str, reason: str, size: int) -> None:
         self.counts[reason] += 1
-        key = key.encode(errors="backslashreplace").decode()
-        self.rejected.add({"key": key, "reason": reason, "bytes": size})
+        self.rejected.add({"key": text(key), "reason": reason, "bytes": size})
+
+
+def text(name: str) -> str:
+    """A name that can be stored: what is no text in it is spelled out."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _place(member: Member) -> dict[str, Any]:
-    return {"name": member.name, "offset": member.offset, "size": member.size}
+    return {"name": text(member.name), "offset": member.offset, "size": member.size}
 
 
 def _label(sample: Sample) -> int | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import IO, Any
 
@@ -20,6 +21,8 @@ from infra.ranges import Range, SequentialFile
 _SIDECARS = {"txt", "json", "cls", "caption", "npy", "pkl", "pickle", "pth", "pyd", "ten"}
 _IMAGES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2"}
 _READ = 1 << 20
+_STAMPS = ("ETag", "etag", "LastModified", "mtime_ns", "ctime_ns", "ino", "mtime")
+_IMG2DATASET = re.compile(r"\d+_stats\.json")
 _TOGETHER = 32  # groups of loose files that are asked for at once
 
 
@@ -64,8 +67,8 @@ class Sample:
                     return None
         return None
 
-    def has(self, extension: str) -> bool:
-        return any(member.extension.lower() == extension for member in self.members)
+    def extensions(self) -> list[str]:
+        return [member.extension for member in self.members]
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,9 @@ class SourceFile:
     url: str
     bytes: int
     stamp: str | None
-    """What changes when the file does: its entity tag, or its time of change and inode; None where nobody says"""
+    """What changes when the file does: its entity tag, or its times and inode; None where nobody says"""
+    regular: bool = True
+    """Whether it has bytes at all: pipes, devices and links to nowhere have none"""
 
 
 class BrokenShard(Exception):
@@ -89,6 +94,8 @@ class Unit:
 
     name: str
     files: Sequence[SourceFile]
+    classes: bool = True
+    """Whether folders of loose files are classes"""
 
     @property
     def is_shard(self) -> bool:
@@ -124,7 +131,7 @@ class Unit:
             try:
                 for member in archive.members(most):
                     key, extension = split_name(member.name)
-                    if current is None or current.key != key:
+                    if current is None or current.key != key or extension in current.extensions():
                         if current is not None:
                             yield current
                         current = Sample(key)
@@ -145,7 +152,8 @@ class Unit:
             together = groups[first : first + _TOGETHER]
             contents = _contents([file for _, files in together for file in files], most, digest)
             for stem, files in together:
-                yield from _split(stem, files, contents)
+                for sample in _split(stem, files, contents):
+                    yield sample if self.classes else replace(sample, folder_class=None)
 
 
 class _Hashing(io.RawIOBase):
@@ -169,11 +177,14 @@ def _open(file: SourceFile) -> IO[bytes]:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and extension of a member: split at the first dot of its base name, as in WebDataset."""
+    """Key and extension of a member: split at the first dot of its base name, as in WebDataset.
+
+    WebDataset does not write extensions that begin with an underscore.
+    """
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     key = (folder + slash + stem) if dot and stem else name
-    return key.lstrip("./"), extension if dot and stem else "bin"
+    return key.lstrip("./"), (extension.lstrip("_") if stem else "") or "bin"
 
 
 def _groups(files: Sequence[SourceFile]) -> dict[str, list[SourceFile]]:
@@ -188,7 +199,8 @@ def _groups(files: Sequence[SourceFile]) -> dict[str, list[SourceFile]]:
 def _split(stem: str, files: list[SourceFile], contents: dict[str, bytes | None]) -> Iterator[Sample]:
     """One sample an image: of several images of one name, each keeps its extension in its key."""
     images = [file for file in files if _extension(file) not in _SIDECARS]
-    sidecars = [file for file in files if _extension(file) in _SIDECARS]
+    described = {_extension(file): file for file in reversed(files) if _extension(file) in _SIDECARS}
+    sidecars = list(described.values())
     candidates: list[SourceFile | None] = [*images] or [None]
     parents = PurePosixPath(stem).parts[:-1]
     for image in candidates:
@@ -196,14 +208,17 @@ def _split(stem: str, files: list[SourceFile], contents: dict[str, bytes | None]
         members = [Member(each.name, _extension(each), each.bytes, contents[each.name]) for each in chosen]
         key = _loose_key(stem, image if len(images) > 1 else None)
         yield Sample(key, members, folder_class=parents[0] if parents else None)
+    for file in files:
+        if file not in images and file not in sidecars:  # `a.txt` beside `a.TXT`
+            yield Sample(file.name, [Member(file.name, _extension(file), file.bytes, contents[file.name])])
 
 
 def _loose_key(stem: str, image: SourceFile | None) -> str:
-    """A key without dots in its last part, which would end it in a tar; names that lost some keep apart by a hash."""
+    """A key without dots in its last part, which would end it in a tar; names that are changed keep apart by a hash."""
     path = PurePosixPath(stem)
-    base = path.name if image is None else f"{path.name}_{PurePosixPath(image.name).suffix.removeprefix('.')}"
-    plain = base.replace(".", "_")
-    mark = f"-{hashlib.sha256(base.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}" if plain != base else ""
+    name = path.name if image is None else PurePosixPath(image.name).name
+    plain = name.replace(".", "_")
+    mark = f"-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}" if plain != name else ""
     return str(path.with_name(plain + mark))
 
 
@@ -213,13 +228,13 @@ def _extension(file: SourceFile) -> str:
 
 def _contents(files: list[SourceFile], most: int, digest: Any) -> dict[str, bytes | None]:
     """The content of loose files by name; None where one is larger than `most`."""
-    small = [file for file in files if file.bytes <= most]
+    small = [file for file in files if file.bytes <= most and file.regular]
     read = dict(zip(small, ranges.read([Range(file.url, 0, file.bytes) for file in small]), strict=True))
     for file in files:
         digest.update(f"{file.name}\0{file.bytes}\0".encode("utf-8", "surrogateescape"))
-        for piece in _stream(file) if file not in read else [read[file]]:
+        for piece in _stream(file) if file not in read and file.regular else [read.get(file, b"")]:
             digest.update(piece)
-    return {file.name: read.get(file) for file in files}
+    return {file.name: read.get(file) if file.regular else b"" for file in files}
 
 
 def _stream(file: SourceFile) -> Iterator[bytes]:
@@ -234,11 +249,18 @@ def find_units(url: str, unit_bytes: int) -> list[Unit]:
     Raises:
         UserError: nothing is there, or shards and loose images together.
     """
+    try:
+        url.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{url!r}: a name that is no text; rename the folder") from None
     shards = _shard_urls(url)
     if shards:
-        return [Unit(name, [_look(name, each)]) for name, each in sorted(shards.items())]
+        return [Unit(name, [_source_file(name, each, storage.details(each))]) for name, each in sorted(shards.items())]
     found = {name: info for name, info in storage.list_files(url).items() if not _hidden(name)}
-    inside = [name for name in found if name.endswith(SUFFIXES)]
+    downloaded = any(_IMG2DATASET.fullmatch(name) for name in found)
+    if downloaded:  # its own files are no images, and its folders no classes
+        found = {name: info for name, info in found.items() if not name.endswith(("_stats.json", ".parquet"))}
+    inside = [name for name in found if name.endswith(SUFFIXES) and found[name]["type"] == "file"]
     loose = [name for name in found if PurePosixPath(name).suffix.removeprefix(".").lower() in _IMAGES]
     if inside and loose:
         raise UserError(f"{url}: holds shards ({inside[0]}) and loose images ({loose[0]}); ingest them apart")
@@ -247,7 +269,7 @@ def find_units(url: str, unit_bytes: int) -> list[Unit]:
     files = [_source_file(name, storage.join(url, name), found[name]) for name in (inside or sorted(found))]
     if inside:
         return [Unit(file.name, [file]) for file in sorted(files, key=lambda file: file.name)]
-    return list(_runs(files, unit_bytes))
+    return [replace(run, classes=not downloaded) for run in _runs(files, unit_bytes)]
 
 
 def _hidden(name: str) -> bool:
@@ -268,26 +290,25 @@ def _runs(files: list[SourceFile], unit_bytes: int) -> Iterator[Unit]:
         yield Unit(f"files-{number:06d}", run)
 
 
-def _look(name: str, url: str) -> SourceFile:
-    return _source_file(name, url, storage.details(url))
-
-
 def _source_file(name: str, url: str, info: dict[str, Any]) -> SourceFile:
-    stamps = [
-        str(info[each]) for each in ("ETag", "etag", "mtime", "LastModified", "ino") if info.get(each) is not None
-    ]
-    return SourceFile(name, url, int(info["size"]), "-".join(stamps) or None)
+    stamps = [str(info[each]) for each in _STAMPS if info.get(each) is not None]
+    return SourceFile(name, url, int(info["size"]), "-".join(stamps) or None, info["type"] == "file")
 
 
 def _shard_urls(url: str) -> dict[str, str]:
     """Tar shards that a URL names one by one: {name: URL}; empty where it is a folder."""
-    expanded = list(braceexpand(url)) if "{" in url else [url]
+    try:
+        expanded = list(braceexpand(url)) if "{" in url else [url]
+    except ValueError:
+        raise UserError(f"{url}: has a brace without its partner; mend the range, {{000..999}} say") from None
     if len(expanded) == 1 and "*" in url:
         files, path = storage.filesystem(url)
         with storage.readable_errors(url):
             expanded = [str(files.unstrip_protocol(each)) for each in files.glob(path)]
         if not expanded:
             raise UserError(f"{url}: matches no file; mend the pattern")
+    if expanded == [url] and storage.is_local(url) and storage.local_path(url).is_dir():
+        return {}
     if all(each.endswith(SUFFIXES) for each in expanded):
         names = {PurePosixPath(each).name: each for each in expanded}
         if len(names) < len(expanded):

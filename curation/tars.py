@@ -12,7 +12,8 @@ from typing import IO
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 _BLOCK = tarfile.BLOCKSIZE
 _END = tarfile.NUL * _BLOCK
-_EXTENDED_NAME = 1 << 20  # bytes that a name outside the header may have
+_EXTENDED = 1 << 20  # bytes that a header's extension may have
+_ABOUT_OTHERS = (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
 
 
 class Broken(Exception):
@@ -41,21 +42,36 @@ def members(stream: IO[bytes], most: int) -> Iterator[Member]:
     Raises:
         Broken: the archive ends early, a header is damaged, or there is no end mark. What came before was yielded.
     """
-    place, name = 0, None
+    place = 0
+    name: str | None = None
+    size: int | None = None
     while (block := stream.read(_BLOCK)) != _END:
         header = _header(block)
         place += _BLOCK
         if header.type == tarfile.GNUTYPE_LONGNAME:
-            name = _text(_content(stream, header.size, _EXTENDED_NAME)).rstrip("\0")
+            name = _text(_content(stream, header.size, _EXTENDED)).rstrip("\0")
         elif header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-            name = _pax_name(_content(stream, header.size, _EXTENDED_NAME) or b"") or name
+            records = _pax(_content(stream, header.size, _EXTENDED) or b"")
+            name = _text(records["path"]) if "path" in records else name
+            size = _number(records["size"]) if "size" in records else size
+        elif header.type in _ABOUT_OTHERS:
+            _content(stream, header.size, 0)
         else:
-            data = _content(stream, header.size, most if header.isreg() else 0)
+            length = _length(header, size)
+            data = _content(stream, length, most if header.isreg() else 0)
             if header.isreg():
-                yield Member(name or header.name, place, header.size, data)
-            if header.type not in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
-                name = None
+                yield Member(name or header.name, place, length, data)
+            place += _padded(length)
+            name = size = None
+            continue
         place += _padded(header.size)
+
+
+def _length(header: _Header, size: int | None) -> int:
+    """Bytes that follow a header: links, folders and devices have none, whatever they say."""
+    if not header.isreg() and header.type in tarfile.SUPPORTED_TYPES:
+        return 0
+    return header.size if size is None else size
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +88,9 @@ def _header(block: bytes) -> _Header:
     """What a header says: read directly where it is a plain one, by tarfile, several times slower, elsewhere."""
     try:
         if not block[345] and sum(block) - sum(block[148:156]) + 256 == int(block[148:156].strip(b"\0 "), 8):
-            return _Header(_text(block[:100].rstrip(b"\0")), int(block[124:136].strip(b"\0 "), 8), block[156:157])
+            size = int(block[124:136].strip(b"\0 "), 8)
+            if size >= 0:
+                return _Header(_text(block[:100].rstrip(b"\0")), size, block[156:157])
     except (ValueError, IndexError):
         pass  # sizes beyond 8 GiB, unusual padding, damage
     try:
@@ -108,17 +126,24 @@ def _text(data: bytes | None) -> str:
     return (data or b"").decode("utf-8", "surrogateescape")
 
 
-def _pax_name(records: bytes) -> str | None:
-    """The `path` among pax records: lines of `length key=value`."""
+def _pax(records: bytes) -> dict[str, bytes]:
+    """Pax records: lines of `length key=value`."""
+    found = {}
     while records:
-        length, _, rest = records.partition(b" ")
-        if not length.isdigit() or int(length) <= len(length) + 1:
+        digits, _, rest = records.partition(b" ")
+        length = _number(digits)
+        if length <= len(digits) + 1:
             raise Broken("damaged pax header")
-        key, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
-        if key == b"path":
-            return _text(value)
-        records = records[int(length) :]
-    return None
+        key, _, value = rest[: length - len(digits) - 2].partition(b"=")
+        found[_text(key)] = value
+        records = records[length:]
+    return found
+
+
+def _number(digits: bytes) -> int:
+    if not digits.isdigit() or len(digits) > 15:
+        raise Broken("damaged pax header")
+    return int(digits)
 
 
 class Decompressed:

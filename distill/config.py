@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from infra.config import Config
-from pretrain.config import Optimizer, Runtime, Schedule, Sharding, Teacher
+from pretrain.config import Guards, Optimizer, Runtime, Schedule, Sharding, Teacher
 from pretrain.data.config import Sampling
 from pretrain.models.config import VisionTransformerConfig
 
@@ -23,6 +23,8 @@ class DistillSettings(Config):
     """Optimiser and its schedules."""
     average: Teacher = Teacher()
     """The moving average of the student, which is what is released, and the frozen teacher's temperature."""
+    guards: Guards = Guards()
+    """What happens when losses go wrong."""
     sharding: Sharding = Sharding()
     """Ranks and precision."""
     runtime: Runtime = Runtime()

@@ -70,6 +70,7 @@ def student_settings(config: DistillConfig, teacher: Checkpoint) -> PretrainSett
         schedule=config.schedule,
         optimizer=config.optimizer,
         teacher=config.average,
+        guards=config.guards,
         sharding=config.sharding,
         runtime=config.runtime,
     )

@@ -19,13 +19,12 @@ from distill.config import DistillConfig, PublishConfig
 from eval.config import EvaluateConfig, ReportConfig
 from flows.config import PipelineConfig
 from infra.config import Config, describe, load_yaml
-from infra.errors import UserError
+from infra.errors import Preempted, UserError
+from infra.launch import TRY_AGAIN, USER_MISTAKE
 from pretrain.config import PretrainConfig
 
 if TYPE_CHECKING:
     from infra.artifacts import Artifact
-
-USER_MISTAKE = 2
 
 
 def _shown_default(value: Any) -> str:
@@ -215,6 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error))
     except CycloptsError as error:
         _fail(_explain(error))
+    except Preempted as stopped:
+        print(f"fovea: {stopped}", file=sys.stderr)
+        sys.exit(TRY_AGAIN)
     except KeyboardInterrupt:
         sys.exit(130)
 

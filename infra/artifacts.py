@@ -143,8 +143,19 @@ class Plan:
 
 
 def cache_directory() -> Path:
-    """Where work for remote artifacts is staged: `$FOVEA_CACHE`, or `~/.cache/fovea`."""
-    return Path(os.environ.get("FOVEA_CACHE") or Path.home() / ".cache" / "fovea")
+    """Where work is staged and what can be had again is kept: `$FOVEA_CACHE`, or `~/.cache/fovea`.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    path = Path(os.environ.get("FOVEA_CACHE") or Path.home() / ".cache" / "fovea")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; set FOVEA_CACHE to a folder that can be written") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{path}: not writable; set FOVEA_CACHE to a folder that is")
+    return path
 
 
 def find(url: str) -> Artifact | None:
@@ -203,7 +214,7 @@ def produce(plan: Plan, out: str, write: Callable[[Path], Mapping[str, Any]], ke
             raise UserError(f"{url}: holds an artifact of other inputs or settings; remove it or choose another --out")
         return found
     work = work_directory(plan, out)
-    with _claimed(work):
+    with _claimed(work, plan):
         found = find(url)  # another process may have finished it between the first look and the lock
         if found is not None:
             (work / _MARK).unlink(missing_ok=True)
@@ -228,19 +239,28 @@ _MARK = ".unfinished"
 
 
 @contextlib.contextmanager
-def _claimed(work: Path) -> Iterator[None]:
-    """Hold a work directory: marked as Fovea's, and locked against other processes for as long as this one lives."""
+def _claimed(work: Path, plan: Plan) -> Iterator[None]:
+    """Hold a work directory: marked as Fovea's, and locked against other processes for as long as this one lives.
+
+    What an attempt at another artifact left there is removed.
+    """
     try:
         work.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"{work}: {error.strerror}; choose another --out") from None
     if any(work.iterdir()) and not (work / _MARK).exists() and not (work / MANIFEST).exists():
         raise UserError(f"{work}: not empty and not written by Fovea; choose another --out")
-    with (work / _MARK).open("w") as mark:
+    with (work / _MARK).open("a+") as mark:
         try:
             fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{work}: another process is making this artifact; wait for it or stop it") from None
+        mark.seek(0)
+        if mark.read() != plan.id and not (work / MANIFEST).exists():
+            _discard_debris(work)
+            mark.truncate(0)
+            mark.write(plan.id)
+            mark.flush()
         yield
 
 

@@ -103,7 +103,9 @@ class BlockCache:
             with (self.directory / "used").open("a+") as used:
                 fcntl.flock(used, fcntl.LOCK_EX)
                 used.seek(0)
-                total = int(used.read() or self.max_bytes) + len(data)  # nobody has counted yet: look
+                count = used.read()
+                total = int(count) if count.isdecimal() else self.max_bytes  # nobody has counted yet: look
+                total += len(data)
                 if total > self.max_bytes:
                     total = self._sweep() + len(data)
                 used.truncate(0)

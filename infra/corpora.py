@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +21,7 @@ from infra import ranges, storage
 from infra.artifacts import Artifact, cache_directory, open_artifact
 from infra.cache import BlockCache, Span
 from infra.errors import UserError
+from infra.files import remove_unused
 from infra.ranges import Range
 
 INDEX = "index.parquet"
@@ -220,20 +221,20 @@ def _mapped(artifact: Artifact) -> pa.Table:
     """The index as an Arrow file that all processes of a machine map, made from the parquet file once."""
     digest = next(file.sha256 for file in artifact.manifest.files if file.path == INDEX)
     path = cache_directory() / "indexes" / f"{digest}.arrow"
-    if path.exists():
-        os.utime(path)
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_unused(path.parent)
-        _unpack(artifact.local_file(INDEX), path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_unused(path.parent)
+    with (path.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of the ranks of a machine one makes the file
+        try:
+            os.utime(path)
+            return _open_mapped(path)
+        except (FileNotFoundError, pa.ArrowInvalid):  # not there yet, or damaged
+            _unpack(artifact.local_file(INDEX), path)
+            return _open_mapped(path)
+
+
+def _open_mapped(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-
-
-def _remove_unused(folder: Path) -> None:
-    """Forget indexes that were not opened for a month; whoever has one mapped keeps it."""
-    for path in folder.iterdir():
-        if path.stat().st_mtime < time.time() - 30 * 24 * 3600:
-            path.unlink(missing_ok=True)
 
 
 def _unpack(parquet: Path, path: Path) -> None:

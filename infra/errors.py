@@ -1,8 +1,15 @@
-"""The one exception that means "the user can mend this"."""
+"""Exceptions that mean something to the command line."""
 
 
 class UserError(Exception):
     """A mistake the user can mend. The message is one line: the thing that is wrong, then the remedy.
 
     The command line prints it without a traceback and exits with code 2.
+    """
+
+
+class Preempted(Exception):
+    """The stage was asked to stop, has saved its state and can go on from it.
+
+    The command line exits with code 75, "try again" (EX_TEMPFAIL), on which launchers requeue.
     """

@@ -14,10 +14,10 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from infra.errors import UserError
+from infra.errors import Preempted, UserError
 
 M = TypeVar("M", bound=BaseModel)
-USER_MISTAKE = 2  # exit code
+USER_MISTAKE, TRY_AGAIN = 2, 75  # exit codes
 _GRACE_SECONDS = 20
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
@@ -27,6 +27,7 @@ def run_module(module: str, config: BaseModel) -> None:
 
     Raises:
         UserError: what the module reported as the user's mistake.
+        Preempted: it was asked to stop, and can go on from where it was.
         ChildProcessError: it failed otherwise; its traceback is on standard error.
     """
     with tempfile.TemporaryDirectory(prefix="fovea-") as scratch:
@@ -41,6 +42,8 @@ def run_module(module: str, config: BaseModel) -> None:
             raise
         if code == USER_MISTAKE:
             raise UserError((job / "error.txt").read_text())
+        if code == TRY_AGAIN:
+            raise Preempted((job / "error.txt").read_text())
         if code:
             raise ChildProcessError(f"{module}: ended with exit code {code}")
 
@@ -60,10 +63,10 @@ def module_main(model: type[M], run: Callable[[M], object]) -> None:
     _end_with_parent(job / "parent")
     try:
         run(model.model_validate_json((job / "config.json").read_text()))
-    except (UserError, ValidationError) as error:
+    except (UserError, ValidationError, Preempted) as error:
         (job / "error.txt").write_text(str(error))
         sys.stdout.flush()
-        sys.exit(USER_MISTAKE)
+        sys.exit(TRY_AGAIN if isinstance(error, Preempted) else USER_MISTAKE)
 
 
 def _end_with_parent(parent: Path) -> None:

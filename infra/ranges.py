@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from infra import storage
+from infra.errors import UserError
 
 _PIECE = 4 << 20  # bytes that are asked for at once, and at most lost when a connection breaks
 
@@ -61,7 +62,7 @@ def _read_remote(pieces: list[Range]) -> list[bytes]:
         failures: list[Exception] = []
         for at, answer in zip(missing, _ask([_rest(pieces[at], got[at]) for at in missing]), strict=True):
             if isinstance(answer, bytes):
-                got[at] += answer
+                got[at] += _no_more_than(pieces[at].size - len(got[at]), answer, pieces[at].url)
             else:
                 failures.append(answer)
         missing = [at for at in missing if len(got[at]) < pieces[at].size]
@@ -72,6 +73,12 @@ def _read_remote(pieces: list[Range]) -> list[bytes]:
         _log.info("%s: reading %d parts again after %r", pieces[missing[0]].url, len(missing), failures[:1])
         storage.pause(attempt)
     raise storage.given_up(pieces[missing[0]].url, failures[0] if failures else EOFError("answers are cut short"))
+
+
+def _no_more_than(size: int, answer: bytes, url: str) -> bytes:
+    if len(answer) > size:
+        raise UserError(f"{url}: its server ignores ranges; copy the files to a disk or an object store")
+    return answer
 
 
 def _rest(piece: Range, got: bytes) -> Range:

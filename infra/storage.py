@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
+import re
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +25,11 @@ _S3_OPTIONS: dict[str, Any] = {
 }
 
 ATTEMPTS = 6  # above those of the back ends, which repeat some failures and not others
+_CONNECT_ATTEMPTS = 3  # where nobody answers at all: a wrong address is soon reported
 _BACKOFF = (0.1, 8.0)  # seconds: the longest first wait, and the longest of all
 _BACK_ENDS = ("aiohttp", "botocore", "gcsfs", "google", "azure", "requests", "urllib3")
+
+_SECRET = re.compile(r"^[a-z0-9+]+://[^/]*:[^/]*@|[?&](x-amz-signature|x-goog-signature|signature|sig)=", re.IGNORECASE)
 
 T = TypeVar("T")
 
@@ -51,6 +57,9 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     Raises:
         UserError: the protocol is unknown or its package is missing.
     """
+    if _SECRET.search(url):
+        shown = url.split("://")[0] + "://..."
+        raise UserError(f"{shown}: the URL holds a credential; leave it to the storage's own chain of credentials")
     options = _S3_OPTIONS if url.startswith(("s3://", "s3a://")) else {}
     try:
         filesystem, path = url_to_fs(url, **options)
@@ -70,6 +79,10 @@ def readable_errors(url: str) -> Iterator[None]:
         raise UserError(f"{url}: access denied; check the credentials and the bucket's policy") from None
     except Exception as error:
         remedy = _NETWORK_REMEDIES.get(type(error).__name__)
+        if remedy is None and is_local(url) and (isinstance(error, IsADirectoryError) or "null byte" in str(error)):
+            remedy = "is no file; check the path"
+        elif remedy is None and isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            remedy = f"{error.strerror}; check the path"
         if remedy is None:
             raise
         raise UserError(f"{url}: {remedy}") from None
@@ -115,12 +128,12 @@ def persistently(url: str, operation: Callable[[], T]) -> T:
     """The result of an operation on a remote file, tried again where that may help."""
     for attempt in range(ATTEMPTS):
         try:
-            with readable_errors(url):
-                return operation()
+            return operation()
         except Exception as error:
-            if isinstance(error, UserError) or is_local(url) or not passing(error):
-                raise
-            if attempt + 1 == ATTEMPTS:
+            if is_local(url) or not passing(error):
+                with readable_errors(url):
+                    raise
+            if attempt + 1 == (_CONNECT_ATTEMPTS if type(error).__name__ in _NETWORK_REMEDIES else ATTEMPTS):
                 raise given_up(url, error) from None
             pause(attempt)
     raise AssertionError("unreachable")
@@ -162,6 +175,8 @@ def list_files(url: str) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: there is no such folder.
     """
+    if is_local(url) and local_path(url).is_dir():
+        return dict(sorted(_walk(local_path(url), "", set())))
     files, path = filesystem(url)
     files.invalidate_cache()
     if not persistently(url, lambda: files.isdir(path)):
@@ -173,8 +188,37 @@ def list_files(url: str) -> dict[str, dict[str, Any]]:
     return {name.removeprefix(root): info for name, info in sorted(found.items())}
 
 
+def _walk(folder: Path, prefix: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Files below a local folder, through links to folders, each of which is entered once."""
+    status = folder.stat()
+    if (status.st_dev, status.st_ino) in seen:
+        return
+    seen.add((status.st_dev, status.st_ino))
+    for entry in sorted(os.scandir(folder), key=lambda each: each.name):
+        if entry.is_dir():
+            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", seen)
+        else:
+            yield prefix + entry.name, _local_details(Path(entry.path))
+
+
+def _local_details(path: Path) -> dict[str, Any]:
+    """Of a file or what a link leads to; a pipe, a device or a link to nowhere is of type `other`, with no bytes."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return {"type": "other", "size": 0}
+    if not stat.S_ISREG(status.st_mode):
+        return {"type": "directory" if stat.S_ISDIR(status.st_mode) else "other", "size": 0}
+    times = {"mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns, "ino": status.st_ino}
+    return {"type": "file", "size": status.st_size, **times}
+
+
 def details(url: str) -> dict[str, Any]:
     """What fsspec knows of one file, its `size` at least."""
+    if is_local(url):
+        with readable_errors(url):
+            local_path(url).stat()
+            return _local_details(local_path(url))
     files, path = filesystem(url)
     files.invalidate_cache()
     return persistently(url, lambda: dict(files.info(path)))

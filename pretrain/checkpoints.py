@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,12 +104,16 @@ def initial_backbone(model: VisionTransformerConfig, seed: int) -> VisionTransfo
     return VisionTransformer(model)
 
 
-def save_learner(learner: Learner, settings: PretrainSettings, directory: Path) -> None:
-    """Write weights and description of a learner into an artifact's directory."""
-    state = {name: value.detach().cpu().contiguous() for name, value in learner.state_dict().items()}
-    save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
+def write(weights: Mapping[str, Tensor], released: str, settings: PretrainSettings, directory: Path) -> None:
+    """Write weights and description of a learner into an artifact's directory.
+
+    Args:
+        weights: its state dict, on the CPU.
+        released: `teacher` or `average`: which of its backbones is released.
+    """
+    save_file(dict(weights), directory / WEIGHTS, metadata={"format": "pt"})
     description: dict[str, Any] = {
         "settings": settings.model_dump(mode="json", exclude={"corpora", "start", "out", "teacher_checkpoint"}),
-        "released": "teacher" if learner.average is None else "average",
+        "released": released,
     }
     (directory / DESCRIPTION).write_text(json.dumps(description, indent=1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from infra.config import Config
 from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD, Sampling, Views
@@ -75,10 +75,22 @@ class Sharding(Config):
 
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     """deepspeed, or plain torch: one process, the oracle of tests."""
-    zero_stage: int = Field(0, ge=0, le=2)
-    """DeepSpeed ZeRO stage: 1 shards the optimiser, 2 the gradients too."""
+    zero_stage: int = Field(0, ge=0, le=3)
+    """DeepSpeed ZeRO stage: 1 shards the optimiser, 2 the gradients too, 3 the parameters and the teacher too."""
     precision: Precision = "fp32"
     """Precision of matrix products; parameters, optimiser and teacher stay in float32."""
+
+
+class Guards(Config):
+    """What happens when losses go wrong. A step whose loss or gradient is no finite number is always skipped, on all
+    ranks, and teacher and centers stay as they were."""
+
+    spike: float | None = Field(20.0, gt=0)
+    """A loss this many mean deviations above the median of the last 200 steps is skipped too; null: never."""
+    max_skips: int = Field(20, ge=1)
+    """Skipped steps in a row after which the training goes back to its last checkpoint, and on with other samples."""
+    max_rewinds: int = Field(3, ge=0)
+    """Times it may go back before it stops."""
 
 
 class Runtime(Config):
@@ -87,8 +99,8 @@ class Runtime(Config):
     workers: int = Field(2, ge=0)
     """Loader processes a rank; 0 loads in the training process."""
     cache_gb: float = Field(0.0, ge=0)
-    """Parts of remote shards kept on a local disk, in GB, for all processes of a machine; 0: none. Used where it holds
-    the whole corpora, or shards are read in windows."""
+    """Parts of remote shards kept on a local disk, in GB, for all processes of a machine; 0: none, else 0.1 or more.
+    Used where it holds the whole corpora, or shards are read in windows."""
     max_unusable: float = Field(0.01, ge=0, le=1)
     """Share of samples that may turn out unusable, each passed over for another one, before the run stops."""
     checkpoint_every: int = Field(200, ge=1)
@@ -98,6 +110,13 @@ class Runtime(Config):
     blocks."""
     compile: bool = False
     """Compile each block with torch.compile."""
+
+    @field_validator("cache_gb")
+    @classmethod
+    def _cache_holds_blocks(cls, value: float) -> float:
+        if 0 < value < 0.1:
+            raise ValueError("cache_gb below 0.1 would hold next to nothing")
+        return value
 
 
 class Schedule(Config):
@@ -130,6 +149,8 @@ class PretrainSettings(Config):
     """Optimiser and its schedules."""
     teacher: Teacher = Teacher()
     """The teacher and its schedules."""
+    guards: Guards = Guards()
+    """What happens when losses go wrong."""
     sharding: Sharding = Sharding()
     """Ranks and precision."""
     runtime: Runtime = Runtime()

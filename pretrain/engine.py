@@ -1,7 +1,8 @@
-"""The training loop: schedules, steps, checkpoints, telemetry. It knows no loss."""
+"""The training loop: schedules, steps, guards, checkpoints, telemetry. It knows no loss."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
@@ -15,18 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infra.errors import UserError
+from infra import storage
+from infra.errors import Preempted, UserError
 from infra.progress import progress
-from pretrain import schedules, sharding, telemetry
+from pretrain import guards, schedules, telemetry
 from pretrain.config import PretrainSettings
 from pretrain.data import order
 from pretrain.data.loader import UNUSABLE, Batch, Place, ViewDataset, batches
+from pretrain.guards import SKIPPED, Preemption
 from pretrain.learner import Learner
-from pretrain.ranks import all_reduce_sum
+from pretrain.ranks import all_reduce_mean, all_reduce_sum, barrier, world
+from pretrain.sharding import base, state
+from pretrain.sharding.base import Stepped
 from pretrain.telemetry import METRICS, UNUSABLE_PREFIX
 
-TRAINING = "training"  # the last state of engine and optimiser, from which training can go on
+TRAINING = "training"  # the last state, from which training can go on
 _STEPS = "steps"
+_PLACE = "place.json"
 _FEW = 1000  # samples in which the share of unusable ones is not yet judged
 
 _log = logging.getLogger(__name__)
@@ -34,13 +40,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Trained:
-    """What a training leaves behind, besides the learner itself."""
+    """What a training leaves behind."""
 
+    weights: dict[str, Tensor]
+    """The learner's state dict, whole, on the CPU; on the first rank alone"""
     metrics: list[dict[str, float]]
     images_per_second: float
     resumed_at: int
     unusable: dict[str, int]
     """Samples that were passed over, by reason."""
+    rewinds: int
+    """Times it went back to a checkpoint."""
 
 
 class Training:
@@ -51,64 +61,106 @@ class Training:
     ) -> None:
         self.title, self.learner, self.settings, self.work = title, learner, settings, work
         self.dataset = dataset
-        self.rank, self.world_size = sharding.world()
+        self.rank, self.world_size = world()
         self.global_batch = schedules.global_batch(settings.schedule, self.world_size)
         groups = parameter_groups(learner, settings)
-        self.engine = sharding.build(learner, groups, settings.optimizer, settings.schedule, settings.sharding)
+        self.engine = base.build(learner, groups, settings.optimizer, settings.schedule, settings.sharding)
+        self.preemption = Preemption()
         self.metrics: list[dict[str, float]] = []
-        self.seen = 0
+        self.seen = self.rewinds = 0
         self.unusable: Counter[str] = Counter()
 
     def run(self) -> Trained:
-        """Train from wherever the work directory says to the last step."""
-        first = self._resume()
-        steps, accumulation = self.settings.schedule.steps, self.settings.schedule.accumulation
-        micro_batch = self.settings.schedule.micro_batch
-        place = Place(self.rank, self.world_size, micro_batch, accumulation, first, steps, self.seen)
-        source = batches(self.dataset, place, self.settings.runtime.workers)
-        started = time.monotonic()
+        """Train from wherever the work directory says to the last step.
+
+        Raises:
+            Preempted: the process was asked to stop; its state is saved.
+            UserError: losses stay bad, or too many samples are unusable.
+        """
+        first, started = self._resume(), time.monotonic()
+        begun = self.seen
         self.learner.train()
-        with progress(self.title, steps, done=first) as advance:
-            for step in range(first, steps):
-                losses = self._step(step, source)
-                advance(note=f"loss {losses['loss']:.3f}")
-                if (step + 1) % self.settings.runtime.checkpoint_every == 0 and step + 1 < steps:
-                    self._checkpoint(step + 1)
+        steps = self.settings.schedule.steps
+        with progress(self.title, steps, done=first) as advance, self.preemption.listening():
+            step = first
+            while step < steps:
+                source = batches(self.dataset, self._place(step), self.settings.runtime.workers)
+                for _ in range(step, steps):
+                    advance(note=f"loss {self._step(step, source):.3f}")
+                    step += 1
+                    if guards.skipped_in_a_row(self.metrics) >= self.settings.guards.max_skips:
+                        step = self._rewind()
+                        break
+                    if step < steps and step % self.settings.runtime.checkpoint_every == 0:
+                        self._checkpoint(step)
         seconds = time.monotonic() - started
         self._finish()
-        speed = (steps - first) * self.global_batch / max(seconds, 1e-9)
-        return Trained(self.metrics, speed, first, dict(sorted(self.unusable.items())))
+        speed = (self.seen - begun) / max(seconds, 1e-9)
+        unusable = dict(sorted(self.unusable.items()))
+        return Trained(state.weights(self.engine), self.metrics, speed, first, unusable, self.rewinds)
 
-    def _step(self, step: int, source: Iterator[Batch]) -> dict[str, float]:
+    def _place(self, step: int) -> Place:
+        schedule = self.settings.schedule
+        return Place(
+            self.rank, self.world_size, schedule.micro_batch, schedule.accumulation, step, schedule.steps, self.seen
+        )
+
+    def _step(self, step: int, source: Iterator[Batch]) -> float:
+        """One optimiser step; returns its loss."""
         position = schedules.at(self.settings, step, self.global_batch)
         self._apply(position)
-        self.learner.begin_step(step)
+        self.engine.follow(self.learner.begin_step(step), 0.0)
         _seed_dropout(self.settings.schedule.seed, step, self.rank)
-        totals: dict[str, Tensor] = {}
-        passed_over = torch.zeros(len(UNUSABLE), dtype=torch.int64, device=self.engine.device)
-        accumulation = self.settings.schedule.accumulation
-        for _ in range(accumulation):
-            batch = next(source).to(self.engine.device)
-            loss, terms = self.engine.forward(batch, position.temperature)
-            self.engine.backward(loss)
-            self.engine.step()
-            passed_over += batch.passed_over
-            for name, value in {"loss": loss.detach(), **terms}.items():
-                totals[name] = totals.get(name, 0) + value / accumulation
-        self.learner.update_averages(position.momentum)
-        losses = sharding.average(totals)
-        if not math.isfinite(losses["loss"]):
-            raise UserError(f"{self.title}: the loss is {losses['loss']} at step {step}; lower optimizer.base_lr")
+        centers = [(buffer, buffer.clone()) for buffer in self.learner.objectives.buffers()]
+        totals, facts, places, stepped = self._micro_batches(source, position.temperature)
+        if stepped.applied:
+            self.engine.follow(self.learner.averages(), position.momentum)
+        else:
+            for buffer, before in centers:
+                buffer.copy_(before)
+        losses = dict(zip(totals, all_reduce_mean(torch.stack(list(totals.values()))).tolist(), strict=True))
         self.seen += self.global_batch
-        counts = self._count(passed_over)
-        facts = {"step": step, "samples": self.seen, "lr": position.lr, "momentum": position.momentum}
-        self.metrics.append({**facts, **losses, **counts})
-        return losses
+        row = {"step": step, "samples": self.seen, "lr": position.lr, "momentum": position.momentum}
+        row |= {"gradient_norm": stepped.gradient_norm} | losses | self._count(facts[:-1])
+        self.metrics.append(row if stepped.applied else self._skip(row, places))
+        if facts[-1]:
+            self._preempt(step + 1)
+        return losses["loss"]
 
-    def _count(self, passed_over: Tensor) -> dict[str, float]:
+    def _micro_batches(
+        self, source: Iterator[Batch], temperature: float
+    ) -> tuple[dict[str, Tensor], list[int], list[int], Stepped]:
+        """Forward and backward passes of one step, and the step.
+
+        Returns:
+            Means of loss and terms over this rank's micro-batches; over all ranks, samples passed over by reason and
+            whether to stop; places of this rank's samples; what came of the step.
+        """
+        accumulation = self.settings.schedule.accumulation
+        highest = guards.highest_loss(self.metrics, self.settings.guards)
+        totals: dict[str, Tensor] = {}
+        facts = torch.zeros(len(UNUSABLE) + 1, dtype=torch.int64, device=self.engine.device)
+        places: list[int] = []
+        stepped = None
+        for micro_step in range(accumulation):
+            batch = next(source)
+            places += batch.positions.tolist()
+            batch = batch.to(self.engine.device)
+            loss, terms = self.engine.forward(batch, temperature)
+            facts[:-1] += batch.passed_over
+            for name, value in {"loss": loss, **terms}.items():
+                totals[name] = totals.get(name, 0) + value.detach().float() / accumulation
+            if micro_step + 1 == accumulation:
+                loss = loss * guards.poison(all_reduce_mean(totals["loss"].clone()), highest)
+            self.engine.backward(loss)
+            stepped = self.engine.step()
+        assert stepped is not None
+        facts[-1] = self.preemption.asked
+        return totals, all_reduce_sum(facts).tolist(), places, stepped
+
+    def _count(self, passed_over: list[int]) -> dict[str, float]:
         """Add up the samples that could not be used, stop where they are too many, and return what telemetry says."""
-        counts = dict(zip(UNUSABLE, all_reduce_sum(passed_over).tolist(), strict=True))
-        new = {reason: count for reason, count in counts.items() if count}
+        new = {reason: count for reason, count in zip(UNUSABLE, passed_over, strict=True) if count}
         if new and not self.unusable and self.rank == 0:
             _log.warning("%s: samples are passed over (%s); metrics.jsonl counts them", self.title, ", ".join(new))
         self.unusable.update(new)
@@ -127,6 +179,44 @@ class Training:
             group["lr"] = 0.0 if frozen else position.lr * group["lr_multiplier"]
             group["weight_decay"] = position.weight_decay * group["weight_decay_multiplier"]
 
+    def _skip(self, row: dict[str, float], places: list[int]) -> dict[str, float]:
+        """Say which samples a skipped step had on this rank; return its row without what is no number."""
+        rows = self.dataset.order.rows_at(torch.tensor(places).numpy())
+        keys = [self.dataset.samples.key(int(each)) for each in rows]
+        _log.warning("%s: step %d is skipped, its loss %s", self.title, row["step"], row["loss"])
+        with (self.work / f"skipped-{self.rank:05d}.jsonl").open("a") as file:
+            file.write(json.dumps({"step": row["step"], "loss": str(row["loss"]), "keys": keys}) + "\n")
+        return {name: value for name, value in row.items() if math.isfinite(value)} | {SKIPPED: 1.0}
+
+    def _rewind(self) -> int:
+        """Go back to the last checkpoint, and on from there with samples that were not seen; return its step."""
+        seen, rewinds = self.seen, self.rewinds + 1
+        story = f"{self.title}: {self.settings.guards.max_skips} steps in a row were skipped"
+        if rewinds > self.settings.guards.max_rewinds:
+            raise UserError(
+                f"{story}, after {self.rewinds} times back; see metrics.jsonl and skipped-*.jsonl in "
+                f"{self.work}, lower optimizer.base_lr, and remove {self.work / _STEPS} to start afresh"
+            )
+        step = self._resume()
+        if step == 0:
+            raise UserError(f"{story} before the first checkpoint; lower optimizer.base_lr or checkpoint more often")
+        _log.warning("%s; back to step %d, on with other samples", story, step)
+        self.seen, self.rewinds = seen, rewinds
+        if self.rank == 0:
+            self._write_place(self.work / _STEPS / str(step))
+        barrier()
+        return step
+
+    def _preempt(self, step: int) -> None:
+        """Save the state and end.
+
+        Raises:
+            Preempted: always.
+        """
+        if step < self.settings.schedule.steps:
+            self._checkpoint(step)
+            raise Preempted(f"{self.title}: stopped after step {step}, as asked; run again to go on")
+
     def _checkpoint(self, step: int) -> None:
         """Write all state under a temporary name, then rename: a checkpoint is whole or absent."""
         folder = self.work / _STEPS / str(step)
@@ -134,16 +224,22 @@ class Training:
         if self.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        sharding.barrier()
-        self.engine.save(partial)
-        sharding.barrier()
+        barrier()
+        state.save(self.engine, partial)
+        barrier()
         if self.rank == 0:
             telemetry.write(partial / METRICS, self.metrics)
+            self._write_place(partial)
+            shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was rewound
             partial.rename(folder)
             for other in folder.parent.iterdir():
                 if other != folder:
                     shutil.rmtree(other)
-        sharding.barrier()
+        barrier()
+
+    def _write_place(self, folder: Path) -> None:
+        place = {"samples": self.seen, "rewinds": self.rewinds}
+        storage.write_atomic(str(folder / _PLACE), json.dumps(place).encode())
 
     def _resume(self) -> int:
         """Load the last checkpoint, if there is one; return the next step."""
@@ -153,9 +249,10 @@ class Training:
         if not steps:
             return 0
         folder = steps[max(steps)]
-        self.engine.load(folder)
+        state.load(self.engine, folder)
         self.metrics = telemetry.parse((folder / METRICS).read_text())
-        self.seen = int(self.metrics[-1]["samples"])
+        place = json.loads((folder / _PLACE).read_text())
+        self.seen, self.rewinds = place["samples"], place["rewinds"]
         for reason in UNUSABLE:
             self.unusable[reason] = int(sum(row.get(UNUSABLE_PREFIX + reason, 0) for row in self.metrics))
         self.unusable = +self.unusable
@@ -166,13 +263,13 @@ class Training:
         steps = self.settings.schedule.steps
         if not (self.work / TRAINING).exists():
             self._checkpoint(steps)
-        sharding.barrier()
+        barrier()
         if self.rank == 0:
             if not (self.work / TRAINING).exists():
                 (self.work / _STEPS / str(steps)).rename(self.work / TRAINING)
             shutil.rmtree(self.work / _STEPS, ignore_errors=True)
             telemetry.write(self.work / METRICS, self.metrics)
-        sharding.barrier()
+        barrier()
 
 
 def parameter_groups(learner: Learner, settings: PretrainSettings) -> list[dict[str, Any]]:

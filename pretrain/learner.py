@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -79,10 +78,9 @@ class Learner(nn.Module):
                 named[name] = term.detach()
         return total, named
 
-    def begin_step(self, step: int) -> None:
-        """Tell the objectives which optimiser step comes next."""
-        for objective in self.losses():
-            objective.begin_step(step, self.teacher)
+    def begin_step(self, step: int) -> list[tuple[nn.Module, nn.Module]]:
+        """Tell the objectives which optimiser step comes next; return (source, copy) modules to be copied before it."""
+        return [pair for objective in self.losses() for pair in objective.begin_step(step, self.teacher)]
 
     @torch.no_grad()
     def _outputs(self, batch: Batch) -> Outputs:
@@ -110,14 +108,6 @@ class Learner(nn.Module):
         yield self.student, self.teacher
         for objective in self.losses():
             yield from objective.head_pairs()
-
-    @torch.no_grad()
-    def update_averages(self, momentum: float) -> None:
-        """Move every average towards its source: average = momentum * average + (1 - momentum) * source."""
-        pairs = list(self.averages())
-        sources: list[Tensor] = list(chain.from_iterable(source.parameters() for source, _ in pairs))
-        averages: list[Tensor] = list(chain.from_iterable(average.parameters() for _, average in pairs))
-        torch._foreach_lerp_(averages, sources, 1 - momentum)
 
     def released(self) -> VisionTransformer:
         """The backbone that is evaluated and published: the moving average."""

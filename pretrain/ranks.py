@@ -1,14 +1,27 @@
-"""What several ranks hold together; alone, each function is the identity."""
+"""Which rank this process is, and what several ranks hold together; alone, each function is the identity."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
+def world() -> tuple[int, int]:
+    """(rank, world size), from the environment a launcher sets."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if several_ranks():
+        dist.barrier()
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
@@ -16,6 +29,11 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     if several_ranks():
         dist.all_reduce(value)
     return value
+
+
+def all_reduce_mean(value: Tensor) -> Tensor:
+    """The mean over all ranks, in place."""
+    return all_reduce_sum(value).div_(dist.get_world_size()) if several_ranks() else value
 
 
 def gathered(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 METRICS = "metrics.jsonl"
-_FACTS = ("step", "samples", "lr", "momentum")
+_FACTS = ("step", "samples", "lr", "momentum", "gradient_norm", "skipped")
 UNUSABLE_PREFIX = "unusable_"
 
 

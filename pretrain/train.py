@@ -12,18 +12,20 @@ from torch import Tensor
 
 from infra.artifacts import Artifact, Input, Plan, cache_directory, find, open_artifact, produce, work_directory
 from infra.cache import BlockCache
-from pretrain import sharding, telemetry
-from pretrain.checkpoints import Checkpoint, initial_backbone, save_learner
+from pretrain import checkpoints, telemetry
+from pretrain.checkpoints import Checkpoint, initial_backbone
 from pretrain.config import PretrainConfig, PretrainSettings, decisive
 from pretrain.data.loader import ViewDataset
 from pretrain.data.masks import MaskPlan
 from pretrain.data.samples import Part, Samples
 from pretrain.engine import Trained, Training
+from pretrain.guards import SKIPPED
 from pretrain.learner import Learner
 from pretrain.models.execution import Execution
 from pretrain.objectives.build import build as build_objectives
 from pretrain.objectives.config import ClipConfig, SiglipConfig
 from pretrain.objectives.image_text import tokenizer
+from pretrain.ranks import barrier, world
 
 VERSION = 3
 
@@ -55,21 +57,21 @@ def train(
     learner.student.execution = Execution(settings.runtime.activation_checkpointing, settings.runtime.compile)
     _log.info("attention: %s; blocks: %s", settings.model.attention, learner.student.execution)
     trained = Training(title, learner, dataset, settings, directory).run()
-    if sharding.world()[0] == 0:
-        save_learner(learner, settings, directory)
-    return training_metrics(trained, learner, dataset)
+    if world()[0] == 0:
+        checkpoints.write(trained.weights, "teacher" if learner.average is None else "average", settings, directory)
+    return training_metrics(trained, dataset)
 
 
 def produce_together(plan: Plan, out: str, write: Callable[[Path], Mapping[str, Any]]) -> Artifact:
     """`produce` on all ranks of a training: every rank trains, the first one commits."""
     url = plan.resolve(out)
-    if sharding.world()[1] == 1 or find(url) is not None:
+    if world()[1] == 1 or find(url) is not None:
         return produce(plan, out, write, keep_work=True)
-    if sharding.world()[0] == 0:
+    if world()[0] == 0:
         produce(plan, out, write, keep_work=True)
     else:
         write(work_directory(plan, out))
-    sharding.barrier()
+    barrier()
     return open_artifact(url, "checkpoint")
 
 
@@ -132,13 +134,15 @@ def build_learner(settings: PretrainSettings) -> Learner:
     return Learner(student, teacher, losses, settings.views)
 
 
-def training_metrics(trained: Trained, learner: Learner, dataset: ViewDataset) -> dict[str, Any]:
-    last = trained.metrics[-1]
+def training_metrics(trained: Trained, dataset: ViewDataset) -> dict[str, Any]:
+    last = next((row for row in reversed(trained.metrics) if SKIPPED not in row), {})
     return {
         "images": dataset.samples.size,
         "unusable": trained.unusable,
+        "skipped": sum(SKIPPED in row for row in trained.metrics),
+        "rewinds": trained.rewinds,
         "steps": len(trained.metrics),
-        "parameters": sum(parameter.numel() for parameter in learner.student.parameters()),
+        "parameters": sum(value.numel() for name, value in trained.weights.items() if name.startswith("student.")),
         "loss": telemetry.losses(last),
         "images_per_second": round(trained.images_per_second, 1),
         "resumed_at": trained.resumed_at,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,13 +21,13 @@ from infra.corpora import Corpus
 from infra.errors import UserError
 from pretrain.data import order, photometric, views
 from pretrain.data.config import Crops, Photometric, Sampling, Views
-from pretrain.data.decode import decode_rgb
+from pretrain.data.decode import decoded, open_image, upright_size
 from pretrain.data.loader import UNUSABLE, Batch, Place, ViewDataset, batches
 from pretrain.data.masks import MaskPlan, batch_masks, block_mask
 from pretrain.data.photometric import BLUR, draw
 from pretrain.data.recolour import recolour
 from pretrain.data.samples import Part, Samples
-from pretrain.data.views import cut, harmless_shrink, resized_crop_box
+from pretrain.data.views import choose, cut, harmless_shrink, resized_crop_box
 from tests.conftest import encoded, image_folder, ingested, picture
 
 VIEWS = Views(globals=Crops(size=32), locals=Crops(size=16, scale=(0.1, 0.4)), local_count=2)
@@ -140,27 +139,40 @@ def test_crop_boxes_lie_in_the_image(width: int, height: int, seed: int) -> None
     assert 0 <= top < bottom <= height
 
 
-@given(st.integers(50, 4000), st.integers(50, 4000))
-def test_shrinking_leaves_the_smallest_crops_their_pixels(width: int, height: int) -> None:
-    factor = harmless_shrink(width, height, Views())
-    assert factor >= 1
-    if factor > 1:
-        smallest = math.sqrt(0.05 * width * height) / factor, math.sqrt(0.32 * width * height) / factor
-        assert smallest[0] >= 96
-        assert smallest[1] >= 224
+@given(st.integers(50, 3000), st.integers(50, 3000), st.integers(0, 1000))
+def test_shrinking_leaves_every_crop_its_pixels(width: int, height: int, seed: int) -> None:
+    settings = Views()
+    rng = np.random.default_rng(seed)
+    crops = [(crop, 224) for crop in choose((width, height), settings.globals, 2, settings, rng)]
+    crops += [(crop, 96) for crop in choose((width, height), settings.locals, 8, settings, rng)]
+    factor = harmless_shrink(crops)
+    narrow = [min(crop.box[2] - crop.box[0], crop.box[3] - crop.box[1]) for crop, _ in crops]
+    assert factor == 1 or all(side / factor >= size for side, (_, size) in zip(narrow, crops, strict=True))
+    assert any(side / (factor + 1) < size for side, (_, size) in zip(narrow, crops, strict=True))
+
+
+def test_crops_of_a_shrunk_image_are_those_of_the_whole() -> None:
+    image = picture(3, (1024, 768))
+    settings = Views(recolour_on="device")
+    chosen = choose((1024, 768), settings.locals, 4, settings, np.random.default_rng(0))
+    whole = cut(np.array(image), (1024, 768), chosen, 96, settings).pixels.astype(float)
+    half = np.array(image.resize((512, 384), Image.Resampling.BOX))
+    assert np.abs(cut(half, (1024, 768), chosen, 96, settings).pixels - whole).mean() < 2
 
 
 def test_jpegs_are_decoded_smaller_where_that_harms_nothing() -> None:
     image = picture(3, (1024, 768))
     jpeg, png = encoded(image, "JPEG", quality=95), encoded(image)
-    small = decode_rgb(jpeg, shrink=lambda width, height: 2)
+    small = decoded(open_image(jpeg), 2)
     assert small.size == (512, 384)
-    assert decode_rgb(png, shrink=lambda width, height: 2).size == (1024, 768)
+    assert decoded(open_image(png), 2).size == (1024, 768)
     whole = np.asarray(image.resize((512, 384), Image.Resampling.BOX), dtype=float)
     assert np.abs(np.asarray(small, dtype=float) - whole).mean() < 2
     turned = image.getexif()
     turned[0x0112] = 6  # EXIF orientation: lie on the right side
-    assert decode_rgb(encoded(image, "JPEG", exif=turned), shrink=lambda width, height: 2).size == (384, 512)
+    lying = open_image(encoded(image, "JPEG", exif=turned))
+    assert upright_size(lying) == (768, 1024)
+    assert decoded(lying, 2).size == (384, 512)
 
 
 def test_crop_areas_are_spread_as_torchvisions() -> None:
@@ -179,7 +191,9 @@ def test_crop_areas_are_spread_as_torchvisions() -> None:
 def test_a_whole_crop_is_the_image() -> None:
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     plain = Crops(size=16, scale=(1.0, 1.0), photometric=[Photometric(jitter=0.0, grey=0.0)])
-    pixels = cut(image, plain, 20, Views(flip=0.0), np.random.default_rng(1)).pixels
+    settings = Views(flip=0.0)
+    chosen = choose((16, 16), plain, 20, settings, np.random.default_rng(1))
+    pixels = cut(image, (16, 16), chosen, 16, settings).pixels
     assert any(np.array_equal(crop, image) for crop in pixels)
 
 
@@ -314,7 +328,8 @@ def test_plain_crops_are_the_global_crops_larger() -> None:
     gradient = np.linspace(0, 255, 64, dtype=np.uint8)
     image = np.stack([np.tile(gradient, (64, 1))] * 3, axis=-1)
     settings = Views(recolour_on="device")
-    crops = cut(image, Crops(size=16), 20, settings, np.random.default_rng(0), plain_size=32)
+    chosen = choose((64, 64), Crops(size=16), 20, settings, np.random.default_rng(0))
+    crops = cut(image, (64, 64), chosen, 16, settings, plain=32)
     assert crops.plain.shape == (20, 32, 32, 3)
     smaller = crops.plain.reshape(20, 16, 2, 16, 2, 3).mean((2, 4))
     np.testing.assert_allclose(smaller, crops.pixels, atol=3)

@@ -24,6 +24,7 @@ from pretrain import schedules
 from pretrain.checkpoints import WEIGHTS, Checkpoint
 from pretrain.config import PretrainConfig, PretrainSettings
 from pretrain.engine import parameter_groups
+from pretrain.sharding.plain import TorchEngine
 from pretrain.telemetry import METRICS
 from pretrain.train import build_learner, view_dataset
 from tests.conftest import Embedded, encoded, image_folder, ingested, picture
@@ -72,7 +73,7 @@ def test_deepspeed_trains_as_plain_torch(embedded: Embedded, trained: Path, tmp_
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_stages_train_alike(embedded: Embedded, trained: Path, tmp_path: Path, stage: int) -> None:
     run_module("pretrain", config(embedded.seed, tmp_path / "zero", sharding={"zero_stage": stage}))
     for ours, plain in zip(losses(tmp_path / "zero"), losses(trained), strict=True):
@@ -212,10 +213,11 @@ def test_the_teacher_moves_by_the_momentum() -> None:
     for parameter in learner.student.parameters():
         parameter.data.add_(1.0)
     before = {name: value.clone() for name, value in learner.teacher.state_dict().items()}
-    learner.update_averages(0.9)
+    plain = TorchEngine(learner, torch.optim.AdamW(learner.student.parameters()), settings.optimizer, settings.schedule)
+    plain.follow(learner.averages(), 0.9)
     for name, value in learner.teacher.state_dict().items():
         torch.testing.assert_close(value, before[name] + 0.1)
-    learner.update_averages(1.0)
+    plain.follow(learner.averages(), 1.0)
     torch.testing.assert_close(learner.teacher.norm.bias, before["norm.bias"] + 0.1)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -60,27 +59,32 @@ def open_image(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image
     return image
 
 
-def decode_rgb(
-    data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS, shrink: Callable[[int, int], int] | None = None
-) -> Image.Image:
+def decode_rgb(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     """Decode to 8-bit RGB, upright.
-
-    Grey, palette, CMYK and 16-bit images are converted; transparency is laid on white.
-
-    Args:
-        shrink: given width and height, by what factor the image may come out smaller. JPEGs then do, by 2, 4 or 8,
-            for a fraction of the work; other formats come whole.
 
     Raises:
         ImageRejected: with the reason.
     """
-    image = open_image(data, max_pixels)
+    return decoded(open_image(data, max_pixels))
+
+
+def decoded(image: Image.Image, shrink: int = 1) -> Image.Image:
+    """An opened image as 8-bit RGB, upright.
+
+    Grey, palette, CMYK and 16-bit images are converted; transparency is laid on white.
+
+    Args:
+        shrink: by what factor it may come out smaller. JPEGs then do, by 2, 4 or 8, for a fraction of the work; other
+            formats come whole.
+
+    Raises:
+        ImageRejected: with the reason.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            factor = shrink(image.width, image.height) if shrink is not None else 1
-            if factor > 1:
-                image.draft(None, (image.width // factor, image.height // factor))
+            if shrink > 1:
+                image.draft(None, (image.width // shrink, image.height // shrink))
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except OSError as error:

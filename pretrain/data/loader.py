@@ -16,10 +16,10 @@ from infra.corpora import CHANGED, Unusable
 from infra.errors import UserError
 from pretrain.data import order
 from pretrain.data.config import Sampling, Views
-from pretrain.data.decode import REASONS, ImageRejected, decode_rgb
+from pretrain.data.decode import REASONS, ImageRejected, decoded, open_image, upright_size
 from pretrain.data.masks import MaskPlan, batch_masks
 from pretrain.data.samples import Samples
-from pretrain.data.views import Cut, cut, harmless_shrink
+from pretrain.data.views import Cut, choose, cut, harmless_shrink
 
 UNUSABLE = (*REASONS, CHANGED.reason)
 """Why a sample may be passed over."""
@@ -65,7 +65,8 @@ class Batch:
 class ViewDataset(Dataset[Batch | UserError]):
     """Maps places of the order to their views.
 
-    A sample that cannot be used is passed over: another one, drawn from the seed and the place, stands in for it.
+    A sample that cannot be used is passed over: one from another place of the epoch, drawn from seed and place, stands
+    in for it.
     """
 
     def __init__(
@@ -96,8 +97,8 @@ class ViewDataset(Dataset[Batch | UserError]):
         passed_over: Counter[str] = Counter()
         views: list[tuple[Cut, Cut]] = []
         for at, (place, data) in enumerate(zip(positions, self.samples.read(rows), strict=True)):
-            rows[at], image = self._usable(int(place), int(rows[at]), data, passed_over)
-            views.append(self._views(image, int(place)))
+            rows[at], cuts = self._usable(int(place), int(rows[at]), data, passed_over)
+            views.append(cuts)
         large, small = ([pair[i] for pair in views] for i in (0, 1))
         return Batch(
             global_crops=_stack_images([crops.pixels for crops in large]),
@@ -113,32 +114,42 @@ class ViewDataset(Dataset[Batch | UserError]):
 
     def _usable(
         self, place: int, row: int, data: bytes | Unusable, passed_over: Counter[str]
-    ) -> tuple[int, np.ndarray]:
-        """The decoded image of a place, and its row: the first usable one of the sample and its substitutes."""
+    ) -> tuple[int, tuple[Cut, Cut]]:
+        """The row and the views of a place: of the first usable one of its sample and the substitutes."""
         rng = order.generator(self.seed, order.SUBSTITUTES, place)
         for _ in range(_SUBSTITUTES):
             try:
                 if isinstance(data, Unusable):
                     raise ImageRejected(data.reason)
-                return row, self._decoded(data)
+                return row, self._views(data, place)
             except ImageRejected as error:
                 passed_over[error.reason] += 1
                 _log.info("sample %s is passed over: %s", self.samples.key(row), error.reason)
-            row = int(rng.integers(self.samples.size))
+            row = self.order.stand_in(place, rng)
             (data,) = self.samples.read(np.array([row]))
         reasons = ", ".join(f"{reason} {count}" for reason, count in passed_over.items())
         url = self.samples.place(row)[0].artifact.url
         raise UserError(f"{url}: {_SUBSTITUTES} samples in a row cannot be used ({reasons}); ingest it again")
 
-    def _decoded(self, data: bytes) -> np.ndarray:
-        return np.array(decode_rgb(data, shrink=lambda width, height: harmless_shrink(width, height, self.views)))
+    def _views(self, data: bytes, place: int) -> tuple[Cut, Cut]:
+        """Global and local crops, chosen by the image's dimensions before a pixel is decoded.
 
-    def _views(self, image: np.ndarray, place: int) -> tuple[Cut, Cut]:
+        Raises:
+            ImageRejected: the image cannot be used.
+        """
+        image, views = open_image(data), self.views
+        size = upright_size(image)
         rng = order.generator(self.seed, order.AUGMENTATION, place)
-        views = self.views
+        large = choose(size, views.globals, views.global_count, views, rng)
+        small = choose(size, views.locals, views.local_count, views, rng)
+        sizes = (max(views.globals.size, views.plain_size or 0), views.locals.size)
+        factor = harmless_shrink(
+            [(crop, side) for crops, side in zip((large, small), sizes, strict=True) for crop in crops]
+        )
+        pixels = np.array(decoded(image, factor))
         return (
-            cut(image, views.globals, views.global_count, views, rng, views.plain_size),
-            cut(image, views.locals, views.local_count, views, rng),
+            cut(pixels, size, large, views.globals.size, views, views.plain_size),
+            cut(pixels, size, small, views.locals.size, views),
         )
 
     def _texts(self, rows: np.ndarray) -> Tensor:

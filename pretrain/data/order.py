@@ -111,6 +111,16 @@ class Order:
             rows[chosen] = self._rows(int(epoch), offsets[chosen])
         return rows
 
+    def stand_in(self, place: int, rng: np.random.Generator) -> int:
+        """The row at a random other place of the same epoch and window."""
+        epoch, offset = divmod(place, self.size)
+        first, end = 0, self.size
+        if self.window is not None:
+            ends = self._epoch_windows(epoch).ends
+            number = int(np.searchsorted(ends, offset, side="right"))
+            first, end = int(ends[number - 1]) if number else 0, int(ends[number])
+        return int(self.rows_at(np.array([epoch * self.size + rng.integers(first, end)]))[0])
+
     def _rows(self, epoch: int, offsets: np.ndarray) -> np.ndarray:
         if self.window is None:
             slots = permuted(offsets, self.size, (self.seed, PERMUTATION, self.identity, epoch))

@@ -78,7 +78,9 @@ class Samples:
     def _weights(self) -> np.ndarray:
         weights = np.concatenate([np.ones(len(p)) if p.weights is None else p.weights for p in self.parts])
         if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.sum() > 0):
-            raise UserError(f"{self.parts[0].artifact.url}: has weights that are negative or no numbers; select again")
+            raise UserError(
+                f"{self.parts[0].artifact.url}: has weights that are negative, no numbers or all 0; select again"
+            )
         return weights
 
     def place(self, row: int) -> tuple[Corpus, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,12 +33,33 @@ def resized_crop_box(
     return left, top, left + w, top + h
 
 
-def harmless_shrink(width: int, height: int, views: Views) -> int:
-    """The largest whole factor by which an image may shrink while its smallest crop keeps as many pixels as asked."""
-    crops = [(views.globals, max(views.globals.size, views.plain_size or 0))]
-    if views.local_count:
-        crops.append((views.locals, views.locals.size))
-    sides = (math.sqrt(width * height * kind.scale[0]) / size for kind, size in crops)
+@dataclass(frozen=True)
+class Crop:
+    """One random crop, before it is cut."""
+
+    box: tuple[int, int, int, int]
+    """left, top, right, bottom in pixels of the whole image"""
+    turned: bool
+    """Flipped horizontally"""
+    photometric: np.ndarray
+    """float32 `[9]`: how it is recoloured"""
+
+
+def choose(size: tuple[int, int], crops: Crops, count: int, views: Views, rng: np.random.Generator) -> list[Crop]:
+    """Draw `count` crops of an image of some width and height."""
+    return [
+        Crop(
+            resized_crop_box(*size, crops.scale, rng),
+            bool(rng.random() < views.flip),
+            draw(crops.photometric[min(i, len(crops.photometric) - 1)], rng, views.inverted_blur),
+        )
+        for i in range(count)
+    ]
+
+
+def harmless_shrink(crops: Sequence[tuple[Crop, int]]) -> int:
+    """The largest whole factor by which an image may shrink while each crop has as many pixels as its side asks."""
+    sides = [min(crop.box[2] - crop.box[0], crop.box[3] - crop.box[1]) / size for crop, size in crops]
     return max(1, int(min(sides)))
 
 
@@ -54,26 +76,33 @@ class Cut:
 
 
 def cut(
-    image: np.ndarray, crops: Crops, count: int, views: Views, rng: np.random.Generator, plain_size: int | None = None
+    image: np.ndarray, whole: tuple[int, int], crops: Sequence[Crop], size: int, views: Views, plain: int | None = None
 ) -> Cut:
-    """Cut `count` random crops of an image, uint8 `[h, w, 3]`."""
+    """Cut crops of an image.
+
+    Args:
+        image: uint8 `[h, w, 3]`, perhaps smaller than it was.
+        whole: its width and height before, in which the boxes are.
+        size: side of the crops in pixels.
+        plain: side of further crops that are not recoloured.
+    """
     in_place = views.recolour_on == "workers"
-    pixels = np.empty((count, crops.size, crops.size, 3), dtype=np.uint8)
-    plain = np.empty((count if plain_size else 0, plain_size or 0, plain_size or 0, 3), dtype=np.uint8)
-    later = np.empty((0 if in_place else count, 9), dtype=np.float32)
-    for i in range(count):
-        box = resized_crop_box(image.shape[1], image.shape[0], crops.scale, rng)
-        turned = rng.random() < views.flip
-        parameters = draw(crops.photometric[min(i, len(crops.photometric) - 1)], rng, views.inverted_blur)
-        crop = _resized(image, box, crops.size, turned)
-        if in_place:
-            crop = _recoloured(crop, parameters)
-        else:
-            later[i] = parameters
-        pixels[i] = crop
-        if plain_size:
-            plain[i] = _resized(image, box, plain_size, turned)
-    return Cut(pixels, later, plain)
+    pixels = np.empty((len(crops), size, size, 3), dtype=np.uint8)
+    further = np.empty((len(crops) if plain else 0, plain or 0, plain or 0, 3), dtype=np.uint8)
+    for i, crop in enumerate(crops):
+        box = _scaled(crop.box, image.shape[1] / whole[0], image.shape[0] / whole[1])
+        square = _resized(image, box, size, crop.turned)
+        pixels[i] = _recoloured(square, crop.photometric) if in_place else square
+        if plain:
+            further[i] = _resized(image, box, plain, crop.turned)
+    later = np.empty((0, 9), dtype=np.float32) if in_place else np.reshape([c.photometric for c in crops], (-1, 9))
+    return Cut(pixels, later.astype(np.float32), further)
+
+
+def _scaled(box: tuple[int, int, int, int], across: float, down: float) -> tuple[int, int, int, int]:
+    """A box in an image that was shrunk, of at least one pixel."""
+    left, top = int(box[0] * across), int(box[1] * down)
+    return left, top, max(left + 1, round(box[2] * across)), max(top + 1, round(box[3] * down))
 
 
 def _resized(image: np.ndarray, box: tuple[int, int, int, int], size: int, turned: bool) -> np.ndarray:

@@ -89,27 +89,42 @@ class VisionTransformer(nn.Module):
             if token is not None:
                 nn.init.normal_(token, std=std if xavier else 1e-6)
 
-    def forward(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None) -> list[Features]:
+    def __call__(
+        self,
+        crops: Sequence[Tensor],
+        masks: Sequence[Tensor | None] | None = None,
+        kept: Tensor | None = None,
+    ) -> list[Features]:
         """Features of each group of crops.
 
         Args:
             crops: groups of images `[B, 3, H, W]`; sizes may differ between groups, sides are multiples of the patch.
                 With `local_norm`, groups after the first are local crops in training.
             masks: for each group, None or bool `[B, patches]`: patch tokens that the mask token replaces.
+            kept: int64 `[B, n]`: the patches that a pass of one group sees at all (MAE), and whose tokens it returns;
+                not with rotary positions.
         """
+        # `forward` gives tuples, in which ZeRO's hooks find the tensors; in a dataclass they would not.
+        return [Features(*tokens) for tokens in super().__call__(crops, masks, kept)]
+
+    def forward(
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None] | None, kept: Tensor | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Class and patch tokens of each group; see `__call__`."""
         tokens = [self.tokens(images, mask) for images, mask in zip(crops, masks or [None] * len(crops), strict=True)]
+        if kept is not None:
+            tokens = [self._only(group, kept) for group in tokens]
         grids = [tuple(side // self.config.patch_size for side in images.shape[-2:]) for images in crops]
         packed = self._run(tokens, grids)
         return [self._features(x, local=i > 0) for i, x in enumerate(packed)]
 
-    def visible(self, images: Tensor, kept: Tensor) -> Tensor:
-        """Normed tokens `[B, 1 + registers + n, dim]` of a pass that sees only patches `kept`, int64 `[B, n]` (MAE)."""
-        tokens = self.tokens(images)
+    def _only(self, tokens: Tensor, kept: Tensor) -> Tensor:
+        """Class token, registers and some of the patches."""
         prefix = 1 + self.config.registers
         patches = tokens[:, prefix:].gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[-1]))
-        return self.norm(self._run([torch.cat([tokens[:, :prefix], patches], dim=1)], None)[0])
+        return torch.cat([tokens[:, :prefix], patches], dim=1)
 
-    def _run(self, tokens: Sequence[Tensor], grids: Sequence[tuple[int, ...]] | None) -> list[Tensor]:
+    def _run(self, tokens: Sequence[Tensor], grids: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Groups `[B, tokens, dim]` through all blocks, before the final norm."""
         shapes: list[Shape] = [(group.shape[0], group.shape[1]) for group in tokens]
         x = torch.cat([group.flatten(0, 1) for group in tokens])
@@ -121,12 +136,12 @@ class VisionTransformer(nn.Module):
         parts = x.split([crops * length for crops, length in shapes])
         return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def _rotations(self, grids: Sequence[tuple[int, ...]] | None) -> Rotations:
-        if self.rope is None or grids is None:
+    def _rotations(self, grids: Sequence[tuple[int, ...]]) -> Rotations:
+        if self.rope is None:
             return None
         return [self.rope(height, width, 1 + self.config.registers) for height, width in grids]
 
-    def _features(self, x: Tensor, local: bool) -> Features:
+    def _features(self, x: Tensor, local: bool) -> tuple[Tensor, Tensor]:
         prefix = 1 + self.config.registers
         norm = self.norm
         if local and self.training and self.local_cls_norm is not None:
@@ -135,8 +150,8 @@ class VisionTransformer(nn.Module):
             norm = self.cls_norm
         if norm is self.norm:
             x = norm(x)
-            return Features(class_token=x[:, 0], patch_tokens=x[:, prefix:])
-        return Features(class_token=norm(x[:, 0]), patch_tokens=self.norm(x[:, prefix:]))
+            return x[:, 0], x[:, prefix:]
+        return norm(x[:, 0]), self.norm(x[:, prefix:])
 
     def tokens(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Images `[B, 3, H, W]` to the tokens `[B, 1 + registers + patches, dim]` that enter the first block."""

@@ -85,8 +85,13 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
-    def begin_step(self, step: int, teacher: VisionTransformer) -> None:
-        """Called before each optimiser step, from 0 on, on every rank."""
+    def begin_step(self, step: int, teacher: VisionTransformer) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Called before each optimiser step, from 0 on, on every rank.
+
+        Returns:
+            (source, copy) modules: what is to be copied before the step, and where to.
+        """
+        return iter(())
 
     def head_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """(student, teacher) heads, where it has any of its own."""

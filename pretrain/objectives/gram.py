@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.data.loader import Batch
 from pretrain.models.config import VisionTransformerConfig
@@ -39,12 +41,12 @@ class Gram(Objective):
         self.anchor.eval()
         return self
 
-    def begin_step(self, step: int, teacher: VisionTransformer) -> None:
+    def begin_step(self, step: int, teacher: VisionTransformer) -> Iterator[tuple[nn.Module, nn.Module]]:
         since = step - self.config.start
         self.started = since >= 0
         turn, left = divmod(since, self.config.refresh_every)
         if left == 0 and 0 <= turn <= self.config.refreshes:
-            self.anchor.load_state_dict(teacher.state_dict())
+            yield teacher, self.anchor
 
     def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
         """`gram`, from the first step on."""

@@ -85,11 +85,9 @@ class Mae(Objective):
         """The loss and the predicted pixels `[B, patches, pixels]`; patches with the least `noise` are visible."""
         order = noise.argsort(1)
         visible = int(noise.shape[1] * (1 - self.config.mask_ratio))
-        tokens = outputs.student.visible(images, order[:, :visible])
-        registers = outputs.student.config.registers
-        tokens = torch.cat([tokens[:, :1], tokens[:, 1 + registers :]], dim=1)
+        seen = outputs.student([images], kept=order[:, :visible])[0]
         restore = order.argsort(1)
-        predicted = self.decoder(tokens, restore)
+        predicted = self.decoder(torch.cat([seen.class_token[:, None], seen.patch_tokens], dim=1), restore)
         target = patchify(images, self.patch_size)
         if self.config.normalize_pixels:
             target = normalized(target)

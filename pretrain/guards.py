@@ -1,0 +1,68 @@
+"""What keeps a training from harm: a bad loss is skipped, and a signal ends it at the end of a step."""
+
+from __future__ import annotations
+
+import math
+import signal
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from pretrain.config import Guards
+
+SKIPPED = "skipped"
+_WINDOW = 200  # steps whose losses say what is usual
+_FEWEST = 50
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def highest_loss(rows: Sequence[Mapping[str, float]], guards: Guards) -> float:
+    """The loss above which the next step is skipped, from the steps so far."""
+    usual = [row["loss"] for row in rows[-_WINDOW:] if SKIPPED not in row]
+    if guards.spike is None or len(usual) < _FEWEST:
+        return math.inf
+    middle = statistics.median(usual)
+    deviation = statistics.fmean(abs(loss - middle) for loss in usual)
+    return middle + guards.spike * max(deviation, 1e-3 * abs(middle))
+
+
+def poison(loss: Tensor, highest: float) -> Tensor:
+    """1 for a usual loss, NaN for another: a factor that makes every rank's gradient NaN, and so the step skipped.
+
+    It stays on the device, so that the backward pass does not wait for the loss.
+    """
+    usual = torch.isfinite(loss) & (loss <= highest)
+    return torch.where(usual, torch.ones_like(loss), torch.full_like(loss, torch.nan))
+
+
+def skipped_in_a_row(rows: Sequence[Mapping[str, float]]) -> int:
+    count = 0
+    while count < len(rows) and SKIPPED in rows[-1 - count]:
+        count += 1
+    return count
+
+
+class Preemption:
+    """Whether somebody asked this process to stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note SIGTERM and SIGUSR1 instead of ending at once; only the main thread can."""
+        try:
+            before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        except ValueError:  # not the main thread: whoever owns that one decides
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.asked = True

@@ -1,0 +1,102 @@
+"""How a training step is spread over ranks: what the loop asks of an engine, and which engine the settings ask for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.config import Optimizer, Schedule, Sharding
+
+Moment = Literal["exp_avg", "exp_avg_sq"]
+MOMENTS: tuple[Moment, ...] = ("exp_avg", "exp_avg_sq")
+Pairs = Iterable[tuple[nn.Module, nn.Module]]
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What came of an optimiser step."""
+
+    applied: bool
+    """Whether the parameters moved; they do not where the gradient is no finite number on some rank."""
+    gradient_norm: float
+    """Of the whole gradient, before clipping."""
+
+
+class Engine(Protocol):
+    """Forward, backward and step of a module, whole or sharded, and its state tensor by tensor.
+
+    Every method is called on all ranks together.
+    """
+
+    module: nn.Module
+    device: torch.device
+
+    def forward(self, *args: Any) -> Any: ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one micro-batch; the loss is divided by the number of micro-batches here."""
+
+    def step(self) -> Stepped | None:
+        """Call after every micro-batch; the optimiser moves after the last one of a step. None before."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The optimiser's groups."""
+
+    def follow(self, pairs: Pairs, momentum: float) -> None:
+        """Move modules towards others: average = momentum * average + (1 - momentum) * source, in float32."""
+
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter, whole and in float32."""
+
+    def moment(self, parameter: nn.Parameter, which: Moment) -> Tensor | None:
+        """One of the optimiser's moments of a parameter, whole; None where it has had no gradient yet."""
+
+    def fill(self, parameter: nn.Parameter, value: Tensor, moment: Moment | None = None) -> None:
+        """Set what `whole` or `moment` gives."""
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps the optimiser has made."""
+
+    def expect_moments(self, parameters: Sequence[nn.Parameter], optimizer_steps: int) -> None:
+        """Make room for the moments of some parameters, as they are after so many steps."""
+
+
+def build(
+    module: nn.Module, groups: list[dict[str, Any]], optimizer: Optimizer, schedule: Schedule, sharding: Sharding
+) -> Engine:
+    """The engine the settings ask for, on this rank's device."""
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
+    module.to(device)
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps, foreach=True)
+    if sharding.engine == "torch":
+        from pretrain.sharding.plain import TorchEngine
+
+        return TorchEngine(module, adamw, optimizer, schedule, device)
+    from pretrain.sharding.zero import ZeroEngine
+
+    return ZeroEngine(module, adamw, optimizer, schedule, sharding, device)
+
+
+def parameter_pairs(pairs: Pairs) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    """(source, average) parameters of pairs of modules."""
+    for source, average in pairs:
+        yield from zip(source.parameters(), average.parameters(), strict=True)
+
+
+def lerp(sources: list[Tensor], averages: list[Tensor], momentum: float) -> None:
+    """Move tensors towards others, in place."""
+    if sources:
+        torch._foreach_lerp_(averages, sources, 1 - momentum)
+
+
+def adamw_state(like: Tensor, steps: int) -> dict[str, Tensor]:
+    """The state that AdamW keeps of a tensor, with moments of zero."""
+    return {"step": torch.tensor(float(steps)), **{moment: torch.zeros_like(like) for moment in MOMENTS}}

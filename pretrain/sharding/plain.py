@@ -1,0 +1,94 @@
+"""One process, no sharding: what every sharded run is compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from infra.errors import UserError
+from pretrain.config import Optimizer, Schedule
+from pretrain.ranks import world
+from pretrain.sharding.base import Moment, Pairs, Stepped, adamw_state, lerp, parameter_pairs
+
+
+class TorchEngine:
+    """Plain torch."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        adamw: torch.optim.Optimizer,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        device: torch.device | None = None,
+    ) -> None:
+        if world()[1] > 1:
+            raise UserError("sharding.engine: torch runs in one process; choose deepspeed for several ranks")
+        self.module, self.optimizer, self.device = module, adamw, device or torch.device("cpu")
+        self.clip, self.accumulation = optimizer.clip, schedule.accumulation
+        self._micro_steps = 0
+
+    def forward(self, *args: Any) -> Any:
+        return self.module(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.accumulation).backward()
+
+    def step(self) -> Stepped | None:
+        self._micro_steps += 1
+        if self._micro_steps % self.accumulation:
+            return None
+        stepped = clipped(self._trained(), self.clip)
+        if stepped.applied:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return stepped
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @torch.no_grad()
+    def follow(self, pairs: Pairs, momentum: float) -> None:
+        both = list(parameter_pairs(pairs))
+        lerp([source.data for source, _ in both], [average.data for _, average in both], momentum)
+
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.detach()
+
+    def moment(self, parameter: nn.Parameter, which: Moment) -> Tensor | None:
+        return self.optimizer.state[parameter].get(which) if parameter in self.optimizer.state else None
+
+    @torch.no_grad()
+    def fill(self, parameter: nn.Parameter, value: Tensor, moment: Moment | None = None) -> None:
+        (parameter if moment is None else self.optimizer.state[parameter][moment]).copy_(value)
+
+    @property
+    def optimizer_steps(self) -> int:
+        return optimizer_steps(self.optimizer)
+
+    def expect_moments(self, parameters: Sequence[nn.Parameter], optimizer_steps: int) -> None:
+        for parameter in parameters:
+            self.optimizer.state[parameter] = adamw_state(parameter, optimizer_steps)
+
+
+def clipped(parameters: list[nn.Parameter], clip: float | None) -> Stepped:
+    """Bring the norm of gradients down to `clip`; a norm that is no finite number leaves them as they are."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    applied = math.isfinite(float(norm))
+    if applied and clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    return Stepped(applied, float(norm))
+
+
+def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
+    """Steps that a torch optimiser has made."""
+    states = optimizer.state.values()
+    return max((int(state["step"]) for state in states if "step" in state), default=0)

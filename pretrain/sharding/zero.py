@@ -1,0 +1,202 @@
+"""DeepSpeed ZeRO. The only module that imports deepspeed.
+
+Parameters are float32 everywhere (autocast makes matrix products bf16), so the teacher, which is frozen and part of the
+same module, is sharded with the student at stage 3, and its moving average is taken shard by shard.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pretrain.config import Optimizer, Schedule, Sharding
+from pretrain.models.blocks import Block
+from pretrain.ranks import world
+from pretrain.sharding.base import Moment, Pairs, Stepped, adamw_state, lerp, parameter_pairs
+from pretrain.sharding.plain import clipped, optimizer_steps
+
+
+class ZeroEngine:
+    """DeepSpeed with ZeRO 0 to 3, under torchrun or in a single process."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        adamw: torch.optim.Optimizer,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        sharding: Sharding,
+        device: torch.device,
+    ) -> None:
+        deepspeed = _import_deepspeed(device)
+        _join_process_group(device)
+        self.device, self.stage, self.clip = device, sharding.zero_stage, optimizer.clip
+        self.engine, *_ = deepspeed.initialize(
+            model=module, optimizer=adamw, config=_settings(optimizer, schedule, sharding)
+        )
+        self.module: nn.Module = self.engine.module
+        if self.stage == 3:
+            _gather_blocks(deepspeed, module)
+        self._gathered = deepspeed.zero.GatheredParameters
+        self._linked = False
+
+    def forward(self, *args: Any) -> Any:
+        return self.engine(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self) -> Stepped | None:
+        boundary = self.engine.is_gradient_accumulation_boundary()
+        stepped = self._guarded() if boundary and self.stage == 0 else None
+        self.engine.step()
+        if boundary and stepped is None:
+            norm = self.engine.get_global_grad_norm()
+            stepped = Stepped(not self.engine.optimizer.overflow, float(norm if norm is not None else torch.nan))
+        return stepped
+
+    def _guarded(self) -> Stepped:
+        """Clip as plain torch does, and take gradients away that are no numbers: stage 0 would step on them."""
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        stepped = clipped(trained, self.clip)
+        if not stepped.applied:
+            for parameter in trained:
+                parameter.grad = None
+        return stepped
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return self.engine.optimizer.param_groups
+
+    @torch.no_grad()
+    def follow(self, pairs: Pairs, momentum: float) -> None:
+        both = list(parameter_pairs(pairs))
+        lerp([self._shard(source) for source, _ in both], [self._shard(average) for _, average in both], momentum)
+
+    def _shard(self, parameter: nn.Parameter) -> Tensor:
+        """What this rank holds of a parameter: at stage 3 a part, of source and average the same."""
+        return parameter.ds_tensor.data if self.stage == 3 else parameter.data  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def moment(self, parameter: nn.Parameter, which: Moment) -> Tensor | None:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if self.stage == 0:
+            return self._adamw.state[parameter].get(which) if parameter in self._adamw.state else None
+        if self.optimizer_steps == 0:
+            return None
+        self._link_moments()
+        return safe_get_full_optimizer_state(parameter, which)
+
+    def _link_moments(self) -> None:
+        """Tell DeepSpeed's parameters where their moments are: by itself it does so after the first group's first step,
+        when the other groups have none."""
+        if self.stage in (1, 2) and not self._linked:
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+            self._linked = True
+
+    @torch.no_grad()
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        if self.stage < 3:
+            return parameter.detach()
+        with self._gathered([parameter]):
+            return parameter.detach().clone()
+
+    @torch.no_grad()
+    def fill(self, parameter: nn.Parameter, value: Tensor, moment: Moment | None = None) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        value = value.to(self.device)
+        if moment is not None:
+            if self.stage == 0:
+                self._adamw.state[parameter][moment].copy_(value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, moment)
+            return
+        if self.stage == 3:
+            with self._gathered([parameter], modifier_rank=0):
+                parameter.data.copy_(value)
+        else:
+            parameter.data.copy_(value)
+        if parameter.requires_grad and self.stage > 0:
+            safe_set_full_fp32_param(parameter, value)  # the optimiser's own copy
+
+    @property
+    def _adamw(self) -> torch.optim.Optimizer:
+        return self.engine.optimizer if self.stage == 0 else self.engine.optimizer.optimizer
+
+    @property
+    def optimizer_steps(self) -> int:
+        return optimizer_steps(self._adamw)
+
+    def expect_moments(self, parameters: Sequence[nn.Parameter], optimizer_steps: int) -> None:
+        for tensor in self._optimised(parameters):
+            self._adamw.state[tensor] = adamw_state(tensor, optimizer_steps)
+        self._linked = False
+        self._link_moments()
+
+    def _optimised(self, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:
+        """The tensors that the wrapped optimiser sees: parameters, or this rank's part of many of them in one."""
+        optimizer = self.engine.optimizer
+        if self.stage == 0:
+            return parameters
+        return optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
+
+
+def _settings(optimizer: Optimizer, schedule: Schedule, sharding: Sharding) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": sharding.zero_stage}
+    if sharding.zero_stage == 3:
+        # Small parameters that stayed whole would not see what is written to their shards.
+        zero |= {"stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}
+    return {
+        "train_micro_batch_size_per_gpu": schedule.micro_batch,
+        "gradient_accumulation_steps": schedule.accumulation,
+        "gradient_clipping": (optimizer.clip or 0.0) if sharding.zero_stage else 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 60,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _gather_blocks(deepspeed: Any, module: nn.Module) -> None:
+    """Have stage 3 gather each block as a whole: it reads the weights of modules in it without calling them."""
+    for part in module.modules():
+        if isinstance(part, Block):
+            for parameter in part.parameters():
+                deepspeed.zero.register_external_parameter(part, parameter)
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    if device.type == "cpu":
+        # Building this op takes minutes and serves only tensor parallelism.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _join_process_group(device: torch.device) -> None:
+    """Join the launcher's process group, or make one of this process alone."""
+    if dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world()[1] > 1:
+        dist.init_process_group(backend)
+    else:
+        os.environ.setdefault("LOCAL_RANK", "0")
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
