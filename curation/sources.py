@@ -307,7 +307,7 @@ def _shard_urls(url: str) -> dict[str, str]:
             expanded = [str(files.unstrip_protocol(each)) for each in files.glob(path)]
         if not expanded:
             raise UserError(f"{url}: matches no file; mend the pattern")
-    if expanded == [url] and storage.is_local(url) and storage.local_path(url).is_dir():
+    if expanded == [url] and storage.is_local_folder(url):
         return {}
     if all(each.endswith(SUFFIXES) for each in expanded):
         names = {PurePosixPath(each).name: each for each in expanded}

@@ -169,13 +169,18 @@ def open_read(url: str) -> IO[bytes]:
         return files.open(path, "rb")
 
 
+def is_local_folder(url: str) -> bool:
+    with readable_errors(url):
+        return is_local(url) and local_path(url).is_dir()
+
+
 def list_files(url: str) -> dict[str, dict[str, Any]]:
     """All files under a folder by their path relative to it, sorted, with what fsspec knows of each (`size` at least).
 
     Raises:
         UserError: there is no such folder.
     """
-    if is_local(url) and local_path(url).is_dir():
+    if is_local_folder(url):
         return dict(sorted(_walk(local_path(url), "", set())))
     files, path = filesystem(url)
     files.invalidate_cache()

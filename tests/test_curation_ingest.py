@@ -5,11 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import os
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from curation.scan import Scans
 from curation.sources import find_units
 from infra.corpora import REJECTED, Corpus
 from infra.errors import UserError
@@ -269,45 +264,6 @@ def test_many_processes_make_the_same_corpus(tmp_path: Path, suffix: str, monkey
         corpora.append(ingested(source, tmp_path / f"out{workers}", workers=workers))
     assert corpora[0].artifact.manifest.files == corpora[1].artifact.manifest.files
     assert len(corpora[0].shards) > 2
-
-
-def test_only_what_changed_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = shards(tmp_path / "source", 3)
-    read: list[str] = []
-    scan = Scans.scan
-    monkeypatch.setattr(Scans, "scan", lambda self, unit, *more: (read.append(unit.name), scan(self, unit, *more))[1])
-    first = ingested(source, tmp_path / "{id}")
-    ingested(source, tmp_path / "{id}")
-    assert read == ["000.tar", "001.tar", "002.tar"]
-    tar(source / "001.tar", {"new.png": encoded(picture(99))})
-    second = ingested(source, tmp_path / "{id}")
-    assert read[3:4] == ["001.tar"]
-    assert second.artifact.id != first.artifact.id
-    assert second.keys == [*first.keys[:5], "new", *first.keys[10:]]
-
-
-@pytest.mark.multiprocess
-def test_a_killed_ingest_goes_on(tmp_path: Path) -> None:
-    source = shards(tmp_path / "source", 30, ".tar.gz")
-    whole = ingested(source, tmp_path / "whole")
-    code = f"""
-from curation.config import IngestConfig
-from curation.ingest import ingest
-ingest(IngestConfig(source={str(source)!r}, out={str(tmp_path / "killed")!r}, workers=1))
-"""
-    environment = os.environ | {"FOVEA_CACHE": str(tmp_path / "cache")}
-    left = []
-    for seconds in (0.05, 0.1, 0.2):
-        process = subprocess.Popen([sys.executable, "-c", code], env=environment)
-        while process.poll() is None and not (tmp_path / "cache").exists():
-            time.sleep(0.01)
-        time.sleep(seconds)
-        process.kill()
-        process.wait()
-        left.append(len(list((tmp_path / "cache").glob("ingest/*.json"))))
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-    assert left == sorted(left)
-    assert Corpus.open(str(tmp_path / "killed")).artifact.manifest.files == whole.artifact.manifest.files
 
 
 def test_brace_ranges_and_globs_name_shards(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_every_objective_trains_sharded_as_plainly(tmp_path: Path) -> None:
         "schedule": {"steps": 4, "micro_batch": 8},
     }
     run_module("pretrain", config(corpus, tmp_path / "plain", **changes, sharding={"engine": "torch"}))
-    run_module("pretrain", config(corpus, tmp_path / "sharded", **changes, sharding={"zero_stage": 2}))
+    run_module("pretrain", config(corpus, tmp_path / "sharded", **changes, sharding={"zero_stage": 3}))
     plain, sharded = losses(tmp_path / "plain"), losses(tmp_path / "sharded")
     assert {kind["kind"] for kind in EVERY_KIND} - {"dino"} <= set(plain[-1])
     assert "gram" not in plain[0]
@@ -115,27 +115,6 @@ def test_every_objective_trains_sharded_as_plainly(tmp_path: Path) -> None:
     run_module("pretrain", half)
     for ours, other in zip(losses(tmp_path / "half"), plain, strict=True):
         assert ours["loss"] == pytest.approx(other["loss"], rel=0.05)
-
-
-@pytest.mark.multiprocess
-def test_two_ranks_train_as_one(embedded: Embedded, tmp_path: Path) -> None:
-    """Without KoLeo, which looks at each rank by itself; masks and stochastic depth are drawn per rank too."""
-    changes = {
-        "objectives": TINY["objectives"][:1],
-        "model": {**TINY["model"], "drop_path": 0.0},
-        "views": {**TINY["views"], "mask_share": 0.0},
-        "runtime": {"workers": 0, "checkpoint_every": 100},
-    }
-    one = {**changes, "schedule": {"steps": 6, "micro_batch": 16}}
-    two = {**changes, "schedule": {"steps": 6, "micro_batch": 8}, "sharding": {"zero_stage": 1}}
-    run_module("pretrain", config(embedded.seed, tmp_path / "one", **one))
-    (tmp_path / "config.json").write_text(config(embedded.seed, tmp_path / "two", **two).model_dump_json())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*command, "-m", "pretrain", str(tmp_path)], check=True, timeout=300)
-    for ours, single in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
-        assert ours["loss"] == pytest.approx(single["loss"], rel=1e-2)
-    first, second = (load_file(tmp_path / name / WEIGHTS)["teacher.pos_embed"] for name in ("one", "two"))
-    torch.testing.assert_close(first, second, rtol=0, atol=5e-3)
 
 
 @pytest.mark.multiprocess

@@ -1,0 +1,190 @@
+"""Several ranks, every ZeRO stage, and what goes wrong: a sharded training is the plain one, and nothing harms it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from infra.artifacts import open_artifact
+from infra.launch import TRY_AGAIN, run_module
+from pretrain.checkpoints import WEIGHTS
+from pretrain.config import PretrainConfig
+from tests.conftest import Embedded
+from tests.test_pretrain_training import TINY, config, losses
+
+pytestmark = pytest.mark.multiprocess
+
+# Without what each rank draws or sees by itself: masks, stochastic depth, KoLeo.
+ALIKE = {
+    "objectives": TINY["objectives"][:1],
+    "model": {**TINY["model"], "drop_path": 0.0},
+    "views": {**TINY["views"], "mask_share": 0.0},
+    "teacher": {"momentum": [0.9999, 0.9999], "temperature": [0.06, 0.07]},
+    "runtime": {"workers": 0, "checkpoint_every": 5},
+}
+STEPS = 20
+
+
+def under_torchrun(settings: PretrainConfig, folder: Path, ranks: int = 2, script: Path | None = None) -> int:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(settings.model_dump_json())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    module = ["-m", "pretrain"] if script is None else [str(script)]
+    return subprocess.run([*command, *module, str(folder)], timeout=400, check=False).returncode
+
+
+@pytest.fixture(scope="module")
+def plain(embedded: Embedded, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process of plain torch in float32."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    schedule = {"steps": STEPS, "micro_batch": 16}
+    run_module("pretrain", config(embedded.seed, out, **ALIKE, schedule=schedule, sharding={"engine": "torch"}))
+    return out
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_of_every_stage_are_one_plain_process(
+    embedded: Embedded, plain: Path, tmp_path: Path, stage: int
+) -> None:
+    """Losses of 20 steps to 1 %, the teacher to a hundredth of what it moved, though its momentum is 0.9999."""
+    schedule = {"steps": STEPS, "micro_batch": 8}
+    sharded = config(embedded.seed, tmp_path / "run", **ALIKE, schedule=schedule, sharding={"zero_stage": stage})
+    assert under_torchrun(sharded, tmp_path / "job") == 0
+    for ours, single in zip(losses(tmp_path / "run"), losses(plain), strict=True):
+        assert ours["loss"] == pytest.approx(single["loss"], rel=1e-2)
+        assert ours["gradient_norm"] == pytest.approx(single["gradient_norm"], rel=5e-2)
+    first, second = load_file(tmp_path / "run" / WEIGHTS), load_file(plain / WEIGHTS)
+    assert first.keys() == second.keys()
+    moved = 0.0
+    for name in second:
+        if name.startswith("teacher."):
+            torch.testing.assert_close(first[name], second[name], rtol=0, atol=2e-6)
+            student = second[name.replace("teacher.", "student.", 1)]
+            moved = max(moved, float((student - second[name]).abs().max()) * 1e-4)
+    assert moved > 2e-6  # the tolerance would notice a teacher that stood still
+
+
+def test_a_training_goes_on_under_another_engine_and_world(embedded: Embedded, tmp_path: Path) -> None:
+    """Two ranks of ZeRO 3 begin, one of ZeRO 1 ends it; every sample comes in its order, none twice, none missed."""
+    settings = config(embedded.seed, tmp_path / "run", **ALIKE, schedule={"steps": 12, "micro_batch": 8})
+    both = settings.model_dump(mode="json") | {"runtime": {"workers": 0, "checkpoint_every": 4}}
+    both["sharding"] = {"zero_stage": 3}
+    script = tmp_path / "stops.py"
+    script.write_text(_SCRIPT.format(step=6, body="os._exit(3)"))
+    assert under_torchrun(PretrainConfig.model_validate(both), tmp_path / "job", script=script) != 0
+    assert [path.name for path in (tmp_path / "run" / "steps").glob("[0-9]")] == ["4"]
+    run_module("pretrain", PretrainConfig.model_validate(both))
+    rows = losses(tmp_path / "run")
+    assert [row["samples"] for row in rows] == [16, 32, 48, 64, *range(72, 136, 8)]
+    assert open_artifact(str(tmp_path / "run"), "checkpoint").metrics["resumed_at"] == 4
+
+
+# Runs the stage, but at some step something happens on the last rank.
+_SCRIPT = """
+import os, sys
+import torch
+from infra.launch import module_main
+from pretrain import engine, run
+from pretrain.config import PretrainConfig
+from pretrain.learner import Learner
+
+step, last = 0, int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
+forward = Learner.forward
+
+def begin(self, number, before=Learner.begin_step):
+    global step
+    step = number
+    return before(self, number)
+
+def changed(self, batch, temperature):
+    loss, terms = forward(self, batch, temperature)
+    if step == {step} and last:
+        {body}
+    return loss, terms
+
+Learner.begin_step, Learner.forward = begin, changed
+module_main(PretrainConfig, run)
+"""
+
+
+@pytest.mark.parametrize("sharding", [{"engine": "torch"}, {"zero_stage": 0}, {"zero_stage": 2}, {"zero_stage": 3}])
+def test_a_step_that_is_no_number_on_one_rank_is_skipped_on_all(
+    embedded: Embedded, tmp_path: Path, sharding: dict[str, object]
+) -> None:
+    """Teacher, centers and optimiser stay as they were: the next step starts from the weights of the one before."""
+    changes = {**ALIKE, "objectives": [{**TINY["objectives"][0], "centering": "softmax"}], "sharding": sharding}
+    settings = config(embedded.seed, tmp_path / "run", **changes, schedule={"steps": 6, "micro_batch": 8})
+    script = tmp_path / "nan.py"
+    script.write_text(_SCRIPT.format(step=3, body="loss = loss * torch.nan"))
+    ranks = 1 if "engine" in sharding else 2
+    assert under_torchrun(settings, tmp_path / "job", ranks, script) == 0
+    rows = losses(tmp_path / "run")
+    assert ["skipped" in row for row in rows] == [False, False, False, True, False, False]
+    assert rows[-1]["samples"] == 6 * 8 * ranks
+    weights = load_file(tmp_path / "run" / WEIGHTS)
+    assert all(value.isfinite().all() for value in weights.values())
+    lines = (tmp_path / "run" / f"skipped-{ranks - 1:05d}.jsonl").read_text().splitlines()
+    (skipped,) = map(json.loads, lines)
+    assert skipped["step"] == 3
+    assert len(skipped["keys"]) == 8
+
+
+def test_a_training_that_stays_bad_goes_back_and_on_with_other_samples(embedded: Embedded, tmp_path: Path) -> None:
+    guards = {"max_skips": 2, "max_rewinds": 1}
+    changes = {**ALIKE, "guards": guards, "sharding": {"engine": "torch"}, "schedule": {"steps": 12, "micro_batch": 8}}
+    script = tmp_path / "bad.py"
+    # Samples of the seventh to ninth step are bad, wherever they come.
+    body = "loss = loss * (torch.nan if ({low} <= int(batch.positions[0]) < {high}) else 1)"
+    code = _SCRIPT.replace("if step == {step} and last:", "if True:")
+    script.write_text(code.replace("{body}", body.format(low=6 * 8, high=9 * 8)))
+    assert under_torchrun(config(embedded.seed, tmp_path / "run", **changes), tmp_path / "job", 1, script) == 0
+    rows = losses(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(12))
+    assert open_artifact(str(tmp_path / "run"), "checkpoint").metrics["rewinds"] == 1
+    assert rows[4]["samples"] == 40
+    assert rows[5]["samples"] == 72  # back to step 5 after two bad steps, on with what had not been seen
+    assert "skipped" in rows[5]
+
+    script.write_text(code.replace("{body}", body.format(low=6 * 8, high=1000 * 8)))
+    assert under_torchrun(config(embedded.seed, tmp_path / "hopeless", **changes), tmp_path / "job", 1, script) != 0
+    report = (tmp_path / "job" / "error.txt").read_text()
+    assert "2 steps in a row were skipped, after 1 times back" in report
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_preempted_run_saves_its_state_and_ends_as_the_uninterrupted_one(
+    embedded: Embedded, tmp_path: Path, number: signal.Signals
+) -> None:
+    changes = {"runtime": {"workers": 2, "checkpoint_every": 1000}, "schedule": {"steps": 40, "micro_batch": 8}}
+    run_module("pretrain", config(embedded.seed, tmp_path / "whole", **changes, sharding={"engine": "torch"}))
+    settings = config(embedded.seed, tmp_path / "run", **changes, sharding={"engine": "torch"})
+    job = tmp_path / "job"
+    job.mkdir()
+    (job / "config.json").write_text(settings.model_dump_json())
+    script = tmp_path / "slow.py"
+    script.write_text(_SCRIPT.replace("if step == {step} and last:", "if step == 3:").replace("{body}", _WAIT))
+    process = subprocess.Popen([sys.executable, str(script), str(job)])
+    deadline = time.monotonic() + 120
+    while not (job / "waiting").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    assert process.wait(60) == TRY_AGAIN
+    assert "stopped after step 4, as asked" in (job / "error.txt").read_text()
+    run_module("pretrain", settings)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    resumed, whole = (load_file(tmp_path / name / WEIGHTS) for name in ("run", "whole"))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+_WAIT = "open(sys.argv[1] + '/waiting', 'w').close(); __import__('time').sleep(1)"
