@@ -94,13 +94,19 @@ class Guards(Config):
 
 
 class Runtime(Config):
-    """What changes how fast a run goes and nothing of its result."""
+    """How a run is carried out: no part of what a checkpoint is known by, and free to change when it goes on."""
+
+    micro_batch: int | None = Field(None, ge=1)
+    """Images a rank and forward pass; what is missing to the global batch is accumulated. null: the global batch by the
+    number of ranks. Sinkhorn-Knopp balances the micro-batches of all ranks at once, KoLeo spreads each one's."""
 
     workers: int = Field(2, ge=0)
     """Loader processes a rank; 0 loads in the training process."""
     cache_gb: float = Field(0.0, ge=0)
     """Parts of remote shards kept on a local disk, in GB, for all processes of a machine; 0: none, else 0.1 or more.
     Used where it holds the whole corpora, or shards are read in windows."""
+    stall_seconds: float = Field(1200.0, gt=0)
+    """How long no rank may move on before the job ends and names the one that the others wait for."""
     max_unusable: float = Field(0.01, ge=0, le=1)
     """Share of samples that may turn out unusable, each passed over for another one, before the run stops."""
     checkpoint_every: int = Field(200, ge=1)
@@ -124,10 +130,8 @@ class Schedule(Config):
 
     steps: int = Field(125_000, ge=1)
     """Optimiser steps."""
-    micro_batch: int = Field(64, ge=1)
-    """Images a rank and forward pass."""
-    accumulation: int = Field(1, ge=1)
-    """Micro-batches a step."""
+    batch: int = Field(64, ge=1)
+    """The global batch: images a step, over all ranks."""
     seed: int = Field(0, ge=0)
     """Seed of weights, order, augmentation, masks and dropout."""
 

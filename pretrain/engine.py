@@ -9,6 +9,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ from pretrain.data import order
 from pretrain.data.loader import UNUSABLE, Batch, Place, ViewDataset, batches
 from pretrain.guards import SKIPPED, Preemption
 from pretrain.learner import Learner
-from pretrain.ranks import all_reduce_mean, all_reduce_sum, barrier, world
+from pretrain.ranks import all_reduce_mean, all_reduce_sum, barrier, several_ranks, shared_store, world
 from pretrain.sharding import base, state
 from pretrain.sharding.base import Stepped
 from pretrain.telemetry import METRICS, UNUSABLE_PREFIX
+from pretrain.watch import Watch
 
 TRAINING = "training"  # the last state, from which training can go on
 _STEPS = "steps"
@@ -62,13 +64,15 @@ class Training:
         self.title, self.learner, self.settings, self.work = title, learner, settings, work
         self.dataset = dataset
         self.rank, self.world_size = world()
-        self.global_batch = schedules.global_batch(settings.schedule, self.world_size)
+        self.micro_batch, self.accumulation = schedules.spread(settings, self.world_size)
         groups = parameter_groups(learner, settings)
-        self.engine = base.build(learner, groups, settings.optimizer, settings.schedule, settings.sharding)
+        spread = (self.micro_batch, self.accumulation)
+        self.engine = base.build(learner, groups, settings.optimizer, settings.sharding, spread)
         self.preemption = Preemption()
         self.metrics: list[dict[str, float]] = []
         self.seen = self.rewinds = 0
         self.unusable: Counter[str] = Counter()
+        self.watch: Watch | None = None
 
     def run(self) -> Trained:
         """Train from wherever the work directory says to the last step.
@@ -81,7 +85,7 @@ class Training:
         begun = self.seen
         self.learner.train()
         steps = self.settings.schedule.steps
-        with progress(self.title, steps, done=first) as advance, self.preemption.listening():
+        with progress(self.title, steps, done=first) as advance, self.preemption.listening(), self._watched():
             step = first
             while step < steps:
                 source = batches(self.dataset, self._place(step), self.settings.runtime.workers)
@@ -99,27 +103,39 @@ class Training:
         unusable = dict(sorted(self.unusable.items()))
         return Trained(state.weights(self.engine), self.metrics, speed, first, unusable, self.rewinds)
 
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Among several ranks, end the job where one of them hangs."""
+        if several_ranks():
+            self.watch = Watch(shared_store(), self.rank, self.world_size, self.settings.runtime.stall_seconds)
+            with self.watch.looking():
+                yield
+        else:
+            yield
+
+    def _arrive(self, step: int, what: str) -> None:
+        if self.watch is not None:
+            self.watch.arrive(f"step {step}: {what}")
+
     def _place(self, step: int) -> Place:
-        schedule = self.settings.schedule
-        return Place(
-            self.rank, self.world_size, schedule.micro_batch, schedule.accumulation, step, schedule.steps, self.seen
-        )
+        steps = self.settings.schedule.steps
+        return Place(self.rank, self.world_size, self.micro_batch, self.accumulation, step, steps, self.seen)
 
     def _step(self, step: int, source: Iterator[Batch]) -> float:
         """One optimiser step; returns its loss."""
-        position = schedules.at(self.settings, step, self.global_batch)
+        position = schedules.at(self.settings, step)
         self._apply(position)
         self.engine.follow(self.learner.begin_step(step), 0.0)
         _seed_dropout(self.settings.schedule.seed, step, self.rank)
         centers = [(buffer, buffer.clone()) for buffer in self.learner.objectives.buffers()]
-        totals, facts, places, stepped = self._micro_batches(source, position.temperature)
+        totals, facts, places, stepped = self._micro_batches(step, source, position.temperature)
         if stepped.applied:
             self.engine.follow(self.learner.averages(), position.momentum)
         else:
             for buffer, before in centers:
                 buffer.copy_(before)
         losses = dict(zip(totals, all_reduce_mean(torch.stack(list(totals.values()))).tolist(), strict=True))
-        self.seen += self.global_batch
+        self.seen += self.settings.schedule.batch
         row = {"step": step, "samples": self.seen, "lr": position.lr, "momentum": position.momentum}
         row |= {"gradient_norm": stepped.gradient_norm} | losses | self._count(facts[:-1])
         self.metrics.append(row if stepped.applied else self._skip(row, places))
@@ -128,7 +144,7 @@ class Training:
         return losses["loss"]
 
     def _micro_batches(
-        self, source: Iterator[Batch], temperature: float
+        self, step: int, source: Iterator[Batch], temperature: float
     ) -> tuple[dict[str, Tensor], list[int], list[int], Stepped]:
         """Forward and backward passes of one step, and the step.
 
@@ -136,21 +152,23 @@ class Training:
             Means of loss and terms over this rank's micro-batches; over all ranks, samples passed over by reason and
             whether to stop; places of this rank's samples; what came of the step.
         """
-        accumulation = self.settings.schedule.accumulation
         highest = guards.highest_loss(self.metrics, self.settings.guards)
         totals: dict[str, Tensor] = {}
         facts = torch.zeros(len(UNUSABLE) + 1, dtype=torch.int64, device=self.engine.device)
         places: list[int] = []
         stepped = None
-        for micro_step in range(accumulation):
+        for micro_step in range(self.accumulation):
+            self._arrive(step, "waiting for data")
             batch = next(source)
+            self._arrive(step, "forward")
             places += batch.positions.tolist()
             batch = batch.to(self.engine.device)
             loss, terms = self.engine.forward(batch, temperature)
+            self._arrive(step, "backward")
             facts[:-1] += batch.passed_over
             for name, value in {"loss": loss, **terms}.items():
-                totals[name] = totals.get(name, 0) + value.detach().float() / accumulation
-            if micro_step + 1 == accumulation:
+                totals[name] = totals.get(name, 0) + value.detach().float() / self.accumulation
+            if micro_step + 1 == self.accumulation:
                 loss = loss * guards.poison(all_reduce_mean(totals["loss"].clone()), highest)
             self.engine.backward(loss)
             stepped = self.engine.step()
@@ -225,6 +243,7 @@ class Training:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         barrier()
+        self._arrive(step, "writing a checkpoint")
         state.save(self.engine, partial)
         barrier()
         if self.rank == 0:

@@ -7,11 +7,32 @@ import os
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 
 
 def world() -> tuple[int, int]:
     """(rank, world size), from the environment a launcher sets."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join(device: torch.device) -> None:
+    """Join the launcher's process group, or make one of this process alone."""
+    if dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    rank, world_size = world()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group(backend)
+    else:
+        os.environ.setdefault("LOCAL_RANK", "0")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=world_size)  # type: ignore[attr-defined]
+
+
+def shared_store() -> Store:
+    """A place of keys and values that all ranks see."""
+    return dist.distributed_c10d._get_default_store()
 
 
 def several_ranks() -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pretrain.config import Optimizer, PretrainSettings, Schedule
+from infra.errors import UserError
+from pretrain.config import Optimizer, PretrainSettings
 from pretrain.models.config import VisionTransformerConfig
 
 
@@ -32,25 +33,25 @@ class Position:
     last_layer_frozen: bool
 
 
-def peak_lr(optimizer: Optimizer, global_batch: int) -> float:
+def peak_lr(optimizer: Optimizer, batch: int) -> float:
     """base_lr by the optimizer's rule: times sqrt(b), b or 1, where b = global batch / reference batch."""
-    relative = global_batch / optimizer.reference_batch
+    relative = batch / optimizer.reference_batch
     return optimizer.base_lr * {"sqrt": math.sqrt(relative), "linear": relative, "none": 1.0}[optimizer.lr_rule]
 
 
-def learning_rate(optimizer: Optimizer, step: int, steps: int, global_batch: int) -> float:
+def learning_rate(optimizer: Optimizer, step: int, steps: int, batch: int) -> float:
     """A linear warmup from 0, then half a cosine or a constant."""
-    peak, warmup = peak_lr(optimizer, global_batch), optimizer.warmup_steps
+    peak, warmup = peak_lr(optimizer, batch), optimizer.warmup_steps
     if step < warmup:
         return linear(0, peak, step, warmup)
     return peak if optimizer.decay == "constant" else cosine(peak, optimizer.min_lr, step - warmup, steps - warmup)
 
 
-def at(settings: PretrainSettings, step: int, global_batch: int) -> Position:
+def at(settings: PretrainSettings, step: int) -> Position:
     """The schedules of a run at a step (DINOv2, train/train.py)."""
     optimizer, teacher, steps = settings.optimizer, settings.teacher, settings.schedule.steps
     return Position(
-        lr=learning_rate(optimizer, step, steps, global_batch),
+        lr=learning_rate(optimizer, step, steps, settings.schedule.batch),
         weight_decay=cosine(*optimizer.weight_decay, step, steps),
         momentum=cosine(*teacher.momentum, step, steps),
         temperature=linear(*teacher.temperature, step, teacher.temperature_warmup_steps),
@@ -58,8 +59,20 @@ def at(settings: PretrainSettings, step: int, global_batch: int) -> Position:
     )
 
 
-def global_batch(schedule: Schedule, world_size: int) -> int:
-    return schedule.micro_batch * schedule.accumulation * world_size
+def spread(settings: PretrainSettings, world_size: int) -> tuple[int, int]:
+    """(micro-batch of a rank, micro-batches a step) that make up the global batch.
+
+    Raises:
+        UserError: it cannot be spread evenly.
+    """
+    batch, micro_batch = settings.schedule.batch, settings.runtime.micro_batch or 0
+    micro_batch = micro_batch or batch // world_size
+    if not micro_batch or batch % (world_size * micro_batch):
+        raise UserError(
+            f"schedule.batch: {batch} is no multiple of {world_size} ranks times runtime.micro_batch "
+            f"{micro_batch or 1}; change one of them"
+        )
+    return micro_batch, batch // (world_size * micro_batch)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from tests.test_pretrain_training import TINY, config
 
 STUDENT = {
     "model": {"dim": 24, "depth": 1, "heads": 2, "patch_size": 8, "image_size": 32, "registers": 2},
-    "schedule": {"steps": 6, "micro_batch": 8},
+    "schedule": {"steps": 6, "batch": 8},
     "optimizer": {"base_lr": 2e-2},
     "average": {"momentum": [0.5, 1.0]},
     "sharding": {"engine": "torch"},
@@ -39,7 +39,7 @@ STUDENT = {
 @pytest.fixture(scope="module")
 def teacher(embedded: Embedded, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     out = tmp_path_factory.mktemp("teacher") / "run"
-    settings = {"schedule": {"steps": 6, "micro_batch": 8}, "sharding": {"engine": "torch"}, "runtime": {"workers": 0}}
+    settings = {"schedule": {"steps": 6, "batch": 8}, "sharding": {"engine": "torch"}, "runtime": {"workers": 0}}
     return Checkpoint.open(pretrain.run(config(embedded.seed, out, **settings)).url)
 
 
@@ -101,7 +101,7 @@ def test_patch_sizes_must_match(teacher: Checkpoint, embedded: Embedded, tmp_pat
 
 def test_a_mixed_teacher_hands_down_its_prototypes_alone(embedded: Embedded, tmp_path: Path) -> None:
     """Tied heads are DINO's, and pixels are nothing to learn from a teacher; without prototypes nothing is."""
-    settings = {"schedule": {"steps": 1, "micro_batch": 8}, "sharding": {"engine": "torch"}, "runtime": {"workers": 0}}
+    settings = {"schedule": {"steps": 1, "batch": 8}, "sharding": {"engine": "torch"}, "runtime": {"workers": 0}}
     dino, pixels = TINY["objectives"][0], {"kind": "simmim"}  # type: ignore[index]
     mixed = config(
         embedded.seed, tmp_path / "mixed", **settings, objectives=[dino, {"kind": "ibot", "tied": True}, pixels]

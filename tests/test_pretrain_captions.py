@@ -41,7 +41,7 @@ def trained(corpus: str, out: Path, objectives: list[dict[str, Any]], **settings
     values = {
         "model": MODEL,
         "views": VIEWS | {"mask_share": 0.0},
-        "schedule": {"steps": 200, "micro_batch": 64},
+        "schedule": {"steps": 200, "batch": 64},
         "optimizer": {"base_lr": 1e-3, "lr_rule": "none", "warmup_steps": 20, "weight_decay": [0.1, 0.1]},
         "teacher": {"momentum": [0.0, 0.0]},
         "sharding": {"engine": "torch"},
@@ -121,7 +121,7 @@ def test_images_and_captions_meet(
     emoji: dict[str, str], tmp_path: Path, kind: str, objective: type[Clip] | type[Siglip]
 ) -> None:
     checkpoint = trained(
-        emoji["train"], tmp_path, [{"kind": kind, "dim": 64, "text": TEXT}], schedule={"steps": 350, "micro_batch": 64}
+        emoji["train"], tmp_path, [{"kind": kind, "dim": 64, "text": TEXT}], schedule={"steps": 350, "batch": 64}
     )
     first, last = terms(checkpoint, kind)
     assert last < 0.7 * first

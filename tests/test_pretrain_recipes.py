@@ -10,6 +10,7 @@ import torch
 
 import pretrain
 from infra.config import load_yaml
+from infra.errors import UserError
 from pretrain import schedules
 from pretrain.config import PretrainConfig
 from pretrain.engine import parameter_groups
@@ -65,11 +66,12 @@ def test_schedules_are_the_recorded_ones(name: str) -> None:
     steps, batch, peak, last, warmup, decay, momentum, temperature, temperature_warmup, local_crops = values
     settings = recipe(name)
     assert settings.schedule.steps == steps
+    assert settings.schedule.batch == batch
     assert settings.views.local_count == local_crops
     assert schedules.peak_lr(settings.optimizer, batch) == pytest.approx(peak, rel=1e-3)
 
     def at(step: int) -> schedules.Position:
-        return schedules.at(settings, step, batch)
+        return schedules.at(settings, step)
 
     assert at(warmup).lr == pytest.approx(peak, rel=1e-3)
     if warmup:
@@ -84,6 +86,24 @@ def test_schedules_are_the_recorded_ones(name: str) -> None:
         assert at(0).temperature == pytest.approx(temperature[0])
         assert at(temperature_warmup).temperature == pytest.approx(temperature[1])
         assert at(temperature_warmup // 2).temperature == pytest.approx(sum(temperature) / 2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro_batch", "ranks", "expected"),
+    [(64, None, 1, (64, 1)), (64, None, 4, (16, 1)), (64, 8, 2, (8, 4)), (96, 32, 1, (32, 3))],
+)
+def test_the_global_batch_is_spread_over_ranks(
+    batch: int, micro_batch: int | None, ranks: int, expected: tuple[int, int]
+) -> None:
+    runtime = {"micro_batch": micro_batch}
+    assert schedules.spread(recipe("tiny_cpu", schedule={"batch": batch}, runtime=runtime), ranks) == expected
+
+
+@pytest.mark.parametrize(("batch", "micro_batch", "ranks"), [(64, 12, 1), (64, 16, 8), (3, None, 2), (1, None, 2)])
+def test_a_global_batch_that_cannot_be_spread_is_refused(batch: int, micro_batch: int | None, ranks: int) -> None:
+    settings = recipe("tiny_cpu", schedule={"batch": batch}, runtime={"micro_batch": micro_batch})
+    with pytest.raises(UserError, match=f"schedule.batch: {batch} is no multiple of {ranks} ranks"):
+        schedules.spread(settings, ranks)
 
 
 # name: dim, depth, heads, feed-forward, drop path, DINO's prototypes, its and iBOT's bottleneck, centering, layer decay

@@ -35,18 +35,26 @@ STEPS = 20
 
 
 def under_torchrun(settings: PretrainConfig, folder: Path, ranks: int = 2, script: Path | None = None) -> int:
+    return run_torchrun(settings, folder, ranks, script).returncode
+
+
+def run_torchrun(
+    settings: PretrainConfig, folder: Path, ranks: int, script: Path | None
+) -> subprocess.CompletedProcess[str]:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(settings.model_dump_json())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     module = ["-m", "pretrain"] if script is None else [str(script)]
-    return subprocess.run([*command, *module, str(folder)], timeout=400, check=False).returncode
+    ended = subprocess.run([*command, *module, str(folder)], timeout=400, check=False, capture_output=True, text=True)
+    print(ended.stderr)
+    return ended
 
 
 @pytest.fixture(scope="module")
 def plain(embedded: Embedded, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process of plain torch in float32."""
     out = tmp_path_factory.mktemp("plain") / "run"
-    schedule = {"steps": STEPS, "micro_batch": 16}
+    schedule = {"steps": STEPS, "batch": 16}
     run_module("pretrain", config(embedded.seed, out, **ALIKE, schedule=schedule, sharding={"engine": "torch"}))
     return out
 
@@ -56,7 +64,7 @@ def test_two_ranks_of_every_stage_are_one_plain_process(
     embedded: Embedded, plain: Path, tmp_path: Path, stage: int
 ) -> None:
     """Losses of 20 steps to 1 %, the teacher to a hundredth of what it moved, though its momentum is 0.9999."""
-    schedule = {"steps": STEPS, "micro_batch": 8}
+    schedule = {"steps": STEPS, "batch": 16}
     sharded = config(embedded.seed, tmp_path / "run", **ALIKE, schedule=schedule, sharding={"zero_stage": stage})
     assert under_torchrun(sharded, tmp_path / "job") == 0
     for ours, single in zip(losses(tmp_path / "run"), losses(plain), strict=True):
@@ -75,8 +83,8 @@ def test_two_ranks_of_every_stage_are_one_plain_process(
 
 def test_a_training_goes_on_under_another_engine_and_world(embedded: Embedded, tmp_path: Path) -> None:
     """Two ranks of ZeRO 3 begin, one of ZeRO 1 ends it; every sample comes in its order, none twice, none missed."""
-    settings = config(embedded.seed, tmp_path / "run", **ALIKE, schedule={"steps": 12, "micro_batch": 8})
-    both = settings.model_dump(mode="json") | {"runtime": {"workers": 0, "checkpoint_every": 4}}
+    settings = config(embedded.seed, tmp_path / "run", **ALIKE, schedule={"steps": 12, "batch": 16})
+    both = settings.model_dump(mode="json") | {"runtime": {"workers": 0, "checkpoint_every": 4, "micro_batch": 8}}
     both["sharding"] = {"zero_stage": 3}
     script = tmp_path / "stops.py"
     script.write_text(_SCRIPT.format(step=6, body="os._exit(3)"))
@@ -84,7 +92,11 @@ def test_a_training_goes_on_under_another_engine_and_world(embedded: Embedded, t
     assert [path.name for path in (tmp_path / "run" / "steps").glob("[0-9]")] == ["4"]
     run_module("pretrain", PretrainConfig.model_validate(both))
     rows = losses(tmp_path / "run")
-    assert [row["samples"] for row in rows] == [16, 32, 48, 64, *range(72, 136, 8)]
+    assert [row["samples"] for row in rows] == list(range(16, 16 * 13, 16))
+    single = {**ALIKE, "schedule": {"steps": 12, "batch": 16}, "sharding": {"engine": "torch"}}
+    run_module("pretrain", config(embedded.seed, tmp_path / "single", **single))
+    for ours, other in zip(rows, losses(tmp_path / "single"), strict=True):
+        assert ours["loss"] == pytest.approx(other["loss"], rel=1e-2)
     assert open_artifact(str(tmp_path / "run"), "checkpoint").metrics["resumed_at"] == 4
 
 
@@ -121,11 +133,11 @@ def test_a_step_that_is_no_number_on_one_rank_is_skipped_on_all(
     embedded: Embedded, tmp_path: Path, sharding: dict[str, object]
 ) -> None:
     """Teacher, centers and optimiser stay as they were: the next step starts from the weights of the one before."""
+    ranks = 1 if "engine" in sharding else 2
     changes = {**ALIKE, "objectives": [{**TINY["objectives"][0], "centering": "softmax"}], "sharding": sharding}
-    settings = config(embedded.seed, tmp_path / "run", **changes, schedule={"steps": 6, "micro_batch": 8})
+    settings = config(embedded.seed, tmp_path / "run", **changes, schedule={"steps": 6, "batch": 8 * ranks})
     script = tmp_path / "nan.py"
     script.write_text(_SCRIPT.format(step=3, body="loss = loss * torch.nan"))
-    ranks = 1 if "engine" in sharding else 2
     assert under_torchrun(settings, tmp_path / "job", ranks, script) == 0
     rows = losses(tmp_path / "run")
     assert ["skipped" in row for row in rows] == [False, False, False, True, False, False]
@@ -140,7 +152,7 @@ def test_a_step_that_is_no_number_on_one_rank_is_skipped_on_all(
 
 def test_a_training_that_stays_bad_goes_back_and_on_with_other_samples(embedded: Embedded, tmp_path: Path) -> None:
     guards = {"max_skips": 2, "max_rewinds": 1}
-    changes = {**ALIKE, "guards": guards, "sharding": {"engine": "torch"}, "schedule": {"steps": 12, "micro_batch": 8}}
+    changes = {**ALIKE, "guards": guards, "sharding": {"engine": "torch"}, "schedule": {"steps": 12, "batch": 8}}
     script = tmp_path / "bad.py"
     # Samples of the seventh to ninth step are bad, wherever they come.
     body = "loss = loss * (torch.nan if ({low} <= int(batch.positions[0]) < {high}) else 1)"
@@ -160,11 +172,32 @@ def test_a_training_that_stays_bad_goes_back_and_on_with_other_samples(embedded:
     assert "2 steps in a row were skipped, after 1 times back" in report
 
 
+def test_a_rank_that_hangs_ends_the_job_by_name(embedded: Embedded, tmp_path: Path) -> None:
+    changes = {**ALIKE, "runtime": {"workers": 0, "stall_seconds": 5}, "schedule": {"steps": 12, "batch": 16}}
+    script = tmp_path / "hangs.py"
+    script.write_text(_SCRIPT.format(step=3, body="__import__('time').sleep(1000)"))
+    started = time.monotonic()
+    ended = run_torchrun(config(embedded.seed, tmp_path / "run", **changes), tmp_path / "job", 2, script)
+    assert ended.returncode != 0
+    assert "fovea: rank 1 (step 3: forward) has not come along for 5 s; the others wait for it" in ended.stderr
+    assert time.monotonic() - started < 90
+
+
+def test_a_rank_that_dies_ends_the_job_by_name(embedded: Embedded, tmp_path: Path) -> None:
+    script = tmp_path / "dies.py"
+    script.write_text(_SCRIPT.format(step=3, body="os.kill(os.getpid(), 9)"))
+    settings = config(embedded.seed, tmp_path / "run", **ALIKE, schedule={"steps": 12, "batch": 16})
+    ended = run_torchrun(settings, tmp_path / "job", 2, script)
+    assert ended.returncode != 0
+    assert "local_rank: 1" in ended.stderr
+    assert "exitcode: -9" in ended.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_preempted_run_saves_its_state_and_ends_as_the_uninterrupted_one(
     embedded: Embedded, tmp_path: Path, number: signal.Signals
 ) -> None:
-    changes = {"runtime": {"workers": 2, "checkpoint_every": 1000}, "schedule": {"steps": 40, "micro_batch": 8}}
+    changes = {"runtime": {"workers": 2, "checkpoint_every": 1000}, "schedule": {"steps": 40, "batch": 8}}
     run_module("pretrain", config(embedded.seed, tmp_path / "whole", **changes, sharding={"engine": "torch"}))
     settings = config(embedded.seed, tmp_path / "run", **changes, sharding={"engine": "torch"})
     job = tmp_path / "job"

@@ -42,10 +42,10 @@ TINY = {
     },
     "objectives": [{"kind": "dino", "head": HEAD}, {"kind": "ibot", "head": HEAD}, {"kind": "koleo"}],
     "views": {"globals": {"size": 32}, "locals": {"size": 16}, "local_count": 2},
-    "schedule": {"steps": 12, "micro_batch": 8, "accumulation": 2},
+    "schedule": {"steps": 12, "batch": 16},
     "optimizer": {"base_lr": 2e-2, "warmup_steps": 2, "layer_decay": 0.9, "freeze_last_layer_steps": 2},
     "teacher": {"momentum": [0.9, 1.0], "temperature": [0.06, 0.07]},
-    "runtime": {"workers": 2, "checkpoint_every": 3},
+    "runtime": {"workers": 2, "checkpoint_every": 3, "micro_batch": 8},
 }
 
 
@@ -102,7 +102,7 @@ def test_every_objective_trains_sharded_as_plainly(tmp_path: Path) -> None:
     changes = {
         "objectives": EVERY_KIND,
         "views": {**TINY["views"], "plain_size": 64},
-        "schedule": {"steps": 4, "micro_batch": 8},
+        "schedule": {"steps": 4, "batch": 8},
     }
     run_module("pretrain", config(corpus, tmp_path / "plain", **changes, sharding={"engine": "torch"}))
     run_module("pretrain", config(corpus, tmp_path / "sharded", **changes, sharding={"zero_stage": 3}))
@@ -145,7 +145,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one_bit_for_bit(
 
 @pytest.mark.multiprocess
 def test_a_trainer_dies_with_the_process_that_started_it(embedded: Embedded, tmp_path: Path) -> None:
-    long = config(embedded.seed, tmp_path / "run", schedule={"steps": 100_000, "micro_batch": 8})
+    long = config(embedded.seed, tmp_path / "run", schedule={"steps": 100_000, "batch": 8})
     (tmp_path / "long.json").write_text(long.model_dump_json())
     script = (
         "from infra.launch import run_module; from pretrain.config import PretrainConfig\n"
@@ -192,7 +192,7 @@ def test_the_teacher_moves_by_the_momentum() -> None:
     for parameter in learner.student.parameters():
         parameter.data.add_(1.0)
     before = {name: value.clone() for name, value in learner.teacher.state_dict().items()}
-    plain = TorchEngine(learner, torch.optim.AdamW(learner.student.parameters()), settings.optimizer, settings.schedule)
+    plain = TorchEngine(learner, torch.optim.AdamW(learner.student.parameters()))
     plain.follow(learner.averages(), 0.9)
     for name, value in learner.teacher.state_dict().items():
         torch.testing.assert_close(value, before[name] + 0.1)
@@ -206,19 +206,19 @@ def test_schedules_are_dinov2s() -> None:
         {
             "corpora": ["x"],
             "out": "y",
-            "schedule": {"steps": 125_000},
+            "schedule": {"steps": 125_000, "batch": 2048},
             "optimizer": {"base_lr": 4e-3, "warmup_steps": 12_500},
             "teacher": {"temperature_warmup_steps": 37_500},
         }
     )
-    assert schedules.at(settings, 0, 2048).lr == 0
-    assert schedules.at(settings, 12_500, 2048).lr == pytest.approx(5.657e-3, rel=1e-3)
-    assert schedules.at(settings, 125_000, 2048).lr == pytest.approx(1e-6)
-    middle = schedules.at(settings, 62_500, 2048)
+    assert schedules.at(settings, 0).lr == 0
+    assert schedules.at(settings, 12_500).lr == pytest.approx(5.657e-3, rel=1e-3)
+    assert schedules.at(settings, 125_000).lr == pytest.approx(1e-6)
+    middle = schedules.at(settings, 62_500)
     assert middle.weight_decay == pytest.approx(0.22)
     assert middle.momentum == pytest.approx(0.996)
-    assert schedules.at(settings, 18_750, 2048).temperature == pytest.approx(0.055)
-    assert schedules.at(settings, 40_000, 2048).temperature == pytest.approx(0.07)
+    assert schedules.at(settings, 18_750).temperature == pytest.approx(0.055)
+    assert schedules.at(settings, 40_000).temperature == pytest.approx(0.07)
 
 
 def test_parameter_groups_follow_dinov2() -> None:
@@ -278,7 +278,7 @@ def test_a_high_resolution_phase_starts_from_the_end_of_another(
     larger = {
         "model": {**TINY["model"], "image_size": 48},
         "views": {**TINY["views"], "globals": {"size": 48}},
-        "schedule": {"steps": 2, "micro_batch": 8},
+        "schedule": {"steps": 2, "batch": 8},
         "optimizer": {"base_lr": 1e-6},
         "sharding": {"engine": "torch"},
     }
@@ -307,7 +307,7 @@ def test_bad_samples_are_counted_and_too_many_stop_the_run(tmp_path: Path) -> No
     for name in ("torn", "broken"):
         (folder / f"{name}.png").write_bytes(encoded(picture(99))[:-40])
     corpus = ingested(folder, tmp_path / "corpus", check="header").artifact.url
-    changes = {"schedule": {"steps": 4, "micro_batch": 8, "accumulation": 2}, "sharding": {"engine": "torch"}}
+    changes = {"schedule": {"steps": 4, "batch": 16}, "sharding": {"engine": "torch"}}
     run_module("pretrain", config(corpus, tmp_path / "run", **changes))
     rows = losses(tmp_path / "run")
     assert [row["samples"] for row in rows] == [16, 32, 48, 64]

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import Optimizer, Schedule, Sharding
+from pretrain.config import Optimizer, Sharding
 
 Moment = Literal["exp_avg", "exp_avg_sq"]
 MOMENTS: tuple[Moment, ...] = ("exp_avg", "exp_avg_sq")
@@ -68,9 +68,19 @@ class Engine(Protocol):
 
 
 def build(
-    module: nn.Module, groups: list[dict[str, Any]], optimizer: Optimizer, schedule: Schedule, sharding: Sharding
+    module: nn.Module,
+    groups: list[dict[str, Any]],
+    optimizer: Optimizer,
+    sharding: Sharding,
+    spread: tuple[int, int],
 ) -> Engine:
-    """The engine the settings ask for, on this rank's device."""
+    """The engine the settings ask for, on this rank's device.
+
+    Args:
+        module: what is trained.
+        groups: AdamW's groups of its parameters.
+        spread: the micro-batch of a rank, and micro-batches a step.
+    """
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     )
@@ -79,10 +89,10 @@ def build(
     if sharding.engine == "torch":
         from pretrain.sharding.plain import TorchEngine
 
-        return TorchEngine(module, adamw, optimizer, schedule, device)
+        return TorchEngine(module, adamw, optimizer.clip, spread[1], device)
     from pretrain.sharding.zero import ZeroEngine
 
-    return ZeroEngine(module, adamw, optimizer, schedule, sharding, device)
+    return ZeroEngine(module, adamw, optimizer.clip, sharding.zero_stage, spread, device)
 
 
 def parameter_pairs(pairs: Pairs) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from infra.errors import UserError
-from pretrain.config import Optimizer, Schedule
 from pretrain.ranks import world
 from pretrain.sharding.base import Moment, Pairs, Stepped, adamw_state, lerp, parameter_pairs
 
@@ -22,14 +21,14 @@ class TorchEngine:
         self,
         module: nn.Module,
         adamw: torch.optim.Optimizer,
-        optimizer: Optimizer,
-        schedule: Schedule,
+        clip: float | None = None,
+        accumulation: int = 1,
         device: torch.device | None = None,
     ) -> None:
         if world()[1] > 1:
             raise UserError("sharding.engine: torch runs in one process; choose deepspeed for several ranks")
         self.module, self.optimizer, self.device = module, adamw, device or torch.device("cpu")
-        self.clip, self.accumulation = optimizer.clip, schedule.accumulation
+        self.clip, self.accumulation = clip, accumulation
         self._micro_steps = 0
 
     def forward(self, *args: Any) -> Any:

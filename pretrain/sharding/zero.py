@@ -12,12 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from pretrain.config import Optimizer, Schedule, Sharding
 from pretrain.models.blocks import Block
-from pretrain.ranks import world
+from pretrain.ranks import join
 from pretrain.sharding.base import Moment, Pairs, Stepped, adamw_state, lerp, parameter_pairs
 from pretrain.sharding.plain import clipped, optimizer_steps
 
@@ -29,17 +27,15 @@ class ZeroEngine:
         self,
         module: nn.Module,
         adamw: torch.optim.Optimizer,
-        optimizer: Optimizer,
-        schedule: Schedule,
-        sharding: Sharding,
+        clip: float | None,
+        stage: int,
+        spread: tuple[int, int],
         device: torch.device,
     ) -> None:
         deepspeed = _import_deepspeed(device)
-        _join_process_group(device)
-        self.device, self.stage, self.clip = device, sharding.zero_stage, optimizer.clip
-        self.engine, *_ = deepspeed.initialize(
-            model=module, optimizer=adamw, config=_settings(optimizer, schedule, sharding)
-        )
+        join(device)
+        self.device, self.stage, self.clip = device, stage, clip
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=_settings(clip, stage, spread))
         self.module: nn.Module = self.engine.module
         if self.stage == 3:
             _gather_blocks(deepspeed, module)
@@ -149,15 +145,15 @@ class ZeroEngine:
         return optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
 
 
-def _settings(optimizer: Optimizer, schedule: Schedule, sharding: Sharding) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": sharding.zero_stage}
-    if sharding.zero_stage == 3:
+def _settings(clip: float | None, stage: int, spread: tuple[int, int]) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": stage}
+    if stage == 3:
         # Small parameters that stayed whole would not see what is written to their shards.
         zero |= {"stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}
     return {
-        "train_micro_batch_size_per_gpu": schedule.micro_batch,
-        "gradient_accumulation_steps": schedule.accumulation,
-        "gradient_clipping": (optimizer.clip or 0.0) if sharding.zero_stage else 0.0,
+        "train_micro_batch_size_per_gpu": spread[0],
+        "gradient_accumulation_steps": spread[1],
+        "gradient_clipping": (clip or 0.0) if stage else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 60,
@@ -185,18 +181,3 @@ def _import_deepspeed(device: torch.device) -> Any:
         # Building this op takes minutes and serves only tensor parallelism.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def _join_process_group(device: torch.device) -> None:
-    """Join the launcher's process group, or make one of this process alone."""
-    if dist.is_initialized():
-        return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world()[1] > 1:
-        dist.init_process_group(backend)
-    else:
-        os.environ.setdefault("LOCAL_RANK", "0")
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
