@@ -44,7 +44,7 @@ SETTINGS = PretrainSettings.model_validate(
 )
 
 
-def _batch() -> Batch:
+def batch_of_noise() -> Batch:
     rng = np.random.default_rng(0)
     sizes = ((2 * IMAGES, 224), (LOCALS * IMAGES, 96))
     crops = [torch.from_numpy(rng.integers(0, 256, (n, 3, side, side), dtype=np.uint8)) for n, side in sizes]
@@ -120,7 +120,7 @@ def lightlys(batch: Batch) -> Callable[[], None]:
 def _peak(which: str, answer: Any) -> None:
     """In a process of its own: MB by which a step raises the resident memory above what the model itself takes."""
     torch.set_num_threads(1)
-    batch = _batch()
+    batch = batch_of_noise()
     if which == "lightly":
         step = lightlys(batch)
     else:
@@ -146,7 +146,7 @@ def peak_megabytes(which: str) -> float:
 
 def measure() -> list[Row]:
     torch.set_num_threads(1)
-    learner, batch = build_learner(SETTINGS).train(), _batch()
+    learner, batch = build_learner(SETTINGS).train(), batch_of_noise()
     learner.begin_step(0)
     plain, full = (counted(learner, batch, checkpointing) for checkpointing in ("none", "full"))
     rows = [

@@ -155,7 +155,8 @@ def report(file: File = None, /, *, config: Annotated[ReportConfig, Flags]) -> N
 
 
 def _made(artifact: Artifact) -> None:
-    print(artifact.url)
+    if os.environ.get("RANK", "0") == "0":  # of several ranks of a training one says it
+        print(artifact.url)
 
 
 _CONFIGS: dict[str, type[Config]] = {

@@ -15,12 +15,14 @@ _LINE_SECONDS = 60  # between lines in a log file
 
 
 @contextlib.contextmanager
-def progress(title: str, total: int | None, done: int = 0) -> Iterator[Advance]:
+def progress(title: str, total: int | None, done: int = 0, shown: bool = True) -> Iterator[Advance]:
     """Show the progress of one stage.
 
-    Yields a function `advance(count=1, note="")`; the note (losses, say) stands behind the bar.
+    Yields a function `advance(count=1, note="")`; the note (losses, say) stands behind the bar. Of several ranks only
+    one should have it `shown`.
     """
     console = Console(file=sys.stderr)
+    lines = shown and not console.is_terminal
     started = time.monotonic()
     bar = Progress(
         TextColumn("[bold]{task.description:<22}"),
@@ -30,7 +32,7 @@ def progress(title: str, total: int | None, done: int = 0) -> Iterator[Advance]:
         TimeRemainingColumn(),
         TextColumn("[dim]{task.fields[note]}"),
         console=console,
-        disable=not console.is_terminal,
+        disable=not (console.is_terminal and shown),
     )
     completed = done
     last_note = ""
@@ -41,7 +43,7 @@ def progress(title: str, total: int | None, done: int = 0) -> Iterator[Advance]:
         completed += count
         last_note = note or last_note
         bar.update(task, advance=count, note=last_note)
-        if not console.is_terminal and time.monotonic() - last_line > _LINE_SECONDS:
+        if lines and time.monotonic() - last_line > _LINE_SECONDS:
             last_line = time.monotonic()
             of = "" if total is None else f" of {total}"
             print(f"{title}: {completed}{of} {last_note}".rstrip(), file=sys.stderr, flush=True)
@@ -49,6 +51,6 @@ def progress(title: str, total: int | None, done: int = 0) -> Iterator[Advance]:
     with bar:
         task = bar.add_task(title, total=total, completed=done, note="")
         yield advance
-    if not console.is_terminal:
+    if lines:
         seconds = time.monotonic() - started
         print(f"{title}: {completed} in {seconds:.1f} s {last_note}".rstrip(), file=sys.stderr, flush=True)

@@ -85,7 +85,8 @@ class Training:
         begun = self.seen
         self.learner.train()
         steps = self.settings.schedule.steps
-        with progress(self.title, steps, done=first) as advance, self.preemption.listening(), self._watched():
+        shown = self.rank == 0
+        with progress(self.title, steps, first, shown) as advance, self.preemption.listening(), self._watched():
             step = first
             while step < steps:
                 source = batches(self.dataset, self._place(step), self.settings.runtime.workers)
