@@ -50,7 +50,9 @@ class Optimizer(Config):
     eps: float = Field(1e-8, gt=0)
     """AdamW's guard of the division."""
     clip: float | None = Field(3.0, gt=0)
-    """Largest norm of the whole gradient; null: any."""
+    """Largest norm of a gradient; null: any."""
+    clip_of: Literal["all", "parts"] = "all"
+    """Whose norm: the whole gradient's, or each of backbone and heads by itself, as DINOv2 does."""
     layer_decay: float = Field(1.0, gt=0, le=1)
     """Factor of the learning rate from each block to the one before it."""
     patch_embed_lr: float = Field(0.2, gt=0)

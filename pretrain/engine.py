@@ -28,7 +28,7 @@ from pretrain.guards import SKIPPED, Preemption
 from pretrain.learner import Learner
 from pretrain.ranks import all_reduce_mean, all_reduce_sum, barrier, several_ranks, shared_store, world
 from pretrain.sharding import base, state
-from pretrain.sharding.base import Stepped
+from pretrain.sharding.base import CLIPPED_WITH, Stepped
 from pretrain.telemetry import METRICS, UNUSABLE_PREFIX
 from pretrain.watch import Watch
 
@@ -300,22 +300,29 @@ def parameter_groups(learner: Learner, settings: PretrainSettings) -> list[dict[
         for layer in objective.last_layers()
         for parameter in layer.parameters()
     }
-    groups: dict[schedules.Multipliers, list[torch.nn.Parameter]] = {}
+    groups: dict[tuple[str, schedules.Multipliers], list[torch.nn.Parameter]] = {}
     for name, parameter in learner.named_parameters():
         if parameter.requires_grad:
             key = schedules.multipliers(
                 name, parameter.ndim, settings.optimizer, settings.model, id(parameter) in last_layers
             )
-            groups.setdefault(key, []).append(parameter)
+            part = _part(name) if settings.optimizer.clip_of == "parts" else ""
+            groups.setdefault((part, key), []).append(parameter)
     return [
         {
             "params": parameters,
             "lr_multiplier": key.lr,
             "weight_decay_multiplier": key.weight_decay,
             "last_layer": key.last_layer,
+            CLIPPED_WITH: part,
         }
-        for key, parameters in groups.items()
+        for (part, key), parameters in groups.items()
     ]
+
+
+def _part(name: str) -> str:
+    """The backbone or the objective that a parameter belongs to."""
+    return ".".join(name.split(".")[: 2 if name.startswith("objectives.") else 1])
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:

@@ -24,7 +24,8 @@ from pretrain import schedules
 from pretrain.checkpoints import WEIGHTS, Checkpoint
 from pretrain.config import PretrainConfig, PretrainSettings
 from pretrain.engine import parameter_groups
-from pretrain.sharding.plain import TorchEngine
+from pretrain.sharding.base import clip
+from pretrain.sharding.plain import TorchEngine, gradients
 from pretrain.telemetry import METRICS
 from pretrain.train import build_learner, view_dataset
 from tests.conftest import Embedded, encoded, image_folder, ingested, picture
@@ -236,6 +237,31 @@ def test_parameter_groups_follow_dinov2() -> None:
     assert found["student.norm.weight"] == (1, 0)
     assert found["objectives.dino.head.mlp.0.weight"] == (1, 1)
     assert not any(name.startswith("teacher.") or "teacher_head" in name for name in found)
+
+
+@pytest.mark.parametrize("clip_of", ["all", "parts"])
+def test_gradients_are_clipped_as_torch_does(clip_of: str) -> None:
+    """By one norm, or backbone and head each by its own."""
+    changes = {"optimizer": {"clip_of": clip_of}, "objectives": TINY["objectives"][:1]}
+    settings = PretrainConfig.model_validate({**TINY, **changes, "corpora": ["x"], "out": "y"})
+    learner = build_learner(settings)
+    torch.manual_seed(0)
+    trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.randn_like(parameter)
+    expected = [parameter.grad.clone() for parameter in trained]
+    groups = parameter_groups(learner, settings)
+    stepped = clip(gradients(groups), 2.0, lambda squares: squares)
+    ours = [parameter.grad for parameter in trained]
+    for parameter, gradient in zip(trained, expected, strict=True):
+        parameter.grad = gradient
+    assert stepped.gradient_norm == pytest.approx(float(torch.nn.utils.get_total_norm(expected)), rel=1e-5)
+    backbone = {id(parameter) for parameter in learner.student.parameters()}
+    parts = [[p for p in trained if id(p) in backbone], [p for p in trained if id(p) not in backbone]]
+    for part in parts if clip_of == "parts" else [trained]:
+        torch.nn.utils.clip_grad_norm_(part, 2.0)
+    for mine, parameter in zip(ours, trained, strict=True):
+        torch.testing.assert_close(mine, parameter.grad)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from pretrain.config import Optimizer, Sharding
 
 Moment = Literal["exp_avg", "exp_avg_sq"]
+CLIPPED_WITH = "clipped_with"
+"""Key of a parameter group: groups that share its value have their gradients clipped by their common norm."""
 MOMENTS: tuple[Moment, ...] = ("exp_avg", "exp_avg_sq")
 Pairs = Iterable[tuple[nn.Module, nn.Module]]
 
@@ -105,6 +108,25 @@ def lerp(sources: list[Tensor], averages: list[Tensor], momentum: float) -> None
     """Move tensors towards others, in place."""
     if sources:
         torch._foreach_lerp_(averages, sources, 1 - momentum)
+
+
+def clip(gradients: dict[str, list[Tensor]], largest: float | None, total: Callable[[Tensor], Tensor]) -> Stepped:
+    """Bring the norm of each part's gradients down to `largest`; norms that are no finite numbers change nothing.
+
+    Args:
+        gradients: what this rank has of them, by part.
+        largest: the largest norm; None: any.
+        total: adds up over the ranks that have other pieces, float32 `[parts]`.
+    """
+    norms = [torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces))) for pieces in gradients.values()]
+    squares = total(torch.stack(norms).square())
+    whole = float(squares.sum().sqrt())
+    if not math.isfinite(whole):
+        return Stepped(False, whole)
+    for pieces, norm in zip(gradients.values(), squares.sqrt(), strict=True):
+        if largest is not None:
+            torch._foreach_mul_(pieces, (largest / (norm + 1e-6)).clamp(max=1.0))
+    return Stepped(True, whole)
 
 
 def adamw_state(like: Tensor, steps: int) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from infra.errors import UserError
 from pretrain.ranks import world
-from pretrain.sharding.base import Moment, Pairs, Stepped, adamw_state, lerp, parameter_pairs
+from pretrain.sharding.base import CLIPPED_WITH, Moment, Pairs, Stepped, adamw_state, clip, lerp, parameter_pairs
 
 
 class TorchEngine:
@@ -21,14 +20,14 @@ class TorchEngine:
         self,
         module: nn.Module,
         adamw: torch.optim.Optimizer,
-        clip: float | None = None,
+        largest_norm: float | None = None,
         accumulation: int = 1,
         device: torch.device | None = None,
     ) -> None:
         if world()[1] > 1:
             raise UserError("sharding.engine: torch runs in one process; choose deepspeed for several ranks")
         self.module, self.optimizer, self.device = module, adamw, device or torch.device("cpu")
-        self.clip, self.accumulation = clip, accumulation
+        self.largest_norm, self.accumulation = largest_norm, accumulation
         self._micro_steps = 0
 
     def forward(self, *args: Any) -> Any:
@@ -41,14 +40,11 @@ class TorchEngine:
         self._micro_steps += 1
         if self._micro_steps % self.accumulation:
             return None
-        stepped = clipped(self._trained(), self.clip)
+        stepped = clip(gradients(self.optimizer.param_groups), self.largest_norm, lambda squares: squares)
         if stepped.applied:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return stepped
-
-    def _trained(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
@@ -77,14 +73,13 @@ class TorchEngine:
             self.optimizer.state[parameter] = adamw_state(parameter, optimizer_steps)
 
 
-def clipped(parameters: list[nn.Parameter], clip: float | None) -> Stepped:
-    """Bring the norm of gradients down to `clip`; a norm that is no finite number leaves them as they are."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    applied = math.isfinite(float(norm))
-    if applied and clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-    return Stepped(applied, float(norm))
+def gradients(groups: list[dict[str, Any]]) -> dict[str, list[Tensor]]:
+    """Whole gradients of parameter groups, by the part they are clipped with."""
+    found: dict[str, list[Tensor]] = {}
+    for group in groups:
+        pieces = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+        found.setdefault(group.get(CLIPPED_WITH, ""), []).extend(pieces)
+    return {part: pieces for part, pieces in found.items() if pieces}
 
 
 def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.models.blocks import Block
-from pretrain.ranks import join
-from pretrain.sharding.base import Moment, Pairs, Stepped, adamw_state, lerp, parameter_pairs
-from pretrain.sharding.plain import clipped, optimizer_steps
+from pretrain.ranks import all_reduce_sum, join
+from pretrain.sharding.base import CLIPPED_WITH, Moment, Pairs, Stepped, adamw_state, clip, lerp, parameter_pairs
+from pretrain.sharding.plain import gradients, optimizer_steps
 
 
 class ZeroEngine:
@@ -27,15 +27,15 @@ class ZeroEngine:
         self,
         module: nn.Module,
         adamw: torch.optim.Optimizer,
-        clip: float | None,
+        largest_norm: float | None,
         stage: int,
         spread: tuple[int, int],
         device: torch.device,
     ) -> None:
         deepspeed = _import_deepspeed(device)
         join(device)
-        self.device, self.stage, self.clip = device, stage, clip
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=_settings(clip, stage, spread))
+        self.device, self.stage, self.largest_norm = device, stage, largest_norm
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=_settings(stage, spread))
         self.module: nn.Module = self.engine.module
         if self.stage == 3:
             _gather_blocks(deepspeed, module)
@@ -49,22 +49,36 @@ class ZeroEngine:
         self.engine.backward(loss)
 
     def step(self) -> Stepped | None:
-        boundary = self.engine.is_gradient_accumulation_boundary()
-        stepped = self._guarded() if boundary and self.stage == 0 else None
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
+            return None
+        stepped = self._clipped()
         self.engine.step()
-        if boundary and stepped is None:
-            norm = self.engine.get_global_grad_norm()
-            stepped = Stepped(not self.engine.optimizer.overflow, float(norm if norm is not None else torch.nan))
+        if self.stage and stepped.applied == self.engine.optimizer.overflow:
+            raise AssertionError(
+                f"DeepSpeed's overflow is {self.engine.optimizer.overflow}, ours {not stepped.applied}"
+            )
         return stepped
 
-    def _guarded(self) -> Stepped:
-        """Clip as plain torch does, and take gradients away that are no numbers: stage 0 would step on them."""
-        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        stepped = clipped(trained, self.clip)
+    @torch.no_grad()
+    def _clipped(self) -> Stepped:
+        """Clip what is about to be stepped on. Where it is no number, stages 1 to 3 see that by themselves."""
+        if self.stage:
+            return clip(self._pieces(), self.largest_norm, all_reduce_sum)
+        stepped = clip(gradients(self.parameter_groups()), self.largest_norm, lambda squares: squares)
         if not stepped.applied:
-            for parameter in trained:
+            for parameter in self.module.parameters():
                 parameter.grad = None
         return stepped
+
+    def _pieces(self) -> dict[str, list[Tensor]]:
+        """This rank's pieces of the averaged gradients, by the part they are clipped with."""
+        optimizer, groups = self.engine.optimizer, self.parameter_groups()
+        found: dict[str, list[Tensor]] = {}
+        for number, pieces in optimizer.averaged_gradients.items():
+            group = groups[optimizer.sub_group_to_group_id[number] if self.stage == 3 else number]
+            found.setdefault(group[CLIPPED_WITH], []).extend(pieces)
+        return dict(sorted(found.items()))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return self.engine.optimizer.param_groups
@@ -145,7 +159,7 @@ class ZeroEngine:
         return optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
 
 
-def _settings(clip: float | None, stage: int, spread: tuple[int, int]) -> dict[str, Any]:
+def _settings(stage: int, spread: tuple[int, int]) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage}
     if stage == 3:
         # Small parameters that stayed whole would not see what is written to their shards.
@@ -153,7 +167,7 @@ def _settings(clip: float | None, stage: int, spread: tuple[int, int]) -> dict[s
     return {
         "train_micro_batch_size_per_gpu": spread[0],
         "gradient_accumulation_steps": spread[1],
-        "gradient_clipping": (clip or 0.0) if stage else 0.0,
+        "gradient_clipping": 0.0,  # ours
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 60,
