@@ -33,7 +33,7 @@ def save(engine: Engine, directory: Path) -> None:
         filled[owner] += tensor.nbytes
         places[name] = owner
         if owner == rank:
-            mine[name] = tensor.detach().to("cpu", copy=True).contiguous()
+            mine[name] = tensor.detach().cpu().contiguous()
     save_file(mine, directory / _part(rank))
     if rank == 0:
         (directory / _INDEX).write_text(json.dumps({"optimizer_steps": engine.optimizer_steps, "places": places}))
@@ -74,7 +74,7 @@ def weights(engine: Engine) -> dict[str, Tensor]:
     found = {}
     for name, tensor in _values(engine):
         if world()[0] == 0:
-            found[name] = tensor.detach().to("cpu", copy=True).contiguous()
+            found[name] = tensor.detach().cpu().contiguous()
     return found
 
 
