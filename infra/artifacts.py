@@ -8,11 +8,12 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -216,7 +217,7 @@ def produce(plan: Plan, out: str, write: Callable[[Path], Mapping[str, Any]], ke
     work = work_directory(plan, out)
     with _claimed(work, plan):
         found = find(url)  # another process may have finished it between the first look and the lock
-        if found is not None:
+        if found is not None and found.id == plan.id:
             (work / _MARK).unlink(missing_ok=True)
             return found
         if not keep_work:
@@ -236,6 +237,7 @@ def work_directory(plan: Plan, out: str) -> Path:
 
 
 _MARK = ".unfinished"
+_LOCK_SECONDS = 10
 
 
 @contextlib.contextmanager
@@ -251,17 +253,27 @@ def _claimed(work: Path, plan: Plan) -> Iterator[None]:
     if any(work.iterdir()) and not (work / _MARK).exists() and not (work / MANIFEST).exists():
         raise UserError(f"{work}: not empty and not written by Fovea; choose another --out")
     with (work / _MARK).open("a+") as mark:
-        try:
-            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{work}: another process is making this artifact; wait for it or stop it") from None
+        _lock(mark, work)
         mark.seek(0)
         if mark.read() != plan.id and not (work / MANIFEST).exists():
+            mark.truncate(0)  # first: half of it gone, it is nobody's
+            mark.flush()
             _discard_debris(work)
-            mark.truncate(0)
             mark.write(plan.id)
             mark.flush()
         yield
+
+
+def _lock(mark: IO[str], work: Path) -> None:
+    """Lock a directory's mark; loader processes of a trainer that was killed may hold it for some seconds more."""
+    for attempt in range(_LOCK_SECONDS):
+        try:
+            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if attempt + 1 < _LOCK_SECONDS:
+                time.sleep(1)
+    raise UserError(f"{work}: another process is making this artifact; wait for it or stop it")
 
 
 def _discard_debris(work: Path) -> None:
@@ -291,15 +303,15 @@ def _commit(plan: Plan, url: str, work: Path, metrics: Mapping[str, Any]) -> Art
     )
     for path, file in zip(paths, files, strict=True):
         if storage.is_local(url):
-            _flush(path)
+            flush(path)
         else:
             storage.upload(path, storage.join(url, file.path))
     storage.write_atomic(storage.join(url, MANIFEST), manifest.model_dump_json(indent=2, by_alias=True).encode())
     return Artifact(url, manifest)
 
 
-def _flush(path: Path) -> None:
-    """Bring a file's content to the disk, so that a manifest never outlives in a power cut what it names."""
+def flush(path: Path) -> None:
+    """Bring a file or folder to the disk, so that nothing outlives in a power cut what it stands on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

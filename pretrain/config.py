@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -262,6 +262,10 @@ BackboneConfig = Annotated[
 ]
 
 
+_PLACES = ("corpora", "start", "teacher_checkpoint", "out")  # inputs are known by their ids
+
+
 def decisive(config: Config) -> dict[str, object]:
-    """The settings that decide a stage's result: all but where it reads, where it writes and how fast it goes."""
-    return config.model_dump(mode="json", exclude={"corpora", "start", "teacher_checkpoint", "out", "runtime"})
+    """The settings that decide a stage's result: all but where it reads, where it writes and how it is carried out."""
+    how: dict[str, Any] = dict.fromkeys([*_PLACES, "runtime", "guards"], True)
+    return config.model_dump(mode="json", exclude=how | {"sharding": {"engine", "zero_stage"}})

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from infra import storage
+from infra.artifacts import flush
 from infra.errors import Preempted, UserError
 from infra.progress import progress
 from pretrain import guards, schedules, telemetry
@@ -51,6 +52,8 @@ class Trained:
     resumed_at: int
     unusable: dict[str, int]
     """Samples that were passed over, by reason."""
+    skipped: int
+    """Steps that were skipped."""
     rewinds: int
     """Times it went back to a checkpoint."""
 
@@ -70,7 +73,8 @@ class Training:
         self.engine = base.build(learner, groups, settings.optimizer, settings.sharding, spread)
         self.preemption = Preemption()
         self.metrics: list[dict[str, float]] = []
-        self.seen = self.rewinds = 0
+        self.seen = self.rewinds = self.skipped = 0
+        self.asked = False
         self.unusable: Counter[str] = Counter()
         self.watch: Watch | None = None
 
@@ -93,16 +97,21 @@ class Training:
                 for _ in range(step, steps):
                     advance(note=f"loss {self._step(step, source):.3f}")
                     step += 1
-                    if guards.skipped_in_a_row(self.metrics) >= self.settings.guards.max_skips:
+                    bad = guards.skipped_in_a_row(self.metrics)
+                    if bad >= self.settings.guards.max_skips:
                         step = self._rewind()
                         break
-                    if step < steps and step % self.settings.runtime.checkpoint_every == 0:
+                    due = step % self.settings.runtime.checkpoint_every == 0
+                    if step < steps and ((due and not bad) or self.asked):
                         self._checkpoint(step)
+                    if step < steps and self.asked:
+                        raise Preempted(f"{self.title}: stopped after step {step}, as asked; run again to go on")
         seconds = time.monotonic() - started
         self._finish()
         speed = (self.seen - begun) / max(seconds, 1e-9)
         unusable = dict(sorted(self.unusable.items()))
-        return Trained(state.weights(self.engine), self.metrics, speed, first, unusable, self.rewinds)
+        whole = state.weights(self.engine)
+        return Trained(whole, self.metrics, speed, first, unusable, self.skipped, self.rewinds)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -140,8 +149,7 @@ class Training:
         row = {"step": step, "samples": self.seen, "lr": position.lr, "momentum": position.momentum}
         row |= {"gradient_norm": stepped.gradient_norm} | losses | self._count(facts[:-1])
         self.metrics.append(row if stepped.applied else self._skip(row, places))
-        if facts[-1]:
-            self._preempt(step + 1)
+        self.asked = facts[-1] > 0
         return losses["loss"]
 
     def _micro_batches(
@@ -200,6 +208,7 @@ class Training:
 
     def _skip(self, row: dict[str, float], places: list[int]) -> dict[str, float]:
         """Say which samples a skipped step had on this rank; return its row without what is no number."""
+        self.skipped += 1
         rows = self.dataset.order.rows_at(torch.tensor(places).numpy())
         keys = [self.dataset.samples.key(int(each)) for each in rows]
         _log.warning("%s: step %d is skipped, its loss %s", self.title, row["step"], row["loss"])
@@ -209,8 +218,10 @@ class Training:
 
     def _rewind(self) -> int:
         """Go back to the last checkpoint, and on from there with samples that were not seen; return its step."""
-        seen, rewinds = self.seen, self.rewinds + 1
+        seen, rewinds, skipped = self.seen, self.rewinds + 1, self.skipped
         story = f"{self.title}: {self.settings.guards.max_skips} steps in a row were skipped"
+        if self.rank == 0:
+            telemetry.write(self.work / METRICS, self.metrics)  # what is reported, should this be the end
         if rewinds > self.settings.guards.max_rewinds:
             raise UserError(
                 f"{story}, after {self.rewinds} times back; see metrics.jsonl and skipped-*.jsonl in "
@@ -220,21 +231,11 @@ class Training:
         if step == 0:
             raise UserError(f"{story} before the first checkpoint; lower optimizer.base_lr or checkpoint more often")
         _log.warning("%s; back to step %d, on with other samples", story, step)
-        self.seen, self.rewinds = seen, rewinds
+        self.seen, self.rewinds, self.skipped = seen, rewinds, skipped
         if self.rank == 0:
             self._write_place(self.work / _STEPS / str(step))
         barrier()
         return step
-
-    def _preempt(self, step: int) -> None:
-        """Save the state and end.
-
-        Raises:
-            Preempted: always.
-        """
-        if step < self.settings.schedule.steps:
-            self._checkpoint(step)
-            raise Preempted(f"{self.title}: stopped after step {step}, as asked; run again to go on")
 
     def _checkpoint(self, step: int) -> None:
         """Write all state under a temporary name, then rename: a checkpoint is whole or absent."""
@@ -250,20 +251,29 @@ class Training:
         if self.rank == 0:
             telemetry.write(partial / METRICS, self.metrics)
             self._write_place(partial)
-            shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was rewound
+            for path in partial.iterdir():
+                flush(path)
+            if folder.exists():  # of an attempt that was rewound
+                folder.rename(folder.with_name(f"{step}.old"))
             partial.rename(folder)
+            flush(folder.parent)
             for other in folder.parent.iterdir():
                 if other != folder:
                     shutil.rmtree(other)
         barrier()
 
     def _write_place(self, folder: Path) -> None:
-        place = {"samples": self.seen, "rewinds": self.rewinds}
+        place = {"samples": self.seen, "rewinds": self.rewinds, "skipped": self.skipped}
         storage.write_atomic(str(folder / _PLACE), json.dumps(place).encode())
 
     def _resume(self) -> int:
         """Load the last checkpoint, if there is one; return the next step."""
-        steps = {int(found.name): found for found in (self.work / _STEPS).glob("*") if found.name.isdigit()}
+        folders = (self.work / _STEPS).glob("*")
+        steps = {
+            int(found.stem): found
+            for found in sorted(folders, reverse=True)
+            if found.name.removesuffix(".old").isdigit()
+        }
         if (self.work / TRAINING).exists():
             steps = {self.settings.schedule.steps: self.work / TRAINING}
         if not steps:
@@ -272,7 +282,7 @@ class Training:
         state.load(self.engine, folder)
         self.metrics = telemetry.parse((folder / METRICS).read_text())
         place = json.loads((folder / _PLACE).read_text())
-        self.seen, self.rewinds = place["samples"], place["rewinds"]
+        self.seen, self.rewinds, self.skipped = place["samples"], place["rewinds"], place["skipped"]
         for reason in UNUSABLE:
             self.unusable[reason] = int(sum(row.get(UNUSABLE_PREFIX + reason, 0) for row in self.metrics))
         self.unusable = +self.unusable
@@ -281,7 +291,7 @@ class Training:
     def _finish(self) -> None:
         """Keep the last state as `training`: by renames, so that a kill at any moment loses nothing."""
         steps = self.settings.schedule.steps
-        if not (self.work / TRAINING).exists():
+        if not (self.work / TRAINING).exists() and not (self.work / _STEPS / str(steps)).exists():
             self._checkpoint(steps)
         barrier()
         if self.rank == 0:

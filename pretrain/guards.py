@@ -16,13 +16,16 @@ from pretrain.config import Guards
 SKIPPED = "skipped"
 _WINDOW = 200  # steps whose losses say what is usual
 _FEWEST = 50
+_LASTING = 5  # high losses in a row that are no spike: the level has changed
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def highest_loss(rows: Sequence[Mapping[str, float]], guards: Guards) -> float:
     """The loss above which the next step is skipped, from the steps so far."""
     usual = [row["loss"] for row in rows[-_WINDOW:] if SKIPPED not in row]
-    if guards.spike is None or len(usual) < _FEWEST:
+    high = skipped_in_a_row(rows)
+    lasting = high >= _LASTING and all("loss" in row for row in rows[-high:])
+    if guards.spike is None or len(usual) < _FEWEST or lasting:
         return math.inf
     middle = statistics.median(usual)
     deviation = statistics.fmean(abs(loss - middle) for loss in usual)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
+
+# Longer than one rank needs to write and upload a checkpoint; who hangs in a step is noticed by `pretrain.watch`.
+_PATIENCE = timedelta(hours=4)
 
 
 def world() -> tuple[int, int]:
@@ -24,7 +28,7 @@ def join(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=_PATIENCE)
     else:
         os.environ.setdefault("LOCAL_RANK", "0")
         dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=world_size)  # type: ignore[attr-defined]

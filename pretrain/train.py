@@ -139,7 +139,7 @@ def training_metrics(trained: Trained, dataset: ViewDataset) -> dict[str, Any]:
     return {
         "images": dataset.samples.size,
         "unusable": trained.unusable,
-        "skipped": sum(SKIPPED in row for row in trained.metrics),
+        "skipped": trained.skipped,
         "rewinds": trained.rewinds,
         "steps": len(trained.metrics),
         "parameters": sum(value.numel() for name, value in trained.weights.items() if name.startswith("student.")),

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from torch._C._distributed_c10d import PrefixStore, Store
 
@@ -48,8 +48,9 @@ class Watch:
         try:
             yield
         finally:
-            self.arrive("finishing")
             self._done.set()
+            with suppress(RuntimeError):  # the rank that keeps the store may have gone
+                self.arrive("finishing")
             thread.join()
 
     def _look(self) -> None:

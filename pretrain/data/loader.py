@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -207,7 +208,7 @@ def batches(dataset: ViewDataset, place: Place, workers: int) -> Iterator[Batch]
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
         multiprocessing_context="fork" if workers else None,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # its own: drawing from torch's would shift the stochastic depth of the first step
     )
     for batch in loader:
@@ -216,5 +217,7 @@ def batches(dataset: ViewDataset, place: Place, workers: int) -> Iterator[Batch]
         yield batch
 
 
-def _one_thread(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's handler came along
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -69,6 +69,7 @@ class TorchEngine:
         return optimizer_steps(self.optimizer)
 
     def expect_moments(self, parameters: Sequence[nn.Parameter], optimizer_steps: int) -> None:
+        self.optimizer.state.clear()
         for parameter in parameters:
             self.optimizer.state[parameter] = adamw_state(parameter, optimizer_steps)
 

@@ -53,8 +53,7 @@ def load(engine: Engine, directory: Path) -> None:
     }:
         raise UserError(f"{directory}: holds the state of another model or objectives; choose another --out")
     moved = [name.split("/", 1)[1] for name in places if name.startswith(f"{MOMENTS[0]}/")]
-    if moved:
-        engine.expect_moments([parameters[name] for name in moved], index["optimizer_steps"])
+    engine.expect_moments([parameters[name] for name in moved], index["optimizer_steps"])
     with ExitStack() as stack:
         files = {
             part: stack.enter_context(safe_open(directory / _part(part), framework="pt"))

@@ -64,7 +64,11 @@ class ZeroEngine:
     def _clipped(self) -> Stepped:
         """Clip what is about to be stepped on. Where it is no number, stages 1 to 3 see that by themselves."""
         if self.stage:
-            return clip(self._pieces(), self.largest_norm, all_reduce_sum)
+            pieces = self._pieces()
+            stepped = clip(pieces, self.largest_norm, all_reduce_sum)
+            if not stepped.applied:  # finite gradients whose norm is not, too
+                next(iter(pieces.values()))[0].fill_(torch.nan)
+            return stepped
         stepped = clip(gradients(self.parameter_groups()), self.largest_norm, lambda squares: squares)
         if not stepped.applied:
             for parameter in self.module.parameters():
@@ -146,6 +150,7 @@ class ZeroEngine:
         return optimizer_steps(self._adamw)
 
     def expect_moments(self, parameters: Sequence[nn.Parameter], optimizer_steps: int) -> None:
+        self._adamw.state.clear()
         for tensor in self._optimised(parameters):
             self._adamw.state[tensor] = adamw_state(tensor, optimizer_steps)
         self._linked = False
