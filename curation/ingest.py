@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,8 +39,6 @@ VERSION = 2
 _PLACED = "placed"  # folder of a copying ingest's finished shards' rows, removed at the end
 _ALONE = 8 << 20  # bytes below which starting processes takes longer than reading
 
-T = TypeVar("T")
-
 
 def ingest(config: IngestConfig) -> Artifact:
     """Index a folder or shards; return the corpus artifact.
@@ -59,7 +57,7 @@ def ingest(config: IngestConfig) -> Artifact:
         Scans(cache_directory() / "ingest", settings, uuid.uuid4().hex),
         config.workers or _cores(),
     )
-    facts = work.read([unit for unit in units if work.scans.facts(unit) is None])
+    facts = work.read()
     inputs = {"source": Input(id=work.identity(facts), url=config.source)}
     plan = Plan("corpus", "ingest", VERSION, settings.model_dump(mode="json"), inputs)
     artifact = produce(plan, config.out, lambda directory: work.write(directory, facts), keep_work=True)
@@ -98,9 +96,10 @@ class Work:
         """A hash of names and contents, wherever they lie."""
         return hash_json([[unit.name, facts[unit.name].sha256] for unit in self.units])
 
-    def read(self, units: list[Unit]) -> dict[str, Facts]:
-        """Read some units; return the facts of all, by name."""
+    def read(self) -> dict[str, Facts]:
+        """Read the units that were not read before; return the facts of all, by name."""
         found = {unit.name: facts for unit in self.units if (facts := self.scans.facts(unit)) is not None}
+        units = [unit for unit in self.units if unit.name not in found]
         if not units:
             return found
         with progress("ingest", None, done=sum(facts.images for facts in found.values())) as advance:

@@ -266,9 +266,9 @@ def find_units(url: str, unit_bytes: int) -> list[Unit]:
         raise UserError(f"{url}: holds shards ({inside[0]}) and loose images ({loose[0]}); ingest them apart")
     if not found:
         raise UserError(f"{url}: no files here; give a folder of images or tar shards")
-    files = [_source_file(name, storage.join(url, name), found[name]) for name in (inside or sorted(found))]
+    files = [_source_file(name, storage.join(url, name), found[name]) for name in (inside or found)]
     if inside:
-        return [Unit(file.name, [file]) for file in sorted(files, key=lambda file: file.name)]
+        return [Unit(file.name, [file]) for file in files]
     return [replace(run, classes=not downloaded) for run in _runs(files, unit_bytes)]
 
 

@@ -22,20 +22,17 @@ class ParquetRows:
     """Rows appended to a parquet file, a group at a time."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self.rows = 0
         self._writer = pq.ParquetWriter(path, schema)
         self._schema = schema
         self._waiting: list[Mapping[str, Any]] = []
 
     def add(self, row: Mapping[str, Any]) -> None:
-        self.rows += 1
         self._waiting.append(row)
         if len(self._waiting) == _GROUP:
             self._flush()
 
     def add_table(self, rows: pa.Table) -> None:
         self._flush()
-        self.rows += rows.num_rows
         self._writer.write_table(rows.cast(self._schema), row_group_size=_GROUP)
 
     def _flush(self) -> None:
