@@ -97,7 +97,8 @@ def funnel(artifacts: Mapping[str, Artifact]) -> list[FunnelStep]:
 
 
 def _curves(name: str, artifact: Artifact) -> Chart:
-    rows = [telemetry.losses(row) for row in telemetry.parse(artifact.read_bytes(telemetry.METRICS).decode())]
+    steps = telemetry.parse(artifact.read_bytes(telemetry.METRICS).decode())
+    rows = [telemetry.losses(row) for row in steps if telemetry.SKIPPED not in row]
     picture = charts.losses({term: [row[term] for row in rows] for term in rows[0]})
     metrics = artifact.metrics
     note = f"{metrics['steps']} steps over {metrics['images']} images, {metrics['parameters']:,} parameters."

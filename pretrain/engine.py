@@ -25,12 +25,12 @@ from pretrain import guards, schedules, telemetry
 from pretrain.config import PretrainSettings
 from pretrain.data import order
 from pretrain.data.loader import UNUSABLE, Batch, Place, ViewDataset, batches
-from pretrain.guards import SKIPPED, Preemption
+from pretrain.guards import Preemption
 from pretrain.learner import Learner
 from pretrain.ranks import all_reduce_mean, all_reduce_sum, barrier, several_ranks, shared_store, world
 from pretrain.sharding import base, state
 from pretrain.sharding.base import CLIPPED_WITH, Stepped
-from pretrain.telemetry import METRICS, UNUSABLE_PREFIX
+from pretrain.telemetry import METRICS, SKIPPED, UNUSABLE_PREFIX
 from pretrain.watch import Watch
 
 TRAINING = "training"  # the last state, from which training can go on

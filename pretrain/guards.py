@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pretrain.config import Guards
+from pretrain.telemetry import SKIPPED
 
-SKIPPED = "skipped"
 _WINDOW = 200  # steps whose losses say what is usual
 _FEWEST = 50
 _LASTING = 5  # high losses in a row that are no spike: the level has changed

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 METRICS = "metrics.jsonl"
-_FACTS = ("step", "samples", "lr", "momentum", "gradient_norm", "skipped")
+SKIPPED = "skipped"
+"""Key of the rows of skipped steps, whose losses may be missing."""
+_FACTS = ("step", "samples", "lr", "momentum", "gradient_norm", SKIPPED)
 UNUSABLE_PREFIX = "unusable_"
 
 

@@ -19,7 +19,6 @@ from pretrain.data.loader import ViewDataset
 from pretrain.data.masks import MaskPlan
 from pretrain.data.samples import Part, Samples
 from pretrain.engine import Trained, Training
-from pretrain.guards import SKIPPED
 from pretrain.learner import Learner
 from pretrain.models.execution import Execution
 from pretrain.objectives.build import build as build_objectives
@@ -135,7 +134,7 @@ def build_learner(settings: PretrainSettings) -> Learner:
 
 
 def training_metrics(trained: Trained, dataset: ViewDataset) -> dict[str, Any]:
-    last = next((row for row in reversed(trained.metrics) if SKIPPED not in row), {})
+    last = next((row for row in reversed(trained.metrics) if telemetry.SKIPPED not in row), {})
     return {
         "images": dataset.samples.size,
         "unusable": trained.unusable,
