@@ -53,7 +53,8 @@ def _measured(stage: int | None) -> dict[str, float]:
 
     found = {"step": _seconds(step), "average": _seconds(lambda: engine.follow(learner.averages(), 0.99))}
     with tempfile.TemporaryDirectory() as folder:
-        found["save"] = _seconds(lambda: state.save(engine, Path(folder)), 2)
+        found["save"] = _seconds(lambda: state.write(state.collect(engine), Path(folder)), 2)
+        found["copy"] = _seconds(lambda: state.collect(engine), 2)
         found["load"] = _seconds(lambda: state.load(engine, Path(folder)), 2)
         found["MB"] = sum(path.stat().st_size for path in Path(folder).iterdir()) / 1e6
         if stage is None:
@@ -74,6 +75,7 @@ def measure() -> list[Row]:
     rows = [
         compared("moving average beside its step", plain["average"], plain["step"], "CPU s", target=33),
         compared("checkpoint: save", plain["save"], plain["torch.save"], "CPU s"),
+        compared("checkpoint: the part that training waits for", plain["copy"], plain["torch.save"], "CPU s"),
         compared("checkpoint: load", plain["load"], plain["torch.load"], "CPU s"),
         Row("checkpoint: size", plain["MB"], "MB"),
     ]

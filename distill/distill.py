@@ -32,9 +32,11 @@ def distill(config: DistillConfig) -> Artifact:
 
     def write(directory: Path) -> Mapping[str, Any]:
         dataset = view_dataset(config.corpora, settings)
-        return train("distill", build_learner(settings, teacher), dataset, settings, directory)
+        learner = build_learner(settings, teacher)
+        return train("distill", learner, dataset, settings, directory, planned.resolve(config.out))
 
-    return produce_together(plan(config), config.out, write)
+    planned = plan(config)
+    return produce_together(planned, config.out, write)
 
 
 def plan(config: DistillConfig) -> Plan:

@@ -23,6 +23,7 @@ from infra.errors import UserError
 _S3_OPTIONS: dict[str, Any] = {
     "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 3}}
 }
+_OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3_OPTIONS, "s3a": _S3_OPTIONS, "local": {"auto_mkdir": True}}
 
 ATTEMPTS = 6  # above those of the back ends, which repeat some failures and not others
 _CONNECT_ATTEMPTS = 3  # where nobody answers at all: a wrong address is soon reported
@@ -60,7 +61,7 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if _SECRET.search(url):
         shown = url.split("://")[0] + "://..."
         raise UserError(f"{shown}: the URL holds a credential; leave it to the storage's own chain of credentials")
-    options = _S3_OPTIONS if url.startswith(("s3://", "s3a://")) else {}
+    options = _OPTIONS.get(url.partition("://")[0], {})
     try:
         filesystem, path = url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
@@ -174,6 +175,15 @@ def is_local_folder(url: str) -> bool:
         return is_local(url) and local_path(url).is_dir()
 
 
+def is_folder(url: str) -> bool:
+    """Whether files lie under a URL."""
+    if is_local(url):
+        return is_local_folder(url)
+    files, path = filesystem(url)
+    files.invalidate_cache()
+    return persistently(url, lambda: bool(files.isdir(path)))
+
+
 def list_files(url: str) -> dict[str, dict[str, Any]]:
     """All files under a folder by their path relative to it, sorted, with what fsspec knows of each (`size` at least).
 
@@ -182,12 +192,11 @@ def list_files(url: str) -> dict[str, dict[str, Any]]:
     """
     if is_local_folder(url):
         return dict(sorted(_walk(local_path(url), "", set())))
-    files, path = filesystem(url)
-    files.invalidate_cache()
-    if not persistently(url, lambda: files.isdir(path)):
+    if not is_folder(url):
         if exists(url):
             raise UserError(f"{url}: is a single file; give a folder, or shards (.tar, .tar.gz, .tgz, .tar.zst)")
         raise UserError(f"{url}: not found; check the path or the bucket's name")
+    files, path = filesystem(url)
     root = path.rstrip("/") + "/"
     found = persistently(url, lambda: files.find(path, detail=True))
     return {name.removeprefix(root): info for name, info in sorted(found.items())}
@@ -264,3 +273,17 @@ def download(url: str, local: Path) -> None:
     """Copy the file at a URL to a local path."""
     files, path = filesystem(url)
     persistently(url, lambda: files.get_file(path, str(local)))
+
+
+def remove(url: str) -> None:
+    """Remove a file, or a folder with all that is in it."""
+    files, path = filesystem(url)
+    persistently(url, lambda: files.rm(path, recursive=True))
+    files.invalidate_cache()
+
+
+def modified(url: str) -> float:
+    """When a file was written last, in seconds since the epoch."""
+    files, path = filesystem(url)
+    files.invalidate_cache()
+    return persistently(url, lambda: files.modified(path).timestamp())

@@ -95,6 +95,15 @@ class Guards(Config):
     """Times it may go back before it stops."""
 
 
+class Retention(Config):
+    """Which saved states of a training stay when newer ones have come: the last few, and all young ones."""
+
+    count: int = Field(1, ge=1)
+    """The last states that are kept."""
+    hours: float = Field(0.0, ge=0)
+    """Older ones are kept until this many hours after they were written."""
+
+
 class Runtime(Config):
     """How a run is carried out: no part of what a checkpoint is known by, and free to change when it goes on."""
 
@@ -112,7 +121,9 @@ class Runtime(Config):
     max_unusable: float = Field(0.01, ge=0, le=1)
     """Share of samples that may turn out unusable, each passed over for another one, before the run stops."""
     checkpoint_every: int = Field(200, ge=1)
-    """Steps between checkpoints to resume from."""
+    """Steps between states to resume from; they are written while the training goes on."""
+    keep: Retention = Retention()
+    """Which of these states are kept until the training ends."""
     activation_checkpointing: Checkpointing = "none"
     """What the backward pass computes again to save memory: nothing, all but matrix products and attention, or whole
     blocks."""

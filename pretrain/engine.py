@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from infra import storage
-from infra.artifacts import flush
 from infra.errors import Preempted, UserError
 from infra.progress import progress
 from pretrain import guards, schedules, telemetry
@@ -27,15 +26,14 @@ from pretrain.data import order
 from pretrain.data.loader import UNUSABLE, Batch, Place, ViewDataset, batches
 from pretrain.guards import Preemption
 from pretrain.learner import Learner
-from pretrain.ranks import all_reduce_mean, all_reduce_sum, barrier, several_ranks, shared_store, world
+from pretrain.ranks import all_reduce_mean, all_reduce_sum, from_all_ranks, several_ranks, shared_store, world
+from pretrain.saves import Saves, Tally
 from pretrain.sharding import base, state
 from pretrain.sharding.base import CLIPPED_WITH, Stepped
 from pretrain.telemetry import METRICS, SKIPPED, UNUSABLE_PREFIX
 from pretrain.watch import Watch
 
-TRAINING = "training"  # the last state, from which training can go on
-_STEPS = "steps"
-_PLACE = "place.json"
+_SKIPPED_SAMPLES = "skipped.jsonl"
 _FEW = 1000  # samples in which the share of unusable ones is not yet judged
 
 _log = logging.getLogger(__name__)
@@ -52,20 +50,23 @@ class Trained:
     resumed_at: int
     unusable: dict[str, int]
     """Samples that were passed over, by reason."""
-    skipped: int
-    """Steps that were skipped."""
-    rewinds: int
-    """Times it went back to a checkpoint."""
+    tally: Tally
 
 
 class Training:
-    """One training of a learner, resumable from the last checkpoint in its work directory."""
+    """One training of a learner, resumable from its last saved state.
+
+    Args:
+        work: the local folder in which the checkpoint is made.
+        url: where the checkpoint will be; saved states lie under it.
+    """
 
     def __init__(
-        self, title: str, learner: Learner, dataset: ViewDataset, settings: PretrainSettings, work: Path
+        self, title: str, learner: Learner, dataset: ViewDataset, settings: PretrainSettings, work: Path, url: str
     ) -> None:
         self.title, self.learner, self.settings, self.work = title, learner, settings, work
         self.dataset = dataset
+        self.saves = Saves(work, url, settings.runtime.keep)
         self.rank, self.world_size = world()
         self.micro_batch, self.accumulation = schedules.spread(settings, self.world_size)
         groups = parameter_groups(learner, settings)
@@ -73,7 +74,7 @@ class Training:
         self.engine = base.build(learner, groups, settings.optimizer, settings.sharding, spread)
         self.preemption = Preemption()
         self.metrics: list[dict[str, float]] = []
-        self.seen = self.rewinds = self.skipped = 0
+        self.tally = Tally()
         self.asked = False
         self.unusable: Counter[str] = Counter()
         self.watch: Watch | None = None
@@ -86,7 +87,8 @@ class Training:
             UserError: losses stay bad, or too many samples are unusable.
         """
         first, started = self._resume(), time.monotonic()
-        begun = self.seen
+        self._forget_later_skips()
+        begun = self.tally.samples
         self.learner.train()
         steps = self.settings.schedule.steps
         shown = self.rank == 0
@@ -103,15 +105,19 @@ class Training:
                         break
                     due = step % self.settings.runtime.checkpoint_every == 0
                     if step < steps and ((due and not bad) or self.asked):
-                        self._checkpoint(step)
+                        self._save(step)
                     if step < steps and self.asked:
+                        self.saves.settle()
                         raise Preempted(f"{self.title}: stopped after step {step}, as asked; run again to go on")
         seconds = time.monotonic() - started
-        self._finish()
-        speed = (self.seen - begun) / max(seconds, 1e-9)
+        if first < steps:
+            self._save(steps)
+        self.saves.keep(steps)
+        if self.rank == 0:
+            telemetry.write(self.work / METRICS, self.metrics)
+        speed = (self.tally.samples - begun) / max(seconds, 1e-9)
         unusable = dict(sorted(self.unusable.items()))
-        whole = state.weights(self.engine)
-        return Trained(whole, self.metrics, speed, first, unusable, self.skipped, self.rewinds)
+        return Trained(state.weights(self.engine), self.metrics, speed, first, unusable, self.tally)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -129,7 +135,7 @@ class Training:
 
     def _place(self, step: int) -> Place:
         steps = self.settings.schedule.steps
-        return Place(self.rank, self.world_size, self.micro_batch, self.accumulation, step, steps, self.seen)
+        return Place(self.rank, self.world_size, self.micro_batch, self.accumulation, step, steps, self.tally.samples)
 
     def _step(self, step: int, source: Iterator[Batch]) -> float:
         """One optimiser step; returns its loss."""
@@ -145,11 +151,13 @@ class Training:
             for buffer, before in centers:
                 buffer.copy_(before)
         losses = dict(zip(totals, all_reduce_mean(torch.stack(list(totals.values()))).tolist(), strict=True))
-        self.seen += self.settings.schedule.batch
-        row = {"step": step, "samples": self.seen, "lr": position.lr, "momentum": position.momentum}
-        row |= {"gradient_norm": stepped.gradient_norm} | losses | self._count(facts[:-1])
+        self.tally = replace(self.tally, samples=self.tally.samples + self.settings.schedule.batch)
+        row = {"step": step, "samples": self.tally.samples, "lr": position.lr, "momentum": position.momentum}
+        row |= {"gradient_norm": stepped.gradient_norm} | losses | self._count(facts[:-2])
         self.metrics.append(row if stepped.applied else self._skip(row, places))
         self.asked = facts[-1] > 0
+        if facts[-2] == self.world_size:
+            self.saves.commit()
         return losses["loss"]
 
     def _micro_batches(
@@ -158,12 +166,13 @@ class Training:
         """Forward and backward passes of one step, and the step.
 
         Returns:
-            Means of loss and terms over this rank's micro-batches; over all ranks, samples passed over by reason and
-            whether to stop; places of this rank's samples; what came of the step.
+            Means of loss and terms over this rank's micro-batches; over all ranks, samples passed over by reason, ranks
+            that have written their part of a state, ranks that were asked to stop; places of this rank's samples; what
+            came of the step.
         """
         highest = guards.highest_loss(self.metrics, self.settings.guards)
         totals: dict[str, Tensor] = {}
-        facts = torch.zeros(len(UNUSABLE) + 1, dtype=torch.int64, device=self.engine.device)
+        facts = torch.zeros(len(UNUSABLE) + 2, dtype=torch.int64, device=self.engine.device)
         places: list[int] = []
         stepped = None
         for micro_step in range(self.accumulation):
@@ -174,7 +183,7 @@ class Training:
             batch = batch.to(self.engine.device)
             loss, terms = self.engine.forward(batch, temperature)
             self._arrive(step, "backward")
-            facts[:-1] += batch.passed_over
+            facts[:-2] += batch.passed_over
             for name, value in {"loss": loss, **terms}.items():
                 totals[name] = totals.get(name, 0) + value.detach().float() / self.accumulation
             if micro_step + 1 == self.accumulation:
@@ -182,7 +191,7 @@ class Training:
             self.engine.backward(loss)
             stepped = self.engine.step()
         assert stepped is not None
-        facts[-1] = self.preemption.asked
+        facts[-2], facts[-1] = self.saves.written(), self.preemption.asked
         return totals, all_reduce_sum(facts).tolist(), places, stepped
 
     def _count(self, passed_over: list[int]) -> dict[str, float]:
@@ -192,10 +201,11 @@ class Training:
             _log.warning("%s: samples are passed over (%s); metrics.jsonl counts them", self.title, ", ".join(new))
         self.unusable.update(new)
         ceiling = self.settings.runtime.max_unusable
-        if self.unusable.total() > ceiling * max(self.seen, _FEW):
+        if self.unusable.total() > ceiling * max(self.tally.samples, _FEW):
             reasons = ", ".join(f"{reason} {count}" for reason, count in self.unusable.items())
+            share = f"{self.unusable.total()} of {self.tally.samples} samples"
             raise UserError(
-                f"{self.title}: {self.unusable.total()} of {self.seen} samples cannot be used ({reasons}), more than "
+                f"{self.title}: {share} cannot be used ({reasons}), more than "
                 f"runtime.max_unusable {ceiling:g}; ingest the corpora again, or raise it"
             )
         return {UNUSABLE_PREFIX + reason: float(count) for reason, count in new.items()}
@@ -207,99 +217,59 @@ class Training:
             group["weight_decay"] = position.weight_decay * group["weight_decay_multiplier"]
 
     def _skip(self, row: dict[str, float], places: list[int]) -> dict[str, float]:
-        """Say which samples a skipped step had on this rank; return its row without what is no number."""
-        self.skipped += 1
-        rows = self.dataset.order.rows_at(torch.tensor(places).numpy())
-        keys = [self.dataset.samples.key(int(each)) for each in rows]
-        _log.warning("%s: step %d is skipped, its loss %s", self.title, row["step"], row["loss"])
-        with (self.work / f"skipped-{self.rank:05d}.jsonl").open("a") as file:
-            file.write(json.dumps({"step": row["step"], "loss": str(row["loss"]), "keys": keys}) + "\n")
+        """Say which samples a skipped step had; return its row without what is no number."""
+        self.tally = replace(self.tally, skipped=self.tally.skipped + 1)
+        rows = self.dataset.order.rows_at(np.array(places))
+        keys = from_all_ranks([self.dataset.samples.key(int(each)) for each in rows])
+        if self.rank == 0:
+            _log.warning("%s: step %d is skipped, its loss %s", self.title, row["step"], row["loss"])
+            skipped = {"step": row["step"], "samples": row["samples"], "loss": str(row["loss"]), "keys": keys}
+            with (self.work / _SKIPPED_SAMPLES).open("a") as file:
+                file.write(json.dumps(skipped) + "\n")
         return {name: value for name, value in row.items() if math.isfinite(value)} | {SKIPPED: 1.0}
 
     def _rewind(self) -> int:
         """Go back to the last checkpoint, and on from there with samples that were not seen; return its step."""
-        seen, rewinds, skipped = self.seen, self.rewinds + 1, self.skipped
+        now = replace(self.tally, rewinds=self.tally.rewinds + 1)
         story = f"{self.title}: {self.settings.guards.max_skips} steps in a row were skipped"
         if self.rank == 0:
             telemetry.write(self.work / METRICS, self.metrics)  # what is reported, should this be the end
-        if rewinds > self.settings.guards.max_rewinds:
+        if now.rewinds > self.settings.guards.max_rewinds:
             raise UserError(
-                f"{story}, after {self.rewinds} times back; see metrics.jsonl and skipped-*.jsonl in "
-                f"{self.work}, lower optimizer.base_lr, and remove {self.work / _STEPS} to start afresh"
+                f"{story}, after {self.tally.rewinds} times back; see metrics.jsonl and {_SKIPPED_SAMPLES} in "
+                f"{self.work}, lower optimizer.base_lr, and remove {self.saves.folder} to start afresh"
             )
+        self.saves.settle()
         step = self._resume()
         if step == 0:
             raise UserError(f"{story} before the first checkpoint; lower optimizer.base_lr or checkpoint more often")
         _log.warning("%s; back to step %d, on with other samples", story, step)
-        self.seen, self.rewinds, self.skipped = seen, rewinds, skipped
-        if self.rank == 0:
-            self._write_place(self.work / _STEPS / str(step))
-        barrier()
+        self.tally = now
+        self.saves.revise(step, now)
         return step
 
-    def _checkpoint(self, step: int) -> None:
-        """Write all state under a temporary name, then rename: a checkpoint is whole or absent."""
-        folder = self.work / _STEPS / str(step)
-        partial = folder.with_name(f"{step}.part")
-        if self.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        barrier()
-        self._arrive(step, "writing a checkpoint")
-        state.save(self.engine, partial)
-        barrier()
-        if self.rank == 0:
-            telemetry.write(partial / METRICS, self.metrics)
-            self._write_place(partial)
-            for path in partial.iterdir():
-                flush(path)
-            if folder.exists():  # of an attempt that was rewound
-                folder.rename(folder.with_name(f"{step}.old"))
-            partial.rename(folder)
-            flush(folder.parent)
-            for other in folder.parent.iterdir():
-                if other != folder:
-                    shutil.rmtree(other)
-        barrier()
-
-    def _write_place(self, folder: Path) -> None:
-        place = {"samples": self.seen, "rewinds": self.rewinds, "skipped": self.skipped}
-        storage.write_atomic(str(folder / _PLACE), json.dumps(place).encode())
+    def _save(self, step: int) -> None:
+        self._arrive(step, "saving its state")
+        self.saves.begin(self.engine, step, self.metrics, self.tally)
 
     def _resume(self) -> int:
-        """Load the last checkpoint, if there is one; return the next step."""
-        folders = (self.work / _STEPS).glob("*")
-        steps = {
-            int(found.stem): found
-            for found in sorted(folders, reverse=True)
-            if found.name.removesuffix(".old").isdigit()
-        }
-        if (self.work / TRAINING).exists():
-            steps = {self.settings.schedule.steps: self.work / TRAINING}
-        if not steps:
+        """Load the last saved state, if there is one; return the next step."""
+        step = self.saves.newest()
+        if step == 0:
             return 0
-        folder = steps[max(steps)]
-        state.load(self.engine, folder)
-        self.metrics = telemetry.parse((folder / METRICS).read_text())
-        place = json.loads((folder / _PLACE).read_text())
-        self.seen, self.rewinds, self.skipped = place["samples"], place["rewinds"], place["skipped"]
+        self.metrics, self.tally = self.saves.load(self.engine, step)
         for reason in UNUSABLE:
             self.unusable[reason] = int(sum(row.get(UNUSABLE_PREFIX + reason, 0) for row in self.metrics))
         self.unusable = +self.unusable
-        return max(steps)
+        return step
 
-    def _finish(self) -> None:
-        """Keep the last state as `training`: by renames, so that a kill at any moment loses nothing."""
-        steps = self.settings.schedule.steps
-        if not (self.work / TRAINING).exists() and not (self.work / _STEPS / str(steps)).exists():
-            self._checkpoint(steps)
-        barrier()
-        if self.rank == 0:
-            if not (self.work / TRAINING).exists():
-                (self.work / _STEPS / str(steps)).rename(self.work / TRAINING)
-            shutil.rmtree(self.work / _STEPS, ignore_errors=True)
-            telemetry.write(self.work / METRICS, self.metrics)
-        barrier()
+    def _forget_later_skips(self) -> None:
+        """Leave out of the list of skipped samples what a killed attempt wrote after its last saved state."""
+        path = self.work / _SKIPPED_SAMPLES
+        if self.rank == 0 and path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["samples"] <= self.tally.samples]
+            storage.write_atomic(str(path), "".join(kept).encode())
 
 
 def parameter_groups(learner: Learner, settings: PretrainSettings) -> list[dict[str, Any]]:

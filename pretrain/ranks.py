@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
+
+T = TypeVar("T")
 
 # Longer than one rank needs to write and upload a checkpoint; who hangs in a step is noticed by `pretrain.watch`.
 _PATIENCE = timedelta(hours=4)
@@ -47,6 +50,29 @@ def barrier() -> None:
     """Wait for all ranks."""
     if several_ranks():
         dist.barrier()
+
+
+def first_of_machine() -> bool:
+    """Whether this is the rank that acts for its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def from_first_rank(value: T) -> T:
+    """What the first rank passes."""
+    if not several_ranks():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def from_all_ranks(value: T) -> list[T]:
+    """What every rank passes, in the order of the ranks."""
+    if not several_ranks():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:

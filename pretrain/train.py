@@ -25,6 +25,7 @@ from pretrain.objectives.build import build as build_objectives
 from pretrain.objectives.config import ClipConfig, SiglipConfig
 from pretrain.objectives.image_text import tokenizer
 from pretrain.ranks import barrier, world
+from pretrain.saves import remove_remote
 
 VERSION = 3
 
@@ -43,19 +44,24 @@ def pretrain(config: PretrainConfig) -> Artifact:
         learner = build_learner(config)
         if config.start:
             Checkpoint.open(config.start).start(learner)
-        return train("pretrain", learner, dataset, config, directory)
+        return train("pretrain", learner, dataset, config, directory, planned.resolve(config.out))
 
-    return produce_together(plan(config), config.out, write)
+    planned = plan(config)
+    return produce_together(planned, config.out, write)
 
 
 def train(
-    title: str, learner: Learner, dataset: ViewDataset, settings: PretrainSettings, directory: Path
+    title: str, learner: Learner, dataset: ViewDataset, settings: PretrainSettings, directory: Path, url: str
 ) -> Mapping[str, Any]:
-    """Train a learner to the end, write it into a checkpoint's directory and return the checkpoint's metrics."""
+    """Train a learner to the end, write it into a checkpoint's directory and return the checkpoint's metrics.
+
+    Args:
+        url: where the checkpoint will be.
+    """
     learner.precision = settings.sharding.precision
     learner.student.execution = Execution(settings.runtime.activation_checkpointing, settings.runtime.compile)
     _log.info("attention: %s; blocks: %s", settings.model.attention, learner.student.execution)
-    trained = Training(title, learner, dataset, settings, directory).run()
+    trained = Training(title, learner, dataset, settings, directory, url).run()
     if world()[0] == 0:
         checkpoints.write(trained.weights, "teacher" if learner.average is None else "average", settings, directory)
     return training_metrics(trained, dataset)
@@ -65,9 +71,13 @@ def produce_together(plan: Plan, out: str, write: Callable[[Path], Mapping[str, 
     """`produce` on all ranks of a training: every rank trains, the first one commits."""
     url = plan.resolve(out)
     if world()[1] == 1 or find(url) is not None:
-        return produce(plan, out, write, keep_work=True)
+        artifact = produce(plan, out, write, keep_work=True)
+        if world()[0] == 0:
+            remove_remote(url)
+        return artifact
     if world()[0] == 0:
         produce(plan, out, write, keep_work=True)
+        remove_remote(url)
     else:
         write(work_directory(plan, out))
     barrier()
@@ -138,8 +148,8 @@ def training_metrics(trained: Trained, dataset: ViewDataset) -> dict[str, Any]:
     return {
         "images": dataset.samples.size,
         "unusable": trained.unusable,
-        "skipped": trained.skipped,
-        "rewinds": trained.rewinds,
+        "skipped": trained.tally.skipped,
+        "rewinds": trained.tally.rewinds,
         "steps": len(trained.metrics),
         "parameters": sum(value.numel() for name, value in trained.weights.items() if name.startswith("student.")),
         "loss": telemetry.losses(last),

@@ -128,7 +128,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one_bit_for_bit(
     (job / "config.json").write_text(config(embedded.seed, out).model_dump_json())
     process = subprocess.Popen([sys.executable, "-m", "pretrain", str(job)], start_new_session=True)
     deadline = time.monotonic() + 300
-    while not list(out.glob("steps/[0-9]*/metrics.jsonl")):
+    while not list(out.glob("steps/[0-9]*/tally.json")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)

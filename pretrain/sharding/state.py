@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
@@ -22,8 +23,19 @@ _INDEX = "state.json"
 _VALUE = "value"
 
 
-def save(engine: Engine, directory: Path) -> None:
-    """Write parameters, buffers and the optimiser's moments; called on all ranks."""
+@dataclass(frozen=True)
+class Part:
+    """What one rank writes of a state: copies on the CPU."""
+
+    rank: int
+    tensors: dict[str, Tensor]
+    places: dict[str, int]
+    """The rank that writes each tensor of the whole state."""
+    optimizer_steps: int
+
+
+def collect(engine: Engine) -> Part:
+    """This rank's part of parameters, buffers and the optimiser's moments; called on all ranks."""
     rank, world_size = world()
     mine: dict[str, Tensor] = {}
     places: dict[str, int] = {}
@@ -33,14 +45,22 @@ def save(engine: Engine, directory: Path) -> None:
         filled[owner] += tensor.nbytes
         places[name] = owner
         if owner == rank:
-            mine[name] = tensor.detach().cpu().contiguous()
-    save_file(mine, directory / _part(rank))
-    if rank == 0:
-        (directory / _INDEX).write_text(json.dumps({"optimizer_steps": engine.optimizer_steps, "places": places}))
+            mine[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    return Part(rank, mine, places, engine.optimizer_steps)
+
+
+def write(part: Part, directory: Path) -> list[Path]:
+    """Write a part; return its files."""
+    paths = [directory / _part(part.rank)]
+    save_file(part.tensors, paths[0])
+    if part.rank == 0:
+        paths.append(directory / _INDEX)
+        paths[1].write_text(json.dumps({"optimizer_steps": part.optimizer_steps, "places": part.places}))
+    return paths
 
 
 def load(engine: Engine, directory: Path) -> None:
-    """Read what `save` wrote, on any number of ranks.
+    """Read what `write` wrote, on any number of ranks.
 
     Raises:
         UserError: the state is of other modules.
