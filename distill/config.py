@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from infra.config import Config
+from infra.launch.config import Launch, Launcher
 from pretrain.config import Guards, Optimizer, Runtime, Schedule, Sharding, Teacher
 from pretrain.data.config import Sampling
 from pretrain.models.config import VisionTransformerConfig
@@ -29,6 +30,11 @@ class DistillSettings(Config):
     """Ranks and precision."""
     runtime: Runtime = Runtime()
     """Speed only."""
+    launcher: Launcher = "local"
+    """What starts the ranks: this process alone, or one of several that a launcher started; or torchrun, DeepSpeed's
+    launcher or SLURM."""
+    launch: Launch = Launch()
+    """Where the ranks run."""
 
 
 class DistillConfig(DistillSettings):

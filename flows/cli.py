@@ -20,7 +20,7 @@ from eval.config import EvaluateConfig, ReportConfig
 from flows.config import PipelineConfig
 from infra.config import Config, describe, load_yaml
 from infra.errors import Preempted, UserError
-from infra.launch import TRY_AGAIN, USER_MISTAKE
+from infra.launch.job import TRY_AGAIN, USER_MISTAKE
 from pretrain.config import PretrainConfig
 
 if TYPE_CHECKING:
@@ -112,18 +112,18 @@ def materialize(file: File = None, /, *, config: Annotated[MaterializeConfig, Fl
 
 @app.command(sort_key=5)
 def pretrain(file: File = None, /, *, config: Annotated[PretrainConfig, Flags]) -> None:
-    """Corpora to a teacher checkpoint; start under torchrun for several ranks."""
-    import pretrain
+    """Corpora to a teacher checkpoint; --launcher starts several ranks, on this machine or others."""
+    from flows.trainings import train
 
-    _made(pretrain.run(config))
+    _made(train("pretrain", config))
 
 
 @app.command(sort_key=6)
 def distill(file: File = None, /, *, config: Annotated[DistillConfig, Flags]) -> None:
     """A teacher checkpoint to a smaller student's."""
-    import distill
+    from flows.trainings import train
 
-    _made(distill.run(config))
+    _made(train("distill", config))
 
 
 @app.command(name="eval", sort_key=7)
@@ -154,8 +154,8 @@ def report(file: File = None, /, *, config: Annotated[ReportConfig, Flags]) -> N
     _made(report(config))
 
 
-def _made(artifact: Artifact) -> None:
-    if os.environ.get("RANK", "0") == "0":  # of several ranks of a training one says it
+def _made(artifact: Artifact | None) -> None:
+    if artifact is not None and os.environ.get("RANK", "0") == "0":  # of several ranks of a training one says it
         print(artifact.url)
 
 
@@ -218,6 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Preempted as stopped:
         print(f"fovea: {stopped}", file=sys.stderr)
         sys.exit(TRY_AGAIN)
+    except ChildProcessError as error:  # its own traceback or message was shown
+        print(f"fovea: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -7,8 +7,7 @@ from prefect import flow
 from curation.config import CurateConfig, EmbedConfig, IngestConfig, MaterializeConfig
 from distill.config import DistillConfig, PublishConfig
 from eval.config import EvaluateConfig, ReportConfig
-from infra.artifacts import Plan, find
-from infra.launch import run_module
+from flows.trainings import train_apart
 from pretrain.config import PretrainConfig
 
 
@@ -47,25 +46,13 @@ def materialize(config: MaterializeConfig) -> str:
 @flow
 def pretrain(config: PretrainConfig) -> str:
     """Corpora to a teacher checkpoint, trained in a process of its own."""
-    from pretrain.train import plan
-
-    return _trained("pretrain", plan(config), config)
+    return train_apart("pretrain", config)
 
 
 @flow
 def distill(config: DistillConfig) -> str:
     """A teacher checkpoint to a student checkpoint, trained in a process of its own."""
-    from distill.distill import plan
-
-    return _trained("distill", plan(config), config)
-
-
-def _trained(module: str, plan: Plan, config: PretrainConfig | DistillConfig) -> str:
-    url = plan.resolve(config.out)
-    found = find(url)
-    if found is None or found.id != plan.id:
-        run_module(module, config)
-    return url
+    return train_apart("distill", config)
 
 
 @flow

@@ -1,6 +1,6 @@
-"""`python -m pretrain JOB`: run the stage as a process of its own; see `infra.launch`."""
+"""`python -m pretrain JOB`: run the stage as a process of its own; see `infra.launch.job`."""
 
-from infra.launch import module_main
+from infra.launch.job import module_main
 from pretrain import run
 from pretrain.config import PretrainConfig
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from infra.artifacts import Artifact, open_artifact
 from infra.errors import UserError
-from pretrain.config import PretrainSettings
+from pretrain.config import LAUNCHING, PLACES, PretrainSettings
 from pretrain.learner import Learner
 from pretrain.models import positions
 from pretrain.models.config import VisionTransformerConfig
@@ -113,7 +113,7 @@ def write(weights: Mapping[str, Tensor], released: str, settings: PretrainSettin
     """
     save_file(dict(weights), directory / WEIGHTS, metadata={"format": "pt"})
     description: dict[str, Any] = {
-        "settings": settings.model_dump(mode="json", exclude={"corpora", "start", "out", "teacher_checkpoint"}),
+        "settings": settings.model_dump(mode="json", exclude={*PLACES, *LAUNCHING}),
         "released": released,
     }
     (directory / DESCRIPTION).write_text(json.dumps(description, indent=1))

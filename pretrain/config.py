@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from infra.config import Config
+from infra.launch.config import Launch, Launcher
 from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD, Sampling, Views
 from pretrain.models.config import Checkpointing, VisionTransformerConfig
 from pretrain.objectives.config import (
@@ -172,6 +173,11 @@ class PretrainSettings(Config):
     """Ranks and precision."""
     runtime: Runtime = Runtime()
     """Speed only."""
+    launcher: Launcher = "local"
+    """What starts the ranks: this process alone, or one of several that a launcher started; or torchrun, DeepSpeed's
+    launcher or SLURM."""
+    launch: Launch = Launch()
+    """Where the ranks run."""
 
     @model_validator(mode="after")
     def _crops_fit_patches(self) -> PretrainSettings:
@@ -273,10 +279,11 @@ BackboneConfig = Annotated[
 ]
 
 
-_PLACES = ("corpora", "start", "teacher_checkpoint", "out")  # inputs are known by their ids
+PLACES = ("corpora", "start", "teacher_checkpoint", "out")  # inputs are known by their ids
+LAUNCHING = ("launcher", "launch")
 
 
 def decisive(config: Config) -> dict[str, object]:
     """The settings that decide a stage's result: all but where it reads, where it writes and how it is carried out."""
-    how: dict[str, Any] = dict.fromkeys([*_PLACES, "runtime", "guards"], True)
+    how: dict[str, Any] = dict.fromkeys([*PLACES, *LAUNCHING, "runtime", "guards"], True)
     return config.model_dump(mode="json", exclude=how | {"sharding": {"engine", "zero_stage"}})

@@ -80,8 +80,8 @@ class Saves:
             sign.unlink()
         if blind:
             raise UserError(
-                f"{self.work}: rank {blind[0]} runs where this folder is another one; choose an --out that all machines "
-                "share, or one in an object store"
+                f"{self.work}: rank {blind[0]} does not see this folder; choose an --out that all machines share, or "
+                "one in an object store"
             )
 
     def _newest(self) -> int:
@@ -127,6 +127,7 @@ class Saves:
             self._writing[2].result()
             barrier()
             self.commit()
+            barrier()  # who ends now may take the first rank, still at work, along
 
     def commit(self) -> None:
         """Declare the state that was begun whole, after `written` on all ranks; then remove what need not be kept."""

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 
 from torch._C._distributed_c10d import PrefixStore, Store
 
+from infra.launch.job import report
+
 STALLED = 70  # exit code
 
 
@@ -83,4 +85,5 @@ class Watch:
 def _end_process(message: str) -> None:
     # Not an exception: the main thread hangs in a collective, where none would reach it.
     print(f"fovea: {message}", file=sys.stderr, flush=True)
+    report(STALLED, message)
     os._exit(STALLED)

@@ -15,7 +15,7 @@ from torch import nn
 from infra import storage
 from infra.artifacts import open_artifact
 from infra.errors import UserError
-from infra.launch import run_module
+from infra.launch.run import run_module
 from pretrain.config import Retention
 from pretrain.saves import TRAINING, Saves, Tally
 from pretrain.sharding import state
@@ -114,7 +114,7 @@ def test_a_full_disk_harms_no_earlier_state(tmp_path: Path, monkeypatch: pytest.
 # Ends as a power cut would, once a state is whole.
 CUT = """
 import os, sys
-from infra.launch import module_main
+from infra.launch.job import module_main
 from pretrain import run
 from pretrain.config import PretrainConfig
 from pretrain.saves import Saves

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from infra.artifacts import open_artifact
-from infra.launch import TRY_AGAIN, run_module
+from infra.launch.job import TRY_AGAIN
+from infra.launch.run import run_module
 from pretrain.checkpoints import WEIGHTS, Checkpoint
 from pretrain.config import PretrainConfig
 from tests.conftest import Embedded
@@ -108,7 +109,7 @@ def test_a_training_goes_on_under_another_engine_and_world(embedded: Embedded, t
 _SCRIPT = """
 import hashlib, os, sys
 import torch
-from infra.launch import module_main
+from infra.launch.job import module_main
 from pretrain import engine, run
 from pretrain.config import PretrainConfig
 from pretrain.learner import Learner

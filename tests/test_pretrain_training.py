@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import pretrain
 from infra.artifacts import open_artifact
 from infra.errors import UserError
-from infra.launch import run_module
+from infra.launch.run import run_module
 from pretrain import schedules
 from pretrain.checkpoints import WEIGHTS, Checkpoint
 from pretrain.config import PretrainConfig, PretrainSettings
@@ -149,7 +149,7 @@ def test_a_trainer_dies_with_the_process_that_started_it(embedded: Embedded, tmp
     long = config(embedded.seed, tmp_path / "run", schedule={"steps": 100_000, "batch": 8})
     (tmp_path / "long.json").write_text(long.model_dump_json())
     script = (
-        "from infra.launch import run_module; from pretrain.config import PretrainConfig\n"
+        "from infra.launch.run import run_module; from pretrain.config import PretrainConfig\n"
         f"run_module('pretrain', PretrainConfig.model_validate_json(open({str(tmp_path / 'long.json')!r}).read()))"
     )
     parent = subprocess.Popen([sys.executable, "-c", script])

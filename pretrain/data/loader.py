@@ -24,6 +24,7 @@ from pretrain.data.views import Cut, choose, cut, harmless_shrink
 
 UNUSABLE = (*REASONS, CHANGED.reason)
 """Why a sample may be passed over."""
+_LAST_SECONDS = 120  # a worker that was asked to stop, and is still there, ends after these
 _SUBSTITUTES = 16  # samples tried in the place of one before giving up
 
 _log = logging.getLogger(__name__)
@@ -219,5 +220,6 @@ def batches(dataset: ViewDataset, place: Place, workers: int) -> Iterator[Batch]
 
 def _begin_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's handler came along
+    # SLURM asks all processes of a job to stop, while the trainer still needs its data to finish a step.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_LAST_SECONDS))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -1,0 +1,63 @@
+"""Trainings in processes of their own, started as their configuration says."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Literal
+
+from distill.config import DistillConfig
+from infra.artifacts import Artifact, Plan, find, open_artifact, work_directory
+from infra.launch import slurm
+from infra.launch.run import launch
+from pretrain.config import PretrainConfig
+
+Room = Literal["pretrain", "distill"]
+
+
+def train(room: Room, config: PretrainConfig | DistillConfig) -> Artifact | None:
+    """Train in this process, or in those of the launcher that the configuration names.
+
+    Returns:
+        The checkpoint; None where a SLURM job was queued that nobody waits for.
+    """
+    if config.launcher == "local":
+        slurm.adopt_environment()
+        trained: Artifact = importlib.import_module(room).run(config)
+        return trained
+    url = train_apart(room, config)
+    if not config.launch.slurm.wait and find(url) is None:
+        print(
+            f"queued; run the same command to see how it goes, or look into {job_folder(room, config)}", file=sys.stderr
+        )
+        return None
+    return open_artifact(url, "checkpoint")
+
+
+def train_apart(room: Room, config: PretrainConfig | DistillConfig) -> str:
+    """Train in other processes than this one; return the checkpoint's URL."""
+    plan = _plan(room, config)
+    url = plan.resolve(config.out)
+    found = find(url)
+    if found is None or found.id != plan.id:
+        launch(room, config, job_folder(room, config), config.launcher, config.launch)
+    return url
+
+
+def job_folder(room: Room, config: PretrainConfig | DistillConfig) -> Path:
+    """Where a training's job keeps its settings and logs: beside the checkpoint, whose files decide nothing."""
+    if config.launch.folder is not None:
+        return Path(config.launch.folder)
+    work = work_directory(_plan(room, config), config.out)
+    return work.with_name(f"{work.name}.job")
+
+
+def _plan(room: Room, config: PretrainConfig | DistillConfig) -> Plan:
+    if isinstance(config, DistillConfig):
+        from distill.distill import plan as plan_of_distillation
+
+        return plan_of_distillation(config)
+    from pretrain.train import plan
+
+    return plan(config)

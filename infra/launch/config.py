@@ -1,0 +1,62 @@
+"""How the processes of a training are started: no part of what its result is known by."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from infra.config import Config
+
+Launcher = Literal["local", "torchrun", "deepspeed", "slurm"]
+
+
+class Slurm(Config):
+    """What is asked of SLURM beside nodes and tasks."""
+
+    partition: str | None = None
+    """The partition; null: the cluster's default."""
+    account: str | None = None
+    """Who is charged."""
+    qos: str | None = None
+    """Quality of service."""
+    time: str | None = None
+    """Time limit, as SLURM writes it: 12:00:00, 2-00:00:00; null: the partition's."""
+    gpus: int | None = Field(None, ge=1)
+    """GPUs a node; null: none is asked for."""
+    notice: int = Field(180, ge=60)
+    """Seconds before the time limit at which the state is saved and the job queued again; SLURM may be a minute
+    late."""
+    chain: int = Field(1, ge=1)
+    """Jobs that follow one another as an array, each going on where the last one ended, where requeueing is not
+    allowed."""
+    options: list[str] = Field(default_factory=list)
+    """Further options of sbatch, such as --exclude=n3."""
+    setup: list[str] = Field(default_factory=list)
+    """Shell lines before the ranks start, such as module load cuda."""
+    wait: bool = True
+    """Stay and show the job's output until it ends; without, return once it is queued."""
+
+
+class Launch(Config):
+    """Where ranks run. Of several machines, all must see the same --out and job folder."""
+
+    nodes: int = Field(1, ge=1)
+    """Machines."""
+    processes: int | None = Field(None, ge=1)
+    """Ranks a machine; null: one a GPU, or one where there is none."""
+    rendezvous: str | None = None
+    """HOST:PORT of the first of several machines. Under torchrun the same command is run on each of them; DeepSpeed's
+    launcher finds it out by itself, if it may."""
+    hostfile: str | None = None
+    """deepspeed on several machines: a file of lines "host slots=8", all reached by ssh."""
+    folder: str | None = None
+    """Folder for the job's settings and every rank's log; null: beside --out, ending in .job."""
+    slurm: Slurm = Slurm()
+    """What is asked of SLURM."""
+
+    @model_validator(mode="after")
+    def _machines_are_named(self) -> Launch:
+        if self.rendezvous is not None and ":" not in self.rendezvous:
+            raise ValueError("rendezvous is HOST:PORT of the first machine")
+        return self

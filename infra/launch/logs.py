@@ -1,0 +1,31 @@
+"""Show what is written to log files while it is written."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+class Tail:
+    """The lines that are appended to a folder's files from now on, each behind its file's name.
+
+    Args:
+        pattern: which files.
+        bare: the name of a file whose lines need no name.
+    """
+
+    def __init__(self, folder: Path, pattern: str, bare: str = "") -> None:
+        self.folder, self.pattern, self.bare = folder, pattern, bare
+        self._shown = {path: path.stat().st_size for path in folder.glob(pattern)}
+
+    def show(self) -> None:
+        """Print whole lines that have come since."""
+        for path in sorted(self.folder.glob(self.pattern)):
+            with path.open("rb") as file:
+                file.seek(self._shown.get(path, 0))
+                text = file.read()
+            whole = text[: text.rfind(b"\n") + 1]
+            self._shown[path] = self._shown.get(path, 0) + len(whole)
+            label = "" if path.name == self.bare else f"[{path.stem}] "
+            for line in whole.decode(errors="replace").splitlines():
+                print(f"{label}{line}", file=sys.stderr, flush=True)

@@ -1,0 +1,183 @@
+"""Start a stage's module and wait for it: a training must not share its process with an orchestrator."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+from pydantic import BaseModel
+
+from infra.errors import Preempted, UserError
+from infra.launch import slurm
+from infra.launch.config import Launch, Launcher
+from infra.launch.job import TRY_AGAIN, USER_MISTAKE, Job
+from infra.launch.logs import Tail
+
+_GRACE_SECONDS = 20
+_POLL_SECONDS = 0.2
+_ASKING = (signal.SIGTERM, signal.SIGUSR1)
+_LONGEST_RANK = len(["python", "-u", "-m", "module", "folder"])  # commands of launchers are longer
+
+
+def run_module(module: str, config: BaseModel) -> None:
+    """Run `python -m module` on a configuration in one process and wait for it; see `launch`."""
+    with tempfile.TemporaryDirectory(prefix="fovea-") as scratch:
+        launch(module, config, Path(scratch), "local", Launch())
+
+
+def launch(module: str, config: BaseModel, folder: Path, launcher: Launcher, settings: Launch) -> None:
+    """Run a module on a configuration in the ranks that are asked for, and wait for them.
+
+    Whatever ends this process ends them too, except for a SLURM job.
+
+    Args:
+        folder: the job's, shared by all its machines.
+
+    Raises:
+        UserError: what the module reported as the user's mistake.
+        Preempted: it was asked to stop, and can go on from where it was.
+        ChildProcessError: it failed otherwise; its traceback is on standard error.
+    """
+    job = Job(folder)
+    job.prepare(config, tied=launcher != "slurm")
+    if launcher == "slurm":
+        slurm.run(module, folder, settings)
+        code = 0 if job.ended() is None else 1
+    else:
+        code = _run(_command(module, job, launcher, settings), job, _environment(launcher, settings))
+    _judge(module, code, job)
+
+
+def _judge(module: str, code: int, job: Job) -> None:
+    ended = job.ended()
+    if code == 0:
+        return
+    if ended is None:
+        raise ChildProcessError(f"{module}: ended with exit code {code}")
+    if ended.code == USER_MISTAKE:
+        raise UserError(ended.message)
+    if ended.code == TRY_AGAIN:
+        raise Preempted(ended.message)
+    raise ChildProcessError(f"{module}: {ended.message}")
+
+
+def _command(module: str, job: Job, launcher: Launcher, settings: Launch) -> list[str]:
+    last = [module, str(job.folder)]
+    if launcher == "torchrun":
+        return [*_torchrun(settings), "-m", *last]
+    if launcher == "deepspeed":
+        return [*_deepspeed(settings), "--module", "--no_local_rank", *last]
+    return [sys.executable, "-m", *last]
+
+
+def _torchrun(settings: Launch) -> list[str]:
+    if settings.nodes > 1 and settings.rendezvous is None:
+        raise UserError("launch.rendezvous: required for several machines; give HOST:PORT of the first one")
+    where = ["--standalone"]
+    if settings.rendezvous is not None:
+        where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", settings.rendezvous, "--rdzv-id", "fovea"]
+    ranks = ["--nnodes", str(settings.nodes), "--nproc-per-node", str(_processes(settings))]
+    return [sys.executable, "-m", "torch.distributed.run", *where, *ranks]
+
+
+def _deepspeed(settings: Launch) -> list[str]:
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning", "--no_ssh_check"]
+    if settings.hostfile is None:
+        if settings.nodes > 1:
+            raise UserError("launch.hostfile: required for several machines; give a file of lines HOST slots=N")
+        return [*runner, "--num_gpus", str(_processes(settings)), "--master_port", str(_free_port())]
+    if not Path(settings.hostfile).is_file():
+        raise UserError(
+            f"launch.hostfile: {settings.hostfile}: no such file; write a line HOST slots=N for each machine"
+        )
+    count = [] if settings.processes is None else ["--num_gpus", str(settings.processes)]
+    host, _, port = (settings.rendezvous or "").rpartition(":")
+    meet = ["--master_addr", host, "--master_port", port] if host else []
+    return [*runner, "--hostfile", settings.hostfile, *count, *meet]
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def _processes(settings: Launch) -> int:
+    if settings.processes is not None:
+        return settings.processes
+    import torch
+
+    return max(torch.cuda.device_count(), 1)
+
+
+def _environment(launcher: Launcher, settings: Launch) -> dict[str, str]:
+    """Ranks that share a machine share its cores too."""
+    environment = dict(os.environ)
+    if launcher != "local":
+        environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // _processes(settings), 1)))
+    return environment
+
+
+def _run(command: list[str], job: Job, environment: dict[str, str]) -> int:
+    """Run a command of this machine to its end, showing the ranks' logs; return its exit code."""
+    tail = Tail(job.folder, "rank-*.log")
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        with _passing_on(process, job):
+            while True:
+                with suppress(subprocess.TimeoutExpired):
+                    return process.wait(_POLL_SECONDS)
+                tail.show()
+    except BaseException:
+        _stop(process, job)
+        raise
+    finally:
+        tail.show()
+
+
+@contextmanager
+def _passing_on(process: subprocess.Popen[bytes], job: Job) -> Iterator[None]:
+    """Pass requests to stop on to the ranks, unless somebody else answers to them (an orchestrator, say)."""
+    taken = []
+    for number in _ASKING:
+        with suppress(ValueError):  # not the main thread, which alone hears signals
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, lambda number, frame: _ask(process, job))
+                taken.append(number)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _ask(process: subprocess.Popen[bytes], job: Job) -> None:
+    """Ask every rank of this machine to save its state and end. Launchers would not: they kill after some seconds."""
+    with suppress(psutil.NoSuchProcess):
+        root = psutil.Process(process.pid)
+        for each in [root, *root.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                command = each.cmdline()
+                if command[-1:] == [str(job.folder)] and len(command) <= _LONGEST_RANK:
+                    each.send_signal(signal.SIGUSR1)
+
+
+def _stop(process: subprocess.Popen[bytes], job: Job) -> None:
+    _ask(process, job)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_GRACE_SECONDS)
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_SECONDS / 4)
+    process.kill()
+    process.wait()
