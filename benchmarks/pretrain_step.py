@@ -51,8 +51,8 @@ def batch_of_noise() -> Batch:
     colours = [torch.from_numpy(np.tile(neutral(), (n, 1))) for n, _ in sizes]
     plan = MaskPlan(patch_size=16, share=0.5, ratio=(0.1, 0.5), exact=True, shift=False)
     masks = torch.from_numpy(batch_masks(2 * IMAGES, (14, 14), plan, rng))
-    none = torch.empty(0)
-    return Batch(crops[0], colours[0], crops[1], colours[1], masks, none, none, torch.arange(IMAGES), none)
+    masked, none = masks.flatten().nonzero()[:, 0], torch.empty(0)
+    return Batch(crops[0], colours[0], crops[1], colours[1], masks, none, none, torch.arange(IMAGES), none, masked)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from flows.config import PipelineConfig
 from infra.config import Config, describe, load_yaml
 from infra.errors import Preempted, UserError
 from infra.launch.job import TRY_AGAIN, USER_MISTAKE
-from pretrain.config import PretrainConfig
+from pretrain.config import PlanConfig, PretrainConfig
 
 if TYPE_CHECKING:
     from infra.artifacts import Artifact
@@ -44,7 +44,7 @@ app = App(
 
 File = Annotated[
     Path | None,
-    Parameter(help="YAML file with the same keys as the flags; for pretrain and curate also a recipe's name."),
+    Parameter(help="YAML file with the same keys as the flags; for pretrain, plan and curate also a recipe's name."),
 ]
 Flags = Parameter(name="*")
 
@@ -119,6 +119,15 @@ def pretrain(file: File = None, /, *, config: Annotated[PretrainConfig, Flags]) 
 
 
 @app.command(sort_key=6)
+def plan(file: File = None, /, *, config: Annotated[PlanConfig, Flags]) -> None:
+    """What a recipe needs before it runs: work, memory by ZeRO stage, days and cost on some GPUs."""
+    from flows.planning import show
+    from pretrain.planning.plan import plan
+
+    show(config, plan(config))
+
+
+@app.command(sort_key=7)
 def distill(file: File = None, /, *, config: Annotated[DistillConfig, Flags]) -> None:
     """A teacher checkpoint to a smaller student's."""
     from flows.trainings import train
@@ -126,7 +135,7 @@ def distill(file: File = None, /, *, config: Annotated[DistillConfig, Flags]) ->
     _made(train("distill", config))
 
 
-@app.command(name="eval", sort_key=7)
+@app.command(name="eval", sort_key=8)
 def evaluate(file: File = None, /, *, config: Annotated[EvaluateConfig, Flags]) -> None:
     """A backbone to a report: kNN and linear probe, beside the untrained network and raw pixels."""
     from eval.evaluate import evaluate
@@ -138,7 +147,7 @@ def evaluate(file: File = None, /, *, config: Annotated[EvaluateConfig, Flags]) 
     _made(artifact)
 
 
-@app.command(sort_key=8)
+@app.command(sort_key=9)
 def publish(file: File = None, /, *, config: Annotated[PublishConfig, Flags]) -> None:
     """A checkpoint to a backbone that timm loads, with a model card, checked before it counts."""
     from distill.publish import publish
@@ -146,7 +155,7 @@ def publish(file: File = None, /, *, config: Annotated[PublishConfig, Flags]) ->
     _made(publish(config))
 
 
-@app.command(sort_key=9)
+@app.command(sort_key=10)
 def report(file: File = None, /, *, config: Annotated[ReportConfig, Flags]) -> None:
     """Artifacts of a run to one self-contained page."""
     from eval.page import report
@@ -166,6 +175,7 @@ _CONFIGS: dict[str, type[Config]] = {
     "curate": CurateConfig,
     "materialize": MaterializeConfig,
     "pretrain": PretrainConfig,
+    "plan": PlanConfig,
     "distill": DistillConfig,
     "eval": EvaluateConfig,
     "publish": PublishConfig,
@@ -187,7 +197,7 @@ def _with_file(*tokens: Annotated[str, Parameter(show=False, allow_leading_hyphe
 
 def _recipe(command: str, name: str) -> str:
     """The file of a recipe that comes with the command's room; any other name is a path."""
-    room = {"pretrain": "pretrain", "curate": "curation"}.get(command)
+    room = {"pretrain": "pretrain", "plan": "pretrain", "curate": "curation"}.get(command)
     if room is None or not name.isidentifier():
         return name
     recipes = {path.stem: path for path in (Path(__file__).parents[1] / room / "recipes").glob("*.yaml")}

@@ -82,6 +82,26 @@ class Sharding(Config):
     """DeepSpeed ZeRO stage: 1 shards the optimiser, 2 the gradients too, 3 the parameters and the teacher too."""
     precision: Precision = "fp32"
     """Precision of matrix products; parameters, optimiser and teacher stay in float32."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where the optimiser's moments, gradients and own weights are kept: on the GPU, or in memory or (stage 3) in
+    files of the machine; then the CPU steps."""
+    offload_parameters: Literal["none", "cpu"] = "none"
+    """Where stage 3 keeps each rank's part of the parameters, the teacher's too."""
+    nvme_path: str | None = None
+    """Folder on a local disk for what goes to nvme, of this training alone; each rank has its own files there."""
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> Sharding:
+        offloads = (self.offload_optimizer, self.offload_parameters)
+        if self.engine == "torch" and offloads != ("none", "none"):
+            raise ValueError("sharding: engine torch keeps everything where it is; offload with deepspeed")
+        if self.offload_optimizer != "none" and self.zero_stage < (3 if self.offload_optimizer == "nvme" else 1):
+            raise ValueError("sharding: offload_optimizer needs zero_stage 1 or more, nvme 3")
+        if self.offload_parameters != "none" and self.zero_stage < 3:
+            raise ValueError("sharding: offload_parameters needs zero_stage 3")
+        if self.offload_optimizer == "nvme" and self.nvme_path is None:
+            raise ValueError("sharding: offloading to nvme needs nvme_path")
+        return self
 
 
 class Guards(Config):
@@ -223,6 +243,29 @@ class PretrainConfig(PretrainSettings):
     """URL of the checkpoint; {id} stands for its id."""
 
 
+class PlanConfig(PretrainSettings):
+    """A recipe, and the machines it is planned for."""
+
+    gpus: int = Field(ge=1)
+    """How many GPUs, over all machines."""
+    gpu: str = "h100"
+    """Which: a100-40gb, a100, h100-pcie, h100, h200, b200, l40s, l4, a10g, rtx4090 or rtx3090."""
+    gib: float | None = Field(None, gt=0)
+    """Memory of one in GiB; null: what its data sheet says."""
+    tflops: float | None = Field(None, gt=0)
+    """Dense peak of one in TFLOP/s at the recipe's precision; null: what its data sheet says."""
+    mfu: float = Field(0.4, gt=0, le=1)
+    """Share of the peak that is expected; `fovea pretrain` shows what a training reaches."""
+    price: float | None = Field(None, gt=0)
+    """What a GPU costs an hour, in any currency; null: no cost is given."""
+    corpora: list[str] = Field(default_factory=list)
+    """Not read."""
+    start: str | None = None
+    """Not read."""
+    out: str | None = None
+    """Not read."""
+
+
 class PixelDescriptor(Config):
     """Low frequencies of a small thumbnail: a descriptor that needs no training."""
 
@@ -281,9 +324,10 @@ BackboneConfig = Annotated[
 
 PLACES = ("corpora", "start", "teacher_checkpoint", "out")  # inputs are known by their ids
 LAUNCHING = ("launcher", "launch")
+_SPREADING = {"engine", "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"}
 
 
 def decisive(config: Config) -> dict[str, object]:
     """The settings that decide a stage's result: all but where it reads, where it writes and how it is carried out."""
     how: dict[str, Any] = dict.fromkeys([*PLACES, *LAUNCHING, "runtime", "guards"], True)
-    return config.model_dump(mode="json", exclude=how | {"sharding": {"engine", "zero_stage"}})
+    return config.model_dump(mode="json", exclude=how | {"sharding": _SPREADING})

@@ -98,15 +98,9 @@ def view_dataset(corpora: Sequence[str], settings: PretrainSettings) -> ViewData
     """Views of the samples of some corpora or selections."""
     samples = Samples([Part.open(url) for url in corpora])
     _cache(samples, settings)
-    views = settings.views
-    masks = MaskPlan(
-        patch_size=settings.model.patch_size,
-        share=views.mask_share,
-        ratio=views.mask_ratio,
-        exact=views.mask_sampler == "dinov3",
-        shift=views.mask_shift,
-    )
-    return ViewDataset(samples, views, masks, settings.schedule.seed, settings.sampling, _tokenizer(settings, samples))
+    masks = MaskPlan.of(settings.views, settings.model.patch_size)
+    tokenize = _tokenizer(settings, samples)
+    return ViewDataset(samples, settings.views, masks, settings.schedule.seed, settings.sampling, tokenize)
 
 
 def _cache(samples: Samples, settings: PretrainSettings) -> None:

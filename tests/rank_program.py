@@ -18,7 +18,7 @@ class Told(Config):
     folder: str
     """Where each rank leaves a file."""
     end: str = "well"
-    """well, mistake, preempted, crash; late: after half a minute, or as soon as it is asked to stop."""
+    """well, mistake, preempted, crash; late: after 90 seconds, or as soon as it is asked to stop."""
     attempts: int = 1
     """With `preempted`: end well from this attempt on."""
 
@@ -37,7 +37,7 @@ def main(told: Told) -> None:
     if told.end == "crash":
         raise AssertionError("a bug")
     if told.end == "late":
-        time.sleep(30)  # longer than any test waits
+        time.sleep(90)  # longer than any test waits
 
 
 if __name__ == "__main__":

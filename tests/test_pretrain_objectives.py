@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from pretrain.data.loader import Batch
 from pretrain.models.config import HeadConfig, VisionTransformerConfig
@@ -44,6 +45,11 @@ def outputs_of(images: int = B, locals_: int = LOCALS, dtype: torch.dtype = torc
     return outputs
 
 
+def places(masks: Tensor) -> Tensor:
+    """Where masks are true, of all patch tokens one after another."""
+    return masks.flatten().nonzero()[:, 0]
+
+
 @pytest.fixture
 def outputs() -> Outputs:
     return outputs_of()
@@ -56,7 +62,7 @@ def batch() -> Batch:
     masks[::2] = False
     masks[1, 0] = True
     empty = torch.empty(0)
-    return Batch(empty, empty, empty, empty, masks, empty, empty, torch.arange(B), torch.empty(0))
+    return Batch(empty, empty, empty, empty, masks, empty, empty, torch.arange(B), torch.empty(0), places(masks))
 
 
 def test_sinkhorn_balances_prototypes_and_gives_distributions() -> None:

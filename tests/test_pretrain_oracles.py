@@ -33,7 +33,7 @@ from pretrain.objectives.ibot import Ibot
 from pretrain.objectives.image_text import Clip, Siglip, tokenizer
 from pretrain.objectives.koleo import koleo
 from pretrain.objectives.mae import Mae, patchify
-from tests.test_pretrain_objectives import HEAD, LOCALS, MODEL, B, K, made, outputs_of
+from tests.test_pretrain_objectives import HEAD, LOCALS, MODEL, B, K, made, outputs_of, places
 
 TEXT = TextTower(context=8, width=16, heads=2, layers=1)
 
@@ -52,7 +52,7 @@ def test_dino_is_lightlys() -> None:
     dino = made(Dino, DinoConfig(head=HEAD, centering="softmax"))
     theirs = DINOLoss(output_dim=K, student_temp=0.1, center_momentum=0.9)
     empty = torch.empty(0)
-    batch = Batch(empty, empty, empty, empty, empty, empty, empty, torch.arange(B), torch.empty(0))
+    batch = Batch(empty, empty, empty, empty, empty, empty, empty, torch.arange(B), torch.empty(0), empty)
     for _ in range(3):  # the center moves from call to call
         outputs = outputs_of()
         assert outputs.student_locals is not None
@@ -71,7 +71,7 @@ def test_ibot_is_lightlys() -> None:
     theirs = IBOTPatchLoss(output_dim=K, student_temp=0.1)
     masks = torch.rand(2 * B, 9, generator=torch.Generator().manual_seed(3)) < 0.4
     empty = torch.empty(0)
-    batch = Batch(empty, empty, empty, empty, masks, empty, empty, torch.arange(B), torch.empty(0))
+    batch = Batch(empty, empty, empty, empty, masks, empty, empty, torch.arange(B), torch.empty(0), places(masks))
     for _ in range(3):
         outputs = outputs_of()
         teacher = ibot.teacher_head(outputs.teacher_globals.patch_tokens[masks]).detach()
@@ -244,7 +244,7 @@ def test_gram_follows_its_schedule() -> None:
     gram = build([GramConfig(start=2, refresh_every=3, refreshes=1)], MODEL, MODEL)["gram"]
     teacher = VisionTransformer(MODEL)
     outputs = outputs_of()
-    batch = Batch(*[torch.empty(0)] * 7, torch.arange(B), torch.empty(0))
+    batch = Batch(*[torch.empty(0)] * 7, torch.arange(B), *[torch.empty(0)] * 2)
     seen = []
     for step in range(9):
         teacher.cls_token.data.fill_(step)
@@ -262,7 +262,9 @@ def test_tied_ibot_uses_dinos_heads_and_saves_them_once() -> None:
     assert list(ibot.state_dict()) == ["targets.center"]
     assert not list(ibot.head_pairs())
     masks = torch.rand(2 * B, 9) < 0.4
-    batch = Batch(*[torch.empty(0)] * 4, masks, torch.empty(0), torch.empty(0), torch.arange(B), torch.empty(0))
+    batch = Batch(
+        *[torch.empty(0)] * 4, masks, torch.empty(0), torch.empty(0), torch.arange(B), torch.empty(0), places(masks)
+    )
     assert torch.isfinite(ibot(outputs_of(), batch, 0.05)["ibot"])
 
 
@@ -270,7 +272,9 @@ def test_simmim_counts_masked_pixels_alone() -> None:
     simmim = build([SimmimConfig()], MODEL, MODEL)["simmim"]
     masks = torch.zeros(2 * B, 9, dtype=torch.bool)
     masks[0, 4] = True
-    batch = Batch(*[torch.empty(0)] * 4, masks, torch.empty(0), torch.empty(0), torch.arange(B), torch.empty(0))
+    batch = Batch(
+        *[torch.empty(0)] * 4, masks, torch.empty(0), torch.empty(0), torch.arange(B), torch.empty(0), places(masks)
+    )
     outputs = outputs_of()
     before = simmim(outputs, batch, 0.05)["simmim"]
     outputs.images[1:] = 100

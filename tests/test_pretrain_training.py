@@ -22,7 +22,7 @@ from infra.errors import UserError
 from infra.launch.run import run_module
 from pretrain import schedules
 from pretrain.checkpoints import WEIGHTS, Checkpoint
-from pretrain.config import PretrainConfig, PretrainSettings
+from pretrain.config import PretrainConfig, PretrainSettings, decisive
 from pretrain.engine import parameter_groups
 from pretrain.sharding.base import clip
 from pretrain.sharding.plain import TorchEngine, gradients
@@ -275,11 +275,23 @@ def test_gradients_are_clipped_as_torch_does(clip_of: str) -> None:
         ({"objectives": [{"kind": "clip"}, {"kind": "siglip", "text": {"context": 8}}]}, "the same text.context"),
         ({"views": {"global_count": 1}}, "needs views.global_count 2"),
         ({"objectives": [{"kind": "mae"}], "model": {"position": "rope"}}, "mae needs model.position"),
+        ({"sharding": {"engine": "torch", "offload_optimizer": "cpu"}}, "offload with deepspeed"),
+        ({"sharding": {"offload_optimizer": "cpu"}}, "offload_optimizer needs zero_stage 1"),
+        ({"sharding": {"zero_stage": 2, "offload_optimizer": "nvme", "nvme_path": "/x"}}, "1 or more, nvme 3"),
+        ({"sharding": {"zero_stage": 2, "offload_parameters": "cpu"}}, "offload_parameters needs zero_stage 3"),
+        ({"sharding": {"zero_stage": 3, "offload_optimizer": "nvme"}}, "nvme needs nvme_path"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_at_once(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         PretrainConfig.model_validate({"corpora": ["x"], "out": "y", **changes})
+
+
+def test_how_a_training_is_sharded_is_no_part_of_what_it_is_known_by() -> None:
+    nvme = {"zero_stage": 3, "offload_optimizer": "nvme", "offload_parameters": "cpu", "nvme_path": "/x"}
+    known = [decisive(config("x", Path("y"), sharding=sharding)) for sharding in ({"engine": "torch"}, nvme)]
+    assert known[0] == known[1]
+    assert known[0]["sharding"] == {"precision": "fp32"}
 
 
 @pytest.mark.multiprocess

@@ -52,6 +52,8 @@ class Batch:
     """int64 `[B]`: places in the endless run of epochs"""
     passed_over: Tensor
     """int64 `[reasons]`: samples of these places that could not be used, by their reason in `UNUSABLE`"""
+    masked: Tensor
+    """int64 `[n]`: where the masks are true, of all patch tokens one after another; here, so that no device is asked"""
 
     def to(self, device: torch.device) -> Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -102,13 +104,15 @@ class ViewDataset(Dataset[Batch | UserError]):
             rows[at], cuts = self._usable(int(place), int(rows[at]), data, passed_over)
             views.append(cuts)
         large, small = ([pair[i] for pair in views] for i in (0, 1))
+        masks = torch.from_numpy(self._masks(positions))
         return Batch(
             global_crops=_stack_images([crops.pixels for crops in large]),
             global_photometric=_stack([crops.photometric for crops in large]),
             local_crops=_stack_images([crops.pixels for crops in small]),
             local_photometric=_stack([crops.photometric for crops in small]),
             plain_crops=_stack_images([crops.plain for crops in large]),
-            masks=torch.from_numpy(self._masks(positions)),
+            masks=masks,
+            masked=masks.flatten().nonzero()[:, 0],
             texts=self._texts(rows),
             positions=torch.from_numpy(positions),
             passed_over=torch.tensor([passed_over[reason] for reason in UNUSABLE]),

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pretrain.data.config import Views
+
 
 @dataclass(frozen=True)
 class MaskPlan:
@@ -21,6 +23,12 @@ class MaskPlan:
     """Mask exactly the number asked for (DINOv3); else blocks alone, which may fall short (DINOv2)."""
     shift: bool
     """Shift masks around the edges."""
+
+    @classmethod
+    def of(cls, views: Views, patch_size: int) -> MaskPlan:
+        """As the settings of the views say."""
+        exact = views.mask_sampler == "dinov3"
+        return cls(patch_size, views.mask_share, views.mask_ratio, exact, views.mask_shift)
 
 
 def block_mask(height: int, width: int, target: int, rng: np.random.Generator) -> np.ndarray:

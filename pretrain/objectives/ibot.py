@@ -24,11 +24,12 @@ class Ibot(PrototypeObjective):
 
     def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
         """`ibot`: mean over the masked tokens of a crop, then over crops."""
-        masks = batch.masks
-        targets = self.targets(self.teacher_head(outputs.teacher_globals.patch_tokens[masks].float()), temperature)
-        logits = self.head(outputs.student_globals.patch_tokens[masks])
+        masks, masked = batch.masks, batch.masked
+        hidden = outputs.teacher_globals.patch_tokens.flatten(0, 1)[masked]
+        targets = self.targets(self.teacher_head(hidden.float()), temperature)
+        logits = self.head(outputs.student_globals.patch_tokens.flatten(0, 1)[masked])
         losses = cross_entropy(targets, logits, self.student_temperature)
         tokens = masks.sum(1)
-        weights = (1 / tokens.clamp_min(1)).unsqueeze(1).expand_as(masks)[masks]
+        weights = (1 / tokens.clamp_min(1)).unsqueeze(1).expand_as(masks).flatten()[masked]
         crops = len(masks) if self.config.mean_over == "all" else (tokens > 0).sum().clamp_min(1)
         return {"ibot": (losses * weights).sum() / crops}

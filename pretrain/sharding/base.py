@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ from pretrain.config import Optimizer, Sharding
 Moment = Literal["exp_avg", "exp_avg_sq"]
 CLIPPED_WITH = "clipped_with"
 """Key of a parameter group: groups that share its value have their gradients clipped by their common norm."""
+BUCKET = 50_000_000
+"""Elements of a buffer in which ZeRO collects gradients, or parameters that it fetches ahead."""
+LIVE = 300_000_000
+"""Elements of parameters that stage 3 holds whole at a time, at most."""
 MOMENTS: tuple[Moment, ...] = ("exp_avg", "exp_avg_sq")
 Pairs = Iterable[tuple[nn.Module, nn.Module]]
 
@@ -30,6 +34,7 @@ class Stepped:
     """Of the whole gradient, before clipping."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Forward, backward and step of a module, whole or sharded, and its state tensor by tensor.
 
@@ -88,14 +93,16 @@ def build(
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     )
     module.to(device)
-    adamw = torch.optim.AdamW(groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps, foreach=True)
+    # On a CPU, where an offloaded optimiser steps, the fused kernel is the one that goes through memory once.
+    kernel = {"foreach": True} if sharding.offload_optimizer == "none" else {"fused": True}
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps, **kernel)
     if sharding.engine == "torch":
         from pretrain.sharding.plain import TorchEngine
 
         return TorchEngine(module, adamw, optimizer.clip, spread[1], device)
     from pretrain.sharding.zero import ZeroEngine
 
-    return ZeroEngine(module, adamw, optimizer.clip, sharding.zero_stage, spread, device)
+    return ZeroEngine(module, adamw, optimizer.clip, sharding, spread, device)
 
 
 def parameter_pairs(pairs: Pairs) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
@@ -118,15 +125,22 @@ def clip(gradients: dict[str, list[Tensor]], largest: float | None, total: Calla
         largest: the largest norm; None: any.
         total: adds up over the ranks that have other pieces, float32 `[parts]`.
     """
-    norms = [torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces))) for pieces in gradients.values()]
-    squares = total(torch.stack(norms).square())
+    norms = {part: list(torch._foreach_norm(pieces)) for part, pieces in gradients.items()}
+    stepped, factors = clipping(norms, largest, total)
+    if stepped.applied and largest is not None:
+        for pieces, factor in zip(gradients.values(), factors, strict=True):
+            torch._foreach_mul_(pieces, factor)
+    return stepped
+
+
+def clipping(
+    norms: dict[str, list[Tensor]], largest: float | None, total: Callable[[Tensor], Tensor]
+) -> tuple[Stepped, Tensor]:
+    """What `clip` returns, given the norms of its pieces, and what it multiplies each part by, `[parts]`."""
+    squares = total(torch.stack([torch.linalg.vector_norm(torch.stack(each)) for each in norms.values()]).square())
     whole = float(squares.sum().sqrt())
-    if not math.isfinite(whole):
-        return Stepped(False, whole)
-    for pieces, norm in zip(gradients.values(), squares.sqrt(), strict=True):
-        if largest is not None:
-            torch._foreach_mul_(pieces, (largest / (norm + 1e-6)).clamp(max=1.0))
-    return Stepped(True, whole)
+    factors = torch.ones_like(squares) if largest is None else (largest / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+    return Stepped(math.isfinite(whole), whole), factors
 
 
 def adamw_state(like: Tensor, steps: int) -> dict[str, Tensor]:

@@ -2,21 +2,38 @@
 
 Parameters are float32 everywhere (autocast makes matrix products bf16), so the teacher, which is frozen and part of the
 same module, is sharded with the student at stage 3, and its moving average is taken shard by shard.
+
+An offloaded optimiser's gradients are out of reach between the backward pass and the step: DeepSpeed keeps the norm of
+each parameter's piece, and they are clipped as torch's optimiser gets them.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pretrain.config import Sharding
 from pretrain.models.blocks import Block
 from pretrain.ranks import all_reduce_sum, join
-from pretrain.sharding.base import CLIPPED_WITH, Moment, Pairs, Stepped, adamw_state, clip, lerp, parameter_pairs
+from pretrain.sharding.base import (
+    BUCKET,
+    CLIPPED_WITH,
+    LIVE,
+    Moment,
+    Pairs,
+    Stepped,
+    adamw_state,
+    clip,
+    clipping,
+    lerp,
+    parameter_pairs,
+)
 from pretrain.sharding.plain import gradients, optimizer_steps
 
 
@@ -28,19 +45,24 @@ class ZeroEngine:
         module: nn.Module,
         adamw: torch.optim.Optimizer,
         largest_norm: float | None,
-        stage: int,
+        sharding: Sharding,
         spread: tuple[int, int],
         device: torch.device,
     ) -> None:
         deepspeed = _import_deepspeed(device)
         join(device)
-        self.device, self.stage, self.largest_norm = device, stage, largest_norm
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=_settings(stage, spread))
+        self.device, self.stage, self.largest_norm = device, sharding.zero_stage, largest_norm
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=_settings(sharding, spread))
         self.module: nn.Module = self.engine.module
         if self.stage == 3:
             _gather_blocks(deepspeed, module)
         self._gathered = deepspeed.zero.GatheredParameters
         self._linked = False
+        self._offloaded = sharding.offload_optimizer != "none"
+        self._optimizer_in_files = sharding.offload_optimizer == "nvme"
+        self._factors: dict[str, float] = {}
+        if self._offloaded:
+            self._adamw.register_step_pre_hook(self._scale)
 
     def forward(self, *args: Any) -> Any:
         return self.engine(*args)
@@ -63,6 +85,8 @@ class ZeroEngine:
     @torch.no_grad()
     def _clipped(self) -> Stepped:
         """Clip what is about to be stepped on. Where it is no number, stages 1 to 3 see that by themselves."""
+        if self._offloaded:
+            return self._to_be_clipped()
         if self.stage:
             pieces = self._pieces()
             stepped = clip(pieces, self.largest_norm, all_reduce_sum)
@@ -80,9 +104,38 @@ class ZeroEngine:
         optimizer, groups = self.engine.optimizer, self.parameter_groups()
         found: dict[str, list[Tensor]] = {}
         for number, pieces in optimizer.averaged_gradients.items():
-            group = groups[optimizer.sub_group_to_group_id[number] if self.stage == 3 else number]
-            found.setdefault(group[CLIPPED_WITH], []).extend(pieces)
+            found.setdefault(groups[self._group(number)][CLIPPED_WITH], []).extend(pieces)
         return dict(sorted(found.items()))
+
+    def _to_be_clipped(self) -> Stepped:
+        """Find what `_scale` will multiply by. DeepSpeed goes by its own norms when it skips a step: spoil them."""
+        norms = self._norms()
+        stepped, factors = clipping(norms, self.largest_norm, all_reduce_sum)
+        self._factors = dict(zip(norms, factors.tolist(), strict=True))
+        if not stepped.applied:
+            for norm in self.engine.optimizer.norm_for_param_grads.values():
+                norm.fill_(torch.nan)
+        return stepped
+
+    def _norms(self) -> dict[str, list[Tensor]]:
+        """Norms of this rank's pieces of the averaged gradients, by the part they are clipped with."""
+        optimizer, groups = self.engine.optimizer, self.parameter_groups()
+        parts = sorted({group[CLIPPED_WITH] for group in groups})
+        found = {part: [torch.zeros((), device=self.device)] for part in parts}  # a rank may hold nothing of a part
+        for parameter, norm in optimizer.norm_for_param_grads.items():
+            group = groups[self._group(optimizer.grad_position[parameter][0])]
+            found[group[CLIPPED_WITH]].append(norm.float())  # of float64, whose squares would not overflow as theirs do
+        return found
+
+    def _scale(self, adamw: torch.optim.Optimizer, *_: Any) -> None:
+        """Clip the gradients of an offloaded optimiser that is about to step."""
+        for group in adamw.param_groups:
+            for tensor in group["params"]:
+                tensor.grad.mul_(self._factors[group[CLIPPED_WITH]])
+
+    def _group(self, number: int) -> int:
+        """The parameter group of a tensor that the wrapped optimiser sees."""
+        return self.engine.optimizer.sub_group_to_group_id[number] if self.stage == 3 else number
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return self.engine.optimizer.param_groups
@@ -151,10 +204,24 @@ class ZeroEngine:
 
     def expect_moments(self, parameters: Sequence[nn.Parameter], optimizer_steps: int) -> None:
         self._adamw.state.clear()
-        for tensor in self._optimised(parameters):
-            self._adamw.state[tensor] = adamw_state(tensor, optimizer_steps)
+        if self._optimizer_in_files:
+            self.engine.optimizer.optimizer_swapper.purge_state()
+        for number, tensor in enumerate(self._optimised(parameters)):
+            with self._state_in_memory(number):
+                self._adamw.state[tensor] = adamw_state(tensor, optimizer_steps)
         self._linked = False
         self._link_moments()
+
+    @contextmanager
+    def _state_in_memory(self, number: int) -> Iterator[None]:
+        """Read a tensor that the wrapped optimiser sees where it is in a file; write it and its state there again."""
+        optimizer = self.engine.optimizer
+        swapped = self._optimizer_in_files and optimizer._swappable_optimizer_subgroup(number)
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_in(number)
+        yield
+        if swapped:
+            optimizer._optimizer_states_and_gradient_swap_out(number)
 
     def _optimised(self, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:
         """The tensors that the wrapped optimiser sees: parameters, or this rank's part of many of them in one."""
@@ -164,9 +231,13 @@ class ZeroEngine:
         return optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
 
 
-def _settings(stage: int, spread: tuple[int, int]) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": stage}
-    if stage == 3:
+def _settings(sharding: Sharding, spread: tuple[int, int]) -> dict[str, Any]:
+    buckets = {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET, "stage3_prefetch_bucket_size": BUCKET}
+    zero: dict[str, Any] = {"stage": sharding.zero_stage, "stage3_max_live_parameters": LIVE, **buckets}
+    for what, device in (("optimizer", sharding.offload_optimizer), ("param", sharding.offload_parameters)):
+        if device != "none":
+            zero[f"offload_{what}"] = {"device": device, "nvme_path": sharding.nvme_path, "pin_memory": True}
+    if sharding.zero_stage == 3:
         # Small parameters that stayed whole would not see what is written to their shards.
         zero |= {"stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}
     return {
@@ -175,6 +246,7 @@ def _settings(stage: int, spread: tuple[int, int]) -> dict[str, Any]:
         "gradient_clipping": 0.0,  # ours
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # theirs would be compiled when it is first used
         "steps_per_print": 1 << 60,
         "wall_clock_breakdown": False,
     }

@@ -1,0 +1,88 @@
+"""Parameters, work, memory, days and cost of a recipe on some GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pretrain.config import PlanConfig
+from pretrain.planning import hardware, memory
+from pretrain.planning.dryrun import Cost, Size, cost, shapes_of, size
+from pretrain.planning.memory import Memory
+from pretrain.train import build_learner
+
+STAGES = (0, 1, 2, 3)
+_USABLE = 0.92  # of a GPU's memory; the driver, NCCL and what the allocator cannot fit together take the rest
+_DRY = (4, 8)  # micro-batches that are run dry; others lie on their line
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a rank needs with a micro-batch of some images."""
+
+    images: int
+    by_stage: dict[int, Memory]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A recipe on some GPUs."""
+
+    size: Size
+    flops_per_image: float
+    images: int
+    """Over the whole schedule."""
+    fits: list[Fit]
+    """By micro-batch, the recipe's own among them."""
+    micro_batch: int
+    """The recipe's own."""
+    usable: float
+    """Bytes of a GPU that can be used."""
+    gpu_hours: float
+    days: float
+    cost: float | None
+
+
+def plan(config: PlanConfig) -> Planned:
+    """Run a recipe dry and reckon.
+
+    Raises:
+        UserError: the GPU is not known.
+    """
+    learner = shapes_of(lambda: build_learner(config))
+    costs = [cost(learner, config, images) for images in _DRY]
+    flops = costs[-1].flops / costs[-1].images
+    images = config.schedule.steps * config.schedule.batch
+    gpu_hours = images * flops / (_peak(config) * config.mfu) / 3600
+    own = config.runtime.micro_batch or max(config.schedule.batch // config.gpus, 1)
+    return Planned(
+        size=size(learner),
+        flops_per_image=flops,
+        images=images,
+        fits=[_fit(size(learner), costs, images, config) for images in _sizes(own)],
+        micro_batch=own,
+        usable=_USABLE * (config.gib or hardware.gpu(config.gpu).memory) * 2**30,
+        gpu_hours=gpu_hours,
+        days=gpu_hours / config.gpus / 24,
+        cost=None if config.price is None else config.price * gpu_hours,
+    )
+
+
+def _peak(config: PlanConfig) -> float:
+    """FLOP/s of one GPU."""
+    if config.tflops is not None:
+        return 1e12 * config.tflops
+    known = hardware.gpu(config.gpu)
+    return 1e12 * (known.bf16 if config.sharding.precision == "bf16" else known.fp32)
+
+
+def _sizes(own: int) -> list[int]:
+    """Micro-batches worth a look: from a quarter of the recipe's own to four times it."""
+    return sorted({max(own // 4, 1), max(own // 2, 1), own, 2 * own, 4 * own})
+
+
+def _fit(size: Size, costs: list[Cost], images: int, config: PlanConfig) -> Fit:
+    passes = memory.activations(costs[0], costs[1], images)
+    accumulates = config.schedule.batch > images * config.gpus
+    offloads = config.sharding.offload_optimizer != "none"
+    found = {stage: memory.of_rank(size, passes, stage, config.gpus, accumulates, offloads) for stage in STAGES}
+    return Fit(images, found)

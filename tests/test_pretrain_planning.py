@@ -1,0 +1,117 @@
+"""Plans: work and memory that were reckoned are those that are counted and allocated."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from flows.cli import main
+from pretrain.config import PretrainSettings
+from pretrain.data.loader import Batch
+from pretrain.planning import memory
+from pretrain.planning.dryrun import batch_of, cost, flops, shapes_of, size
+from pretrain.train import build_learner
+from tests.test_pretrain_training import EVERY_KIND, TINY
+
+HEAD = {"hidden": 1024, "bottleneck": 256, "prototypes": 4096}
+SMALL = {
+    "model": {"size": "small", "patch_size": 16, "image_size": 224, "drop_path": 0.3},
+    "objectives": [{"kind": "dino", "head": HEAD}, {"kind": "ibot", "head": HEAD}, {"kind": "koleo"}],
+    "views": {"local_count": 2},
+}
+IMAGES = 4
+
+
+def settings(**changes: object) -> PretrainSettings:
+    return PretrainSettings.model_validate({**SMALL, **changes})
+
+
+def real(asked: PretrainSettings, images: int) -> Batch:
+    """A batch of black images and empty captions."""
+    return Batch(**{name: torch.zeros_like(value) for name, value in vars(batch_of(asked, images)).items()})
+
+
+MAE = {"objectives": [{"kind": "mae", "dim": 64, "depth": 2, "heads": 2}], "views": {"global_count": 1}}
+EVERYTHING = {**TINY, "objectives": EVERY_KIND, "views": {**TINY["views"], "plain_size": 64}}
+
+
+@pytest.mark.parametrize("changes", [{}, {"sharding": {"precision": "bf16"}}, MAE, EVERYTHING], ids=range(4))
+def test_flops_and_parameters_are_those_that_are_counted(changes: dict[str, object]) -> None:
+    asked = settings(**changes)
+    shapes = shapes_of(lambda: build_learner(asked))
+    learner = build_learner(asked).train()
+    learner.precision = asked.sharding.precision
+    learner.begin_step(asked.schedule.steps - 1)
+    assert size(shapes) == size(learner)
+    assert size(learner).whole == sum(each.numel() for each in learner.parameters())
+    with FlopCounterMode(display=False) as counter:
+        learner(real(asked, IMAGES), 0.05)[0].backward()
+    assert flops(shapes, asked, IMAGES) == counter.get_total_flops()
+    assert flops(learner, asked, IMAGES) == counter.get_total_flops()
+    assert all(each.isfinite().all() for each in learner.parameters())  # the learner itself stayed real
+
+
+def test_what_is_computed_again_is_no_work() -> None:
+    spared = settings(runtime={"activation_checkpointing": "full"})
+    shapes = shapes_of(lambda: build_learner(spared))
+    assert flops(shapes, spared, IMAGES) == flops(shapes, settings(), IMAGES)
+    assert cost(shapes, spared, IMAGES).peak < 0.6 * cost(shapes, settings(), IMAGES).peak
+
+
+def allocated(asked: PretrainSettings, tmp_path: Path, ranks: int) -> int:
+    """The most that a rank's allocator gives out in two steps."""
+    (tmp_path / "settings.json").write_text(json.dumps(asked.model_dump(mode="json")))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    module = ["-m", "tests.allocation_program", str(tmp_path / "settings.json"), str(IMAGES)]
+    done = subprocess.run([sys.executable, *launcher, *module], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return int(done.stdout.split()[-1])
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sharding": {"engine": "torch"}},
+        {"sharding": {"engine": "torch", "precision": "bf16"}, "runtime": {"activation_checkpointing": "selective"}},
+        *({"sharding": {"zero_stage": stage}} for stage in (1, 2, 3)),
+    ],
+    ids=["torch", "bf16", "zero 1", "zero 2", "zero 3"],
+)
+def test_memory_is_what_is_allocated_to_15_percent(changes: dict[str, object], tmp_path: Path) -> None:
+    asked = settings(**changes)
+    stage, ranks = asked.sharding.zero_stage, 1 if asked.sharding.engine == "torch" else 2
+    shapes = shapes_of(lambda: build_learner(asked))
+    passes = memory.activations(cost(shapes, asked, 2), cost(shapes, asked, 8), IMAGES)
+    reckoned = memory.of_rank(size(shapes), passes, stage, ranks, accumulates=False).total
+    assert reckoned == pytest.approx(allocated(asked, tmp_path, ranks), rel=0.15)
+
+
+def planned(*flags: str) -> int | str | None:
+    """The exit code of `fovea plan`."""
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", *flags])
+    return ended.value.code
+
+
+def test_the_plan_tells_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert planned("dinov2_vitl16_short", "--gpus", "32", "--gpu", "a100", "--price", "2") == 0
+    shown = capsys.readouterr().out
+    assert "303" in shown.split("backbone")[1].splitlines()[0]  # M parameters of ViT-L/16
+    assert "days on 32 x a100" in shown
+    assert "cost" in shown
+    assert "too much" in shown
+    few = ("--gpus", "8", "--gib", "12", "--tflops", "100", "--runtime.micro_batch", "64")
+    assert planned("dinov2_vitl16_short", *few) == 0
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_a_gpu_nobody_knows_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert planned("tiny_cpu", "--gpus", "1", "--gpu", "abacus") == 2
+    assert "gpu: abacus is not known; give one of a100-40gb" in capsys.readouterr().err
