@@ -6,7 +6,7 @@ from pydantic import Field
 
 from infra.config import Config
 from infra.launch.config import Launch, Launcher
-from pretrain.config import Guards, Optimizer, Runtime, Schedule, Sharding, Teacher
+from pretrain.config import Guards, Health, Optimizer, Runtime, Schedule, Sharding, Teacher
 from pretrain.data.config import Sampling
 from pretrain.models.config import VisionTransformerConfig
 
@@ -26,6 +26,8 @@ class DistillSettings(Config):
     """The moving average of the student, which is what is released, and the frozen teacher's temperature."""
     guards: Guards = Guards()
     """What happens when losses go wrong."""
+    health: Health = Health()
+    """What counts as collapse."""
     sharding: Sharding = Sharding()
     """Ranks and precision."""
     runtime: Runtime = Runtime()

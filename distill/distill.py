@@ -15,6 +15,7 @@ from pretrain.checkpoints import Checkpoint, initial_backbone
 from pretrain.config import PretrainSettings, decisive
 from pretrain.learner import Learner
 from pretrain.objectives.build import build as build_objectives
+from pretrain.reporting import Task
 from pretrain.train import corpus_inputs, produce_together, train, view_dataset
 
 VERSION = 3
@@ -31,9 +32,9 @@ def distill(config: DistillConfig) -> Artifact:
     settings = student_settings(config, teacher)
 
     def write(directory: Path) -> Mapping[str, Any]:
-        dataset = view_dataset(config.corpora, settings)
-        learner = build_learner(settings, teacher)
-        return train("distill", learner, dataset, settings, directory, planned.resolve(config.out))
+        dataset, url = view_dataset(config.corpora, settings), planned.resolve(config.out)
+        task = Task("distill", settings, dataset, lambda: build_learner(settings, teacher), directory, url)
+        return train(task, task.build())
 
     planned = plan(config)
     return produce_together(planned, config.out, write)
@@ -73,8 +74,10 @@ def student_settings(config: DistillConfig, teacher: Checkpoint) -> PretrainSett
         optimizer=config.optimizer,
         teacher=config.average,
         guards=config.guards,
+        health=config.health,
         sharding=config.sharding,
         runtime=config.runtime,
+        launch=config.launch,
     )
 
 

@@ -14,6 +14,7 @@ from infra.launch.run import launch
 from pretrain.config import PretrainConfig
 
 Room = Literal["pretrain", "distill"]
+_MODULES = {"pretrain": "flows.pretraining", "distill": "distill"}
 
 
 def train(room: Room, config: PretrainConfig | DistillConfig) -> Artifact | None:
@@ -24,7 +25,7 @@ def train(room: Room, config: PretrainConfig | DistillConfig) -> Artifact | None
     """
     if config.launcher == "local":
         slurm.adopt_environment()
-        trained: Artifact = importlib.import_module(room).run(config)
+        trained: Artifact = importlib.import_module(_MODULES[room]).run(config)
         return trained
     url = train_apart(room, config)
     if not config.launch.slurm.wait and find(url) is None:
@@ -41,16 +42,13 @@ def train_apart(room: Room, config: PretrainConfig | DistillConfig) -> str:
     url = plan.resolve(config.out)
     found = find(url)
     if found is None or found.id != plan.id:
-        launch(room, config, job_folder(room, config), config.launcher, config.launch)
+        launch(_MODULES[room], config, job_folder(room, config), config.launcher, config.launch)
     return url
 
 
 def job_folder(room: Room, config: PretrainConfig | DistillConfig) -> Path:
-    """Where a training's job keeps its settings and logs: beside the checkpoint, whose files decide nothing."""
-    if config.launch.folder is not None:
-        return Path(config.launch.folder)
-    work = work_directory(_plan(room, config), config.out)
-    return work.with_name(f"{work.name}.job")
+    """Where a training's job keeps its settings and logs."""
+    return config.launch.job_folder(work_directory(_plan(room, config), config.out))
 
 
 def _plan(room: Room, config: PretrainConfig | DistillConfig) -> Plan:

@@ -6,12 +6,18 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Advance = Callable[..., None]
 _LINE_SECONDS = 60  # between lines in a log file
+
+
+def _left(seconds: float, made: int, all_of_it: int) -> timedelta:
+    """Time until the end at the speed so far."""
+    return timedelta(seconds=round(seconds / max(made, 1) * (all_of_it - made)))
 
 
 @contextlib.contextmanager
@@ -45,7 +51,11 @@ def progress(title: str, total: int | None, done: int = 0, shown: bool = True) -
         bar.update(task, advance=count, note=last_note)
         if lines and time.monotonic() - last_line > _LINE_SECONDS:
             last_line = time.monotonic()
-            of = "" if total is None else f" of {total}"
+            of = (
+                ""
+                if total is None
+                else f" of {total}, {_left(last_line - started, completed - done, total - done)} left,"
+            )
             print(f"{title}: {completed}{of} {last_note}".rstrip(), file=sys.stderr, flush=True)
 
     with bar:

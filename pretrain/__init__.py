@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from infra.artifacts import Artifact
     from pretrain.config import PretrainConfig
+    from pretrain.reporting import Probe
 
 
-def run(config: PretrainConfig) -> Artifact:
+def run(config: PretrainConfig, probe: Probe | None = None) -> Artifact:
     """Pretrain a backbone; see `pretrain.train.pretrain`."""
     from pretrain.train import pretrain
 
-    return pretrain(config)
+    return pretrain(config, probe)

@@ -104,7 +104,7 @@ class CheckpointedViT:
         checkpoint = Checkpoint.open(config.url)
         model = checkpoint.untrained() if config.untrained else checkpoint.backbone()
         views = checkpoint.settings.views
-        return cls._on_device(model, model.config.image_size, views.mean, views.std)
+        return cls.of(model, model.config.image_size, views.mean, views.std)
 
     @classmethod
     def from_official(cls, config: OfficialBackbone) -> CheckpointedViT:
@@ -118,12 +118,10 @@ class CheckpointedViT:
             model.load_state_dict(from_official(state, config.architecture))
         except UserError as error:
             raise UserError(f"{config.checkpoint}: {error}") from None
-        return cls._on_device(model, config.input_size, config.mean, config.std)
+        return cls.of(model, config.input_size, config.mean, config.std)
 
     @classmethod
-    def _on_device(
-        cls, model: VisionTransformer, side: int, mean: Sequence[float], std: Sequence[float]
-    ) -> CheckpointedViT:
+    def of(cls, model: VisionTransformer, side: int, mean: Sequence[float], std: Sequence[float]) -> CheckpointedViT:
         device = default_device()
         return cls(
             model.to(device), side, *(torch.tensor(each, device=device).view(1, 3, 1, 1) for each in (mean, std))

@@ -53,11 +53,11 @@ class Checkpoint:
 
     def backbone(self) -> VisionTransformer:
         """The released backbone, for inference."""
-        return self._inference(self.weights(f"{self.released}."))
+        return inference(self.weights(f"{self.released}."), self.model)
 
     def untrained(self) -> VisionTransformer:
         """The backbone with the initial weights of its settings and seed."""
-        return self._inference(initial_backbone(self.model, self.settings.schedule.seed).state_dict())
+        return inference(initial_backbone(self.model, self.settings.schedule.seed).state_dict(), self.model)
 
     def start(self, learner: Learner) -> None:
         """Load student, teacher and heads into a learner of the same dimensions.
@@ -84,10 +84,12 @@ class Checkpoint:
                 raise UserError(f"{self.artifact.url}: {name} does not fit the settings; keep its model and objectives")
         learner.load_state_dict(state)
 
-    def _inference(self, weights: dict[str, Tensor]) -> VisionTransformer:
-        backbone = VisionTransformer(self.model.model_copy(update={"attention": "sdpa", "drop_path": 0.0}))
-        backbone.load_state_dict(weights)
-        return backbone.requires_grad_(False).eval()
+
+def inference(weights: Mapping[str, Tensor], model: VisionTransformerConfig) -> VisionTransformer:
+    """A backbone of some weights, frozen."""
+    backbone = VisionTransformer(model.model_copy(update={"attention": "sdpa", "drop_path": 0.0}))
+    backbone.load_state_dict(weights)
+    return backbone.requires_grad_(False).eval()
 
 
 def _resized_table(table: Tensor, wanted: Tensor, model: VisionTransformerConfig) -> Tensor:

@@ -25,6 +25,7 @@ def _default_objectives() -> list[ObjectiveConfig]:
 
 
 Precision = Literal["fp32", "bf16"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class Optimizer(Config):
@@ -104,6 +105,19 @@ class Sharding(Config):
         return self
 
 
+class Probe(Config):
+    """kNN on the frozen teacher, now and then."""
+
+    train: str
+    """URL of the labelled corpus that votes."""
+    test: str
+    """URL of the labelled corpus that is classified."""
+    every: int = Field(1000, ge=1)
+    """Steps between scores."""
+    k: int = Field(20, ge=1)
+    """Neighbours that vote."""
+
+
 class Guards(Config):
     """What happens when losses go wrong. A step whose loss or gradient is no finite number is always skipped, on all
     ranks, and teacher and centers stay as they were."""
@@ -114,6 +128,23 @@ class Guards(Config):
     """Skipped steps in a row after which the training goes back to its last checkpoint, and on with other samples."""
     max_rewinds: int = Field(3, ge=0)
     """Times it may go back before it stops."""
+
+
+class Health(Config):
+    """When what is learned counts as collapsed. Looked at now and then; a warning each time."""
+
+    every: int = Field(100, ge=0)
+    """Steps between looks; 0: never."""
+    min_usage: float = Field(0.1, ge=0, le=1)
+    """Least entropy of the mean teacher target, as a share of the most it can be: below, few prototypes are used."""
+    min_kl: float = Field(1e-4, ge=0)
+    """Least mean divergence of the student from the targets, in nats: below, there is nothing left to learn."""
+    min_rank: float = Field(1.5, ge=1)
+    """Least effective rank (RankMe) of the class tokens of a batch."""
+    stop_after: int | None = Field(None, ge=1)
+    """Alarming looks in a row after which the training stops; null: it goes on."""
+    probe: Probe | None = None
+    """A small labelled set on which the teacher is scored by its nearest neighbours while it trains."""
 
 
 class Retention(Config):
@@ -143,6 +174,8 @@ class Runtime(Config):
     """Share of samples that may turn out unusable, each passed over for another one, before the run stops."""
     checkpoint_every: int = Field(200, ge=1)
     """Steps between states to resume from; they are written while the training goes on."""
+    trackers: list[TrackerName] = Field(default_factory=list)
+    """Experiment trackers that get every step's telemetry, which the job's folder has anyway."""
     keep: Retention = Retention()
     """Which of these states are kept until the training ends."""
     activation_checkpointing: Checkpointing = "none"
@@ -189,6 +222,8 @@ class PretrainSettings(Config):
     """The teacher and its schedules."""
     guards: Guards = Guards()
     """What happens when losses go wrong."""
+    health: Health = Health()
+    """What counts as collapse."""
     sharding: Sharding = Sharding()
     """Ranks and precision."""
     runtime: Runtime = Runtime()
@@ -329,5 +364,5 @@ _SPREADING = {"engine", "zero_stage", "offload_optimizer", "offload_parameters",
 
 def decisive(config: Config) -> dict[str, object]:
     """The settings that decide a stage's result: all but where it reads, where it writes and how it is carried out."""
-    how: dict[str, Any] = dict.fromkeys([*PLACES, *LAUNCHING, "runtime", "guards"], True)
+    how: dict[str, Any] = dict.fromkeys([*PLACES, *LAUNCHING, "runtime", "guards", "health"], True)
     return config.model_dump(mode="json", exclude=how | {"sharding": _SPREADING})

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,18 +18,19 @@ from torch import Tensor
 
 from infra import storage
 from infra.errors import Preempted, UserError
-from infra.progress import progress
-from pretrain import guards, schedules, telemetry
+from pretrain import guards, health, schedules, telemetry
+from pretrain.checkpoints import inference
 from pretrain.config import PretrainSettings
 from pretrain.data import order
-from pretrain.data.loader import UNUSABLE, Batch, Place, ViewDataset, batches
+from pretrain.data.loader import UNUSABLE, Batch, Place, batches
 from pretrain.guards import Preemption
 from pretrain.learner import Learner
 from pretrain.ranks import all_reduce_mean, all_reduce_sum, from_all_ranks, several_ranks, shared_store, world
+from pretrain.reporting import Reporter, Task
 from pretrain.saves import Saves, Tally
 from pretrain.sharding import base, state
 from pretrain.sharding.base import CLIPPED_WITH, Stepped
-from pretrain.telemetry import METRICS, SKIPPED, UNUSABLE_PREFIX
+from pretrain.telemetry import METRICS, PROBE_PREFIX, SKIPPED, UNUSABLE_PREFIX
 from pretrain.watch import Watch
 
 _SKIPPED_SAMPLES = "skipped.jsonl"
@@ -51,22 +51,18 @@ class Trained:
     unusable: dict[str, int]
     """Samples that were passed over, by reason."""
     tally: Tally
+    speed: dict[str, float]
+    """Of the last steps."""
 
 
 class Training:
-    """One training of a learner, resumable from its last saved state.
+    """One training of a learner, resumable from its last saved state."""
 
-    Args:
-        work: the local folder in which the checkpoint is made.
-        url: where the checkpoint will be; saved states lie under it.
-    """
-
-    def __init__(
-        self, title: str, learner: Learner, dataset: ViewDataset, settings: PretrainSettings, work: Path, url: str
-    ) -> None:
-        self.title, self.learner, self.settings, self.work = title, learner, settings, work
-        self.dataset = dataset
-        self.saves = Saves(work, url, settings.runtime.keep)
+    def __init__(self, task: Task, learner: Learner) -> None:
+        settings = task.settings
+        self.task, self.learner, self.settings, self.dataset = task, learner, settings, task.dataset
+        self.title, self.work = task.title, task.work
+        self.saves = Saves(task.work, task.url, settings.runtime.keep)
         self.rank, self.world_size = world()
         self.micro_batch, self.accumulation = schedules.spread(settings, self.world_size)
         groups = parameter_groups(learner, settings)
@@ -84,26 +80,28 @@ class Training:
 
         Raises:
             Preempted: the process was asked to stop; its state is saved.
-            UserError: losses stay bad, or too many samples are unusable.
+            UserError: losses stay bad, features collapse, or too many samples are unusable.
         """
         first, started = self._resume(), time.monotonic()
         self._forget_later_skips()
+        reporter = Reporter(self.task, self.engine.device, first)
         begun = self.tally.samples
         self.learner.train()
         steps = self.settings.schedule.steps
-        shown = self.rank == 0
-        with progress(self.title, steps, first, shown) as advance, self.preemption.listening(), self._watched():
+        with reporter.reporting(), self.preemption.listening(), self._watched():
             step = first
             while step < steps:
                 source = batches(self.dataset, self._place(step), self.settings.runtime.workers)
                 for _ in range(step, steps):
-                    advance(note=f"loss {self._step(step, source):.3f}")
+                    self._step(step, source)
+                    reporter.step(self.metrics[-1])
                     step += 1
+                    self._look_after_health()
                     bad = guards.skipped_in_a_row(self.metrics)
                     if bad >= self.settings.guards.max_skips:
                         step = self._rewind()
                         break
-                    due = step % self.settings.runtime.checkpoint_every == 0
+                    due = _due(step, self.settings.runtime.checkpoint_every)
                     if step < steps and ((due and not bad) or self.asked):
                         self._save(step)
                     if step < steps and self.asked:
@@ -117,7 +115,7 @@ class Training:
             telemetry.write(self.work / METRICS, self.metrics)
         speed = (self.tally.samples - begun) / max(seconds, 1e-9)
         unusable = dict(sorted(self.unusable.items()))
-        return Trained(state.weights(self.engine), self.metrics, speed, first, unusable, self.tally)
+        return Trained(state.weights(self.engine), self.metrics, speed, first, unusable, self.tally, reporter.speed)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -137,11 +135,12 @@ class Training:
         steps = self.settings.schedule.steps
         return Place(self.rank, self.world_size, self.micro_batch, self.accumulation, step, steps, self.tally.samples)
 
-    def _step(self, step: int, source: Iterator[Batch]) -> float:
-        """One optimiser step; returns its loss."""
+    def _step(self, step: int, source: Iterator[Batch]) -> None:
+        """One optimiser step and its row of telemetry."""
         position = schedules.at(self.settings, step)
         self._apply(position)
         self.engine.follow(self.learner.begin_step(step), 0.0)
+        self.learner.looking = _due(step + 1, self.settings.health.every)
         _seed_dropout(self.settings.schedule.seed, step, self.rank)
         centers = [(buffer, buffer.clone()) for buffer in self.learner.objectives.buffers()]
         totals, facts, places, stepped = self._micro_batches(step, source, position.temperature)
@@ -153,12 +152,38 @@ class Training:
         losses = dict(zip(totals, all_reduce_mean(torch.stack(list(totals.values()))).tolist(), strict=True))
         self.tally = replace(self.tally, samples=self.tally.samples + self.settings.schedule.batch)
         row = {"step": step, "samples": self.tally.samples, "lr": position.lr, "momentum": position.momentum}
-        row |= {"gradient_norm": stepped.gradient_norm} | losses | self._count(facts[:-2])
+        row |= {"gradient_norm": stepped.gradient_norm} | losses | self._count(facts[:-2]) | self._probed(step + 1)
         self.metrics.append(row if stepped.applied else self._skip(row, places))
         self.asked = facts[-1] > 0
         if facts[-2] == self.world_size:
             self.saves.commit()
-        return losses["loss"]
+
+    def _probed(self, steps: int) -> dict[str, float]:
+        """What the caller's probe says of the released backbone, if it is due."""
+        settings = self.settings.health.probe
+        if self.task.probe is None or settings is None or not _due(steps, settings.every):
+            return {}
+        self._arrive(steps, "probing")
+        name = "teacher." if self.learner.average is None else "average."
+        weights = state.weights(self.engine, name)
+        if self.rank != 0:
+            return {}
+        backbone = inference(weights, self.learner.released().config)
+        return {PROBE_PREFIX + key: value for key, value in self.task.probe(backbone, steps).items()}
+
+    def _look_after_health(self) -> None:
+        """Warn of collapse, and stop where that is asked for."""
+        row, settings = self.metrics[-1], self.settings.health
+        found = "; ".join(health.alarms(row, settings))
+        if not found:
+            return
+        if self.rank == 0:
+            _log.warning("%s: step %d looks like collapse: %s", self.title, row["step"], found)
+        if settings.stop_after is not None and health.alarming_looks(self.metrics, settings) >= settings.stop_after:
+            raise UserError(
+                f"{self.title}: collapsed at step {row['step']:.0f}: {found}; lower optimizer.base_lr or the teacher's "
+                "temperature, or loosen health"
+            )
 
     def _micro_batches(
         self, step: int, source: Iterator[Batch], temperature: float
@@ -298,6 +323,10 @@ def parameter_groups(learner: Learner, settings: PretrainSettings) -> list[dict[
         }
         for (part, key), parameters in groups.items()
     ]
+
+
+def _due(steps: int, every: int) -> bool:
+    return every > 0 and steps % every == 0
 
 
 def _part(name: str) -> str:

@@ -25,16 +25,16 @@ class _Images(Dataset[torch.Tensor]):
         return torch.as_tensor(np.array(self.backbone.preprocess(decode_rgb(self.corpus.read_image(row)))))
 
 
-def stream(backbone: Backbone, corpus: Corpus, batch: int, title: str) -> Iterator[np.ndarray]:
+def stream(backbone: Backbone, corpus: Corpus, batch: int, title: str, shown: bool = True) -> Iterator[np.ndarray]:
     """Features of consecutive rows, float32 `[<= batch, dim]` at a time; memory does not grow with the corpus."""
     loader = DataLoader(_Images(corpus, backbone), batch_size=batch)
-    with progress(title, len(corpus)) as advance:
+    with progress(title, len(corpus), shown=shown) as advance:
         for images in loader:
             yield backbone.features(images).numpy()
             advance(len(images))
 
 
-def extract(backbone: Backbone, corpus: Corpus, batch: int, title: str) -> np.ndarray:
+def extract(backbone: Backbone, corpus: Corpus, batch: int, title: str, shown: bool = True) -> np.ndarray:
     """Features of a whole corpus, float32 `[n, dim]`, each vector set to unit length."""
-    features = np.concatenate(list(stream(backbone, corpus, batch, title)))
+    features = np.concatenate(list(stream(backbone, corpus, batch, title, shown)))
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)

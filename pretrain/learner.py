@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from pretrain import health
 from pretrain.config import Precision
 from pretrain.data import photometric
 from pretrain.data.config import Views
@@ -26,6 +27,9 @@ class Learner(nn.Module):
         views: how crops are normalised.
         distilling: False: the teacher follows the student. True: teacher and teacher heads stay fixed, the student
             sees everything, and `average` follows the student instead (DINOv2, section 5: distillation).
+
+    Attributes:
+        looking: whether the next passes tell how healthy the features are.
     """
 
     mean: Tensor
@@ -45,6 +49,7 @@ class Learner(nn.Module):
         self.objectives = nn.ModuleDict(objectives)
         self.distilling = distilling
         self.precision: Precision = "fp32"
+        self.looking = False
         self.average = copy.deepcopy(student).requires_grad_(False).eval() if distilling else None
         self.register_buffer("mean", torch.tensor(views.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(views.std).view(1, 3, 1, 1), persistent=False)
@@ -63,7 +68,7 @@ class Learner(nn.Module):
             yield objective
 
     def forward(self, batch: Batch, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to optimise and its named terms, before weighting and detached."""
+        """The loss to optimise and its named terms, before weighting and detached; with `looking`, health too."""
         # Here, not around the engine: DeepSpeed's forward switches an outer autocast off.
         with torch.autocast(batch.global_crops.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self._losses(batch, temperature)
@@ -76,6 +81,9 @@ class Learner(nn.Module):
             for name, term in objective(outputs, batch, temperature).items():
                 total = total + objective.weight * term
                 named[name] = term.detach()
+        if self.looking:
+            seen = outputs.student_globals if self.distilling else outputs.teacher_globals
+            named |= outputs.health | {health.RANK: health.rankme(seen.class_token)}
         return total, named
 
     def begin_step(self, step: int) -> list[tuple[nn.Module, nn.Module]]:
@@ -91,6 +99,7 @@ class Learner(nn.Module):
             local_images=self._images(batch.local_crops, batch.local_photometric) if len(batch.local_crops) else None,
             plain_images=self._images(batch.plain_crops) if len(batch.plain_crops) else None,
             masks=None if self.distilling else batch.masks,
+            looking=self.looking,
         )
 
     def _images(self, crops: Tensor, recolouring: Tensor | None = None) -> Tensor:

@@ -6,16 +6,20 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from pretrain import health
+
 METRICS = "metrics.jsonl"
 SKIPPED = "skipped"
 """Key of the rows of skipped steps, whose losses may be missing."""
 _FACTS = ("step", "samples", "lr", "momentum", "gradient_norm", SKIPPED)
 UNUSABLE_PREFIX = "unusable_"
+PROBE_PREFIX = "probe_"
+_OTHER = (UNUSABLE_PREFIX, PROBE_PREFIX, health.PREFIX)
 
 
 def losses(row: Mapping[str, float]) -> dict[str, float]:
     """The loss and its terms in a row."""
-    return {name: value for name, value in row.items() if name not in _FACTS and not name.startswith(UNUSABLE_PREFIX)}
+    return {name: value for name, value in row.items() if name not in _FACTS and not name.startswith(_OTHER)}
 
 
 def parse(text: str) -> list[dict[str, float]]:

@@ -25,6 +25,7 @@ from pretrain.objectives.build import build as build_objectives
 from pretrain.objectives.config import ClipConfig, SiglipConfig
 from pretrain.objectives.image_text import tokenizer
 from pretrain.ranks import barrier, world
+from pretrain.reporting import Probe, Task
 from pretrain.saves import remove_remote
 
 VERSION = 3
@@ -32,39 +33,38 @@ VERSION = 3
 _log = logging.getLogger(__name__)
 
 
-def pretrain(config: PretrainConfig) -> Artifact:
+def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Artifact:
     """Train student and teacher; return the checkpoint artifact.
+
+    Args:
+        probe: scores the teacher every `health.probe.every` steps.
 
     Raises:
         UserError: a corpus is missing or empty, or the loss is no longer finite.
     """
 
     def write(directory: Path) -> Mapping[str, Any]:
-        dataset = view_dataset(config.corpora, config)
+        dataset, url = view_dataset(config.corpora, config), planned.resolve(config.out)
         learner = build_learner(config)
         if config.start:
             Checkpoint.open(config.start).start(learner)
-        return train("pretrain", learner, dataset, config, directory, planned.resolve(config.out))
+        task = Task("pretrain", config, dataset, lambda: build_learner(config), directory, url, probe)
+        return train(task, learner)
 
     planned = plan(config)
     return produce_together(planned, config.out, write)
 
 
-def train(
-    title: str, learner: Learner, dataset: ViewDataset, settings: PretrainSettings, directory: Path, url: str
-) -> Mapping[str, Any]:
-    """Train a learner to the end, write it into a checkpoint's directory and return the checkpoint's metrics.
-
-    Args:
-        url: where the checkpoint will be.
-    """
+def train(task: Task, learner: Learner) -> Mapping[str, Any]:
+    """Train a learner to the end, write it into its checkpoint's directory and return the checkpoint's metrics."""
+    settings = task.settings
     learner.precision = settings.sharding.precision
     learner.student.execution = Execution(settings.runtime.activation_checkpointing, settings.runtime.compile)
     _log.info("attention: %s; blocks: %s", settings.model.attention, learner.student.execution)
-    trained = Training(title, learner, dataset, settings, directory, url).run()
+    trained = Training(task, learner).run()
     if world()[0] == 0:
-        checkpoints.write(trained.weights, "teacher" if learner.average is None else "average", settings, directory)
-    return training_metrics(trained, dataset)
+        checkpoints.write(trained.weights, "teacher" if learner.average is None else "average", settings, task.work)
+    return training_metrics(trained, task.dataset)
 
 
 def produce_together(plan: Plan, out: str, write: Callable[[Path], Mapping[str, Any]]) -> Artifact:
@@ -148,5 +148,6 @@ def training_metrics(trained: Trained, dataset: ViewDataset) -> dict[str, Any]:
         "parameters": sum(value.numel() for name, value in trained.weights.items() if name.startswith("student.")),
         "loss": telemetry.losses(last),
         "images_per_second": round(trained.images_per_second, 1),
+        **{name: round(trained.speed[name], 3) for name in ("mfu", "memory_gb") if name in trained.speed},
         "resumed_at": trained.resumed_at,
     }

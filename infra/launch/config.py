@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -54,6 +55,10 @@ class Launch(Config):
     """Folder for the job's settings and every rank's log; null: beside --out, ending in .job."""
     slurm: Slurm = Slurm()
     """What is asked of SLURM."""
+
+    def job_folder(self, work: Path) -> Path:
+        """The job's folder, of a training that works in some local folder."""
+        return work.with_name(f"{work.name}.job") if self.folder is None else Path(self.folder)
 
     @model_validator(mode="after")
     def _machines_are_named(self) -> Launch:

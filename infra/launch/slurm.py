@@ -50,7 +50,7 @@ def script(module: str, folder: Path, settings: Launch) -> str:
     """What sbatch is given."""
     slurm, python = settings.slurm, shlex.quote(sys.executable)
     options = {
-        "job-name": f"fovea-{module}",
+        "job-name": f"fovea-{module.rpartition('.')[2]}",
         "nodes": settings.nodes,
         "ntasks-per-node": settings.processes or slurm.gpus or 1,
         "gpus-per-node": slurm.gpus,

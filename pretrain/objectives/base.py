@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -32,6 +32,10 @@ class Outputs:
     """The global crops larger and not recoloured, normalised."""
     masks: Tensor | None
     """bool `[G * B, patches]`: what of the global crops the student does not see."""
+    looking: bool = False
+    """Whether objectives shall say how healthy they are."""
+    health: dict[str, Tensor] = field(default_factory=dict)
+    """What they say, by names that begin with `health_`."""
 
     @cached_property
     def _student(self) -> list[Features]:

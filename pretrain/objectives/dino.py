@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pretrain.data.loader import Batch
 from pretrain.data.views import GLOBAL_COUNT
+from pretrain.health import of_prototypes
 from pretrain.objectives.base import Outputs
 from pretrain.objectives.centering import cross_entropy
 from pretrain.objectives.config import DinoConfig
@@ -30,6 +31,8 @@ class Dino(PrototypeObjective):
         pairs = GLOBAL_COUNT * (GLOBAL_COUNT - 1) + GLOBAL_COUNT * local_crops
         swapped = targets.roll(images, 0)
         both = cross_entropy(swapped, student_globals, self.student_temperature)
+        if outputs.looking:
+            outputs.health |= of_prototypes("dino", swapped, student_globals, self.student_temperature)
         terms["dino_global"] = GLOBAL_COUNT * both.mean() / pairs
         if local_crops:
             # Every local crop meets both teacher crops: the mean over pairs is linear in the targets.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pretrain.data.loader import Batch
+from pretrain.health import of_prototypes
 from pretrain.objectives.base import Outputs
 from pretrain.objectives.centering import Targets, cross_entropy
 from pretrain.objectives.config import IbotConfig
@@ -29,6 +30,8 @@ class Ibot(PrototypeObjective):
         targets = self.targets(self.teacher_head(hidden.float()), temperature)
         logits = self.head(outputs.student_globals.patch_tokens.flatten(0, 1)[masked])
         losses = cross_entropy(targets, logits, self.student_temperature)
+        if outputs.looking:
+            outputs.health |= of_prototypes("ibot", targets, logits, self.student_temperature)
         tokens = masks.sum(1)
         weights = (1 / tokens.clamp_min(1)).unsqueeze(1).expand_as(masks).flatten()[masked]
         crops = len(masks) if self.config.mean_over == "all" else (tokens > 0).sum().clamp_min(1)

@@ -88,12 +88,13 @@ def load(engine: Engine, directory: Path) -> None:
                 engine.fill(parameters[name], value, next((each for each in MOMENTS if each == kind), None))
 
 
-def weights(engine: Engine) -> dict[str, Tensor]:
-    """The module's state dict, whole, on the first rank; elsewhere it is empty. Called on all ranks."""
+def weights(engine: Engine, prefix: str = "") -> dict[str, Tensor]:
+    """The module's state dict, or of one of its modules, whole, on the first rank; elsewhere it is empty. Called on
+    all ranks."""
     found = {}
-    for name, tensor in _values(engine):
+    for name, tensor in _values(engine, prefix):
         if world()[0] == 0:
-            found[name] = tensor.detach().cpu().contiguous()
+            found[name.removeprefix(prefix)] = tensor.detach().cpu().contiguous()
     return found
 
 
@@ -101,11 +102,12 @@ def _part(rank: int) -> str:
     return f"state-{rank:05d}.safetensors"
 
 
-def _values(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+def _values(engine: Engine, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """What a state dict holds, in its order; parameters that are used twice come once."""
     parameters = dict(engine.module.named_parameters())
     for name, value in engine.module.state_dict().items():
-        yield name, engine.whole(parameters[name]) if name in parameters else value
+        if name.startswith(prefix):
+            yield name, engine.whole(parameters[name]) if name in parameters else value
 
 
 def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:

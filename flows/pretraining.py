@@ -1,0 +1,59 @@
+"""Pretraining with the probe that its configuration asks for, which lies in another room.
+
+`python -m flows.pretraining JOB` runs it as a process of its own; see `infra.launch.job`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import pretrain
+from infra.artifacts import Artifact
+from infra.corpora import Corpus
+from infra.errors import UserError
+from infra.launch.job import module_main
+from pretrain.config import PretrainConfig
+
+if TYPE_CHECKING:
+    from pretrain.models.vit import VisionTransformer
+    from pretrain.reporting import Probe
+
+_BATCH = 256
+_TEMPERATURE = 0.07
+
+
+def run(config: PretrainConfig) -> Artifact:
+    """Pretrain a backbone."""
+    return pretrain.run(config, knn_probe(config))
+
+
+def knn_probe(config: PretrainConfig) -> Probe | None:
+    """Accuracy of the teacher by its nearest neighbours, 0 to 1, on the corpora of `health.probe`.
+
+    Raises:
+        UserError: they have no labels, or not the same.
+    """
+    settings = config.health.probe
+    if settings is None:
+        return None
+    train, test = Corpus.open(settings.train), Corpus.open(settings.test)
+    if train.classes != test.classes or not len(train.labels) or not len(test.labels):
+        raise UserError(f"health.probe: {settings.train} and {settings.test} need the same labels")
+
+    def score(backbone: VisionTransformer, steps: int) -> Mapping[str, float]:
+        from eval import knn
+        from pretrain.backbones import CheckpointedViT
+        from pretrain.features import extract
+
+        model = CheckpointedViT.of(backbone, config.model.image_size, config.views.mean, config.views.std)
+        bank, queries = (extract(model, corpus, _BATCH, "probe", shown=False) for corpus in (train, test))
+        classes = int(max(train.labels.max(), test.labels.max())) + 1
+        found = knn.predict(bank, train.labels, queries, classes, settings.k, _TEMPERATURE)
+        return {"knn": float((found == test.labels).mean())}
+
+    return score
+
+
+if __name__ == "__main__":
+    module_main(PretrainConfig, run)

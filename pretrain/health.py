@@ -1,0 +1,79 @@
+"""Whether what is learned has collapsed: measured now and then, compared with thresholds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pretrain.config import Health
+from pretrain.ranks import all_reduce_sum, gathered
+
+PREFIX = "health_"
+RANK = f"{PREFIX}rank"
+_USAGE, _DIVERGENCE = "usage", "kl"
+
+
+@torch.no_grad()
+def rankme(features: Tensor) -> Tensor:
+    """RankMe (arXiv 2210.02885, section 3) of vectors `[n, dim]` of every rank: exp of the singular values' entropy."""
+    values = torch.linalg.svdvals(gathered(features.float()))
+    shares = values / values.sum().clamp_min(1e-12) + 1e-7
+    return (-(shares * shares.log()).sum()).exp()
+
+
+@torch.no_grad()
+def of_prototypes(kind: str, targets: Tensor, logits: Tensor, temperature: float) -> dict[str, Tensor]:
+    """How evenly the teacher uses its prototypes, and how far the student is from it.
+
+    Args:
+        kind: the objective's.
+        targets: distributions `[n, K]`.
+        logits: the student's for the same rows `[n, K]`.
+        temperature: the student's.
+
+    Returns:
+        `usage`: entropy of the mean target over all ranks, divided by the most it can be, 0 to 1; `kl`: mean
+        Kullback-Leibler divergence in nats.
+    """
+    rows = all_reduce_sum(targets.new_tensor(float(len(targets))))
+    mean = all_reduce_sum(targets.sum(0)) / rows.clamp_min(1)
+    most = torch.log(rows.clamp(2, targets.shape[1]))
+    predicted = (logits.float() / temperature).log_softmax(-1)
+    divergence = (torch.xlogy(targets, targets) - targets * predicted).sum(-1).mean() if len(targets) else mean.sum()
+    return {
+        f"{PREFIX}{kind}_{_USAGE}": -torch.xlogy(mean, mean).sum() / most,
+        f"{PREFIX}{kind}_{_DIVERGENCE}": divergence,
+    }
+
+
+def alarms(row: Mapping[str, float], health: Health) -> list[str]:
+    """What of a step's telemetry looks like collapse."""
+    found = []
+    for name, value in row.items():
+        floor = _floor(name, health)
+        if floor is not None and not value >= floor:
+            found.append(f"{name.removeprefix(PREFIX)} {value:.3g} is below {floor:g}")
+    return found
+
+
+def _floor(name: str, health: Health) -> float | None:
+    if not name.startswith(PREFIX):
+        return None
+    if name == RANK:
+        return health.min_rank
+    return {_USAGE: health.min_usage, _DIVERGENCE: health.min_kl}.get(name.rsplit("_", 1)[-1])
+
+
+def alarming_looks(rows: Sequence[Mapping[str, float]], health: Health) -> int:
+    """How many looks in a row, up to the last step, gave alarm."""
+    count = 0
+    for row in reversed(rows):
+        if not any(name.startswith(PREFIX) and math.isfinite(value) for name, value in row.items()):
+            continue
+        if not alarms(row, health):
+            break
+        count += 1
+    return count

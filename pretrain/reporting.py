@@ -1,0 +1,88 @@
+"""What a training shows and records while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from infra.progress import Advance, progress
+from pretrain import meter, trackers
+from pretrain.config import PretrainSettings
+from pretrain.data.loader import ViewDataset
+from pretrain.learner import Learner
+from pretrain.meter import Meter
+from pretrain.models.vit import VisionTransformer
+from pretrain.planning import dryrun, hardware
+from pretrain.ranks import world
+
+_DRY = 4  # images, at most, of the micro-batch whose work is counted
+
+Probe = Callable[[VisionTransformer, int], Mapping[str, float]]
+"""Scores the released backbone after some steps: called on the first rank with its weights, for inference."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, on what, and where it goes."""
+
+    title: str
+    settings: PretrainSettings
+    dataset: ViewDataset
+    build: Callable[[], Learner]
+    """Makes the learner, with its initial weights."""
+    work: Path
+    """The local folder in which the checkpoint is made."""
+    url: str
+    """Where the checkpoint will be; saved states lie under it."""
+    probe: Probe | None = None
+    """Called every `health.probe.every` steps."""
+
+    def work_and_peak(self, device: torch.device) -> tuple[float, float]:
+        """FLOPs of an image, and the FLOP/s that the devices of all ranks can reach."""
+        images = min(self.settings.runtime.micro_batch or self.settings.schedule.batch, _DRY)
+        flops = dryrun.flops(dryrun.shapes_of(self.build), self.settings, images) / images
+        return flops, world()[1] * hardware.peak(device, self.settings.sharding.precision)
+
+
+class Reporter:
+    """Progress bar, trackers and speed, on the first rank; on others nothing.
+
+    Attributes:
+        speed: of the last steps, as `Meter.step` gives it.
+    """
+
+    def __init__(self, task: Task, device: torch.device, first_step: int) -> None:
+        self.task, self.first_step, self.shown = task, first_step, world()[0] == 0
+        self.speed: dict[str, float] = {}
+        self._meter = Meter(task.settings.schedule.batch, device, lambda: task.work_and_peak(device))
+        self._trackers: list[trackers.Tracker] = []
+        self._advance: Advance | None = None
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        if not self.shown:
+            yield
+            return
+        settings, task = self.task.settings, self.task
+        folder = settings.launch.job_folder(task.work)
+        self._trackers = trackers.build(settings.runtime.trackers, folder, task.work.name, self.first_step)
+        try:
+            with progress(task.title, settings.schedule.steps, self.first_step) as self._advance:
+                yield
+        finally:
+            for each in self._trackers:
+                each.close()
+
+    def step(self, row: Mapping[str, float]) -> None:
+        """Report a step by its row of telemetry."""
+        if self._advance is None:
+            return
+        self.speed = self._meter.step()
+        values = {name: value for name, value in row.items() if name != "step"}
+        for tracker in self._trackers:
+            tracker.log(int(row["step"]), values | self.speed)
+        self._advance(note=meter.note(row.get("loss", float("nan")), self.speed))

@@ -1,0 +1,163 @@
+"""What a training tells while it runs: speed, trackers, collapse, a probe."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pretrain
+from flows import pretraining
+from infra.errors import UserError
+from pretrain import health, trackers
+from pretrain.config import Health
+from pretrain.meter import Meter, note
+from pretrain.models.vit import VisionTransformer
+from pretrain.planning import hardware
+from tests.conftest import Embedded
+from tests.test_pretrain_training import config, losses
+
+PLAIN = {"sharding": {"engine": "torch"}, "runtime": {"workers": 0, "micro_batch": 8}}
+
+
+def test_rankme_counts_dimensions() -> None:
+    torch.manual_seed(0)
+    assert float(health.rankme(torch.eye(16))) == pytest.approx(16, rel=1e-3)
+    assert float(health.rankme(torch.ones(64, 16))) == pytest.approx(1, rel=1e-2)
+    values = np.linalg.svd(features := torch.randn(50, 12).numpy(), compute_uv=False)
+    shares = values / values.sum()
+    assert float(health.rankme(torch.from_numpy(features))) == pytest.approx(
+        math.exp(-(shares * np.log(shares)).sum()), rel=1e-3
+    )
+
+
+def test_usage_and_divergence_of_prototypes() -> None:
+    even, one = torch.eye(8), torch.eye(8)[:1].expand(8, -1)
+    logits = 100 * even
+    found = health.of_prototypes("dino", even, logits, 1.0)
+    assert float(found["health_dino_usage"]) == pytest.approx(1)
+    assert float(found["health_dino_kl"]) == pytest.approx(0, abs=1e-5)
+    assert float(health.of_prototypes("dino", one, logits, 1.0)["health_dino_usage"]) == pytest.approx(0)
+    uniform = torch.full((4, 8), 1 / 8)
+    expected = torch.nn.functional.kl_div(torch.zeros(4, 8).log_softmax(-1), torch.eye(8)[:4], reduction="batchmean")
+    told = health.of_prototypes("ibot", torch.eye(8)[:4], torch.zeros(4, 8), 0.1)["health_ibot_kl"]
+    assert float(told) == pytest.approx(float(expected))
+    assert float(health.of_prototypes("ibot", uniform, torch.zeros(4, 8), 0.1)["health_ibot_kl"]) == pytest.approx(
+        0, abs=1e-6
+    )
+
+
+def test_alarms_name_what_is_low() -> None:
+    row = {"loss": 0.1, "health_rank": 1.2, "health_dino_usage": 0.5, "health_ibot_kl": 0.0, "health_dino_kl": 2.0}
+    assert health.alarms(row, Health()) == ["rank 1.2 is below 1.5", "ibot_kl 0 is below 0.0001"]
+    well, other = {"health_rank": 9.0}, {"loss": 1.0}
+    assert health.alarming_looks([row, well, row, other, row, other], Health()) == 2
+    assert health.alarming_looks([row, well, other], Health()) == 0
+
+
+@pytest.mark.multiprocess
+def test_a_collapsed_training_stops_if_it_should(embedded: Embedded, tmp_path: Path) -> None:
+    """Without KoLeo and centering that works, one direction is left; here thresholds nobody can reach stand for it."""
+    strict = {"every": 2, "min_rank": 1000.0, "stop_after": 3}
+    with pytest.raises(UserError, match=r"collapsed at step 5: rank [\d.]+ is below 1000; lower optimizer.base_lr"):
+        pretrain.run(config(embedded.seed, tmp_path / "run", **PLAIN, health=strict))
+    pretrain.run(config(embedded.seed, tmp_path / "warned", **PLAIN, health={**strict, "stop_after": None}))
+    rows = losses(tmp_path / "warned")
+    looked = [row["step"] for row in rows if "health_rank" in row]
+    assert looked == [1, 3, 5, 7, 9, 11]
+    assert {"health_dino_usage", "health_dino_kl", "health_ibot_usage", "health_ibot_kl"} < set(rows[1])
+    assert 0.5 < rows[-1]["health_dino_usage"] <= 1
+    plain = losses(tmp_path / "warned")
+    pretrain.run(config(embedded.seed, tmp_path / "blind", **PLAIN, health={"every": 0}))
+    for blind, seen in zip(losses(tmp_path / "blind"), plain, strict=True):  # looking changes nothing
+        assert blind == {name: value for name, value in seen.items() if not name.startswith("health_")}
+
+
+@pytest.mark.multiprocess
+def test_a_probe_sees_the_teacher_of_its_step(embedded: Embedded, tmp_path: Path) -> None:
+    asked = {"probe": {"train": embedded.seed, "test": embedded.test, "every": 4, "k": 5}}
+    seen: list[tuple[int, VisionTransformer]] = []
+
+    def probe(backbone: VisionTransformer, steps: int) -> Mapping[str, float]:
+        seen.append((steps, backbone))
+        return {"steps": float(steps)}
+
+    pretrain.run(config(embedded.seed, tmp_path / "run", **PLAIN, health=asked), probe)
+    rows = losses(tmp_path / "run")
+    assert [row.get("probe_steps") for row in rows if "probe_steps" in row] == [4, 8, 12]
+    last = pretrain.checkpoints.Checkpoint.open(str(tmp_path / "run")).backbone().state_dict()
+    assert seen[-1][0] == 12
+    assert all(torch.equal(value, last[name]) for name, value in seen[-1][1].state_dict().items())
+    assert not torch.equal(seen[0][1].norm.weight, last["norm.weight"])
+    pretraining.run(config(embedded.seed, tmp_path / "knn", **PLAIN, health=asked))
+    scores = [row["probe_knn"] for row in losses(tmp_path / "knn") if "probe_knn" in row]
+    assert len(scores) == 3
+    assert all(0 < score <= 1 for score in scores)
+    others = [{name: row[name] for name in row if not name.startswith("probe_")} for row in rows]
+    untouched = [{name: row[name] for name in row if not name.startswith("probe_")} for row in losses(tmp_path / "knn")]
+    assert others == untouched
+
+
+def test_speed_is_of_the_last_steps() -> None:
+    now = [0.0]
+    meter = Meter(100, torch.device("cpu"), lambda: (2e9, 1e12), clock=lambda: now[0])
+    for _ in range(60):
+        now[0] += 0.5
+        facts = meter.step()
+    assert facts["images_per_second"] == pytest.approx(200)
+    assert facts["mfu"] == pytest.approx(200 * 2e9 / 1e12)
+    for _ in range(50):
+        now[0] += 1.0
+        facts = meter.step()
+    assert facts["images_per_second"] == pytest.approx(100)
+    assert note(1.5, facts).startswith("loss 1.500, 100 images/s, MFU 20 %, ")
+
+
+def test_the_work_and_the_peak_of_a_task_are_found(embedded: Embedded, tmp_path: Path) -> None:
+    from pretrain.reporting import Task
+    from pretrain.train import build_learner, view_dataset
+
+    settings = config(embedded.seed, tmp_path / "run", **PLAIN)
+    dataset = view_dataset(settings.corpora, settings)
+    task = Task("pretrain", settings, dataset, lambda: build_learner(settings), tmp_path / "run", "")
+    flops, peak = task.work_and_peak(torch.device("cpu"))
+    assert 1e6 < flops < 1e9
+    assert peak == pytest.approx(hardware.peak(torch.device("cpu"), "fp32"), rel=0.9)
+
+
+@pytest.mark.multiprocess
+def test_trackers_get_every_step(embedded: Embedded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tracker's own reader finds the losses of metrics.jsonl."""
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "MLFLOW_TRACKING_URI": ""}.items():
+        monkeypatch.setenv(name, value)
+    runtime = {**PLAIN["runtime"], "trackers": ["tensorboard", "wandb", "mlflow"]}
+    pretrain.run(config(embedded.seed, tmp_path / "run", **{**PLAIN, "runtime": runtime}))
+    expected = [row["loss"] for row in losses(tmp_path / "run")]
+    job = tmp_path / "run.job"
+    lines = [json.loads(line) for line in (job / "progress.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == expected
+    assert {"images_per_second", "memory_gb"} < set(lines[-1])
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(job / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(expected)
+    from mlflow.tracking import MlflowClient
+
+    run = (job / "mlflow.run").read_text()
+    history = MlflowClient(f"sqlite:///{job / 'mlflow.db'}").get_metric_history(run, "loss")
+    assert [each.value for each in sorted(history, key=lambda each: each.step)] == pytest.approx(expected)
+    (written,) = (job / "wandb").glob("offline-run-*/*.wandb")
+    assert written.stat().st_size > 1000
+
+
+def test_a_tracker_that_is_missing_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"wandb is not installed; pip install 'fovea\[trackers\]'"):
+        trackers.build(["wandb"], tmp_path, "run", 0)
