@@ -18,4 +18,8 @@ def test_a_log_file_gets_a_line_a_minute_and_one_at_the_end(
             now[0] = seconds
             advance(note=f"loss {seconds}")
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["pretrain: 4 of 10 loss 70", "pretrain: 6 of 10 loss 140", "pretrain: 6 in 140.0 s loss 140"]
+    assert lines == [
+        "pretrain: 4 of 10, 0:03:30 left, loss 70",
+        "pretrain: 6 of 10, 0:02:20 left, loss 140",
+        "pretrain: 6 in 140.0 s loss 140",
+    ]

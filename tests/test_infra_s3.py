@@ -16,15 +16,20 @@ from s3fs import S3FileSystem
 from curation.config import IngestConfig
 from curation.ingest import ingest
 from infra import ranges, storage
-from infra.artifacts import verify
+from infra.artifacts import open_artifact, verify
 from infra.corpora import Corpus
 from infra.errors import UserError
+from infra.launch.run import run_module
+from pretrain import telemetry
 from pretrain.config import PretrainSettings
 from pretrain.data.loader import Batch, Place, batches
+from pretrain.telemetry import METRICS
 from pretrain.train import view_dataset
-from tests.conftest import encoded
+from tests.conftest import Embedded, encoded
 from tests.faulty_proxy import Faults, faulty
 from tests.s3_server import S3Server, missing, serving
+from tests.test_pretrain_saves import cut_short
+from tests.test_pretrain_training import TINY, config, losses
 
 pytestmark = [
     pytest.mark.cluster,
@@ -179,3 +184,22 @@ def test_no_artifact_holds_a_credential(server: S3Server, indexed: str) -> None:
         texts = [artifact.read_bytes(file.path) for file in artifact.manifest.files]
         texts.append(artifact.manifest.model_dump_json().encode())
     assert not any(secret.encode() in text for text in texts for secret in (server.access_key, server.secret_key))
+
+
+@pytest.mark.multiprocess
+def test_a_training_goes_on_from_a_bucket_on_another_machine(
+    server: S3Server, embedded: Embedded, tmp_path: Path
+) -> None:
+    """Its states lie in the bucket, and go when the checkpoint is whole."""
+    with reached_by(server.endpoint):
+        changes = {"runtime": {**TINY["runtime"], "workers": 0}, "sharding": {"engine": "torch"}}
+        run_module("pretrain", config(embedded.seed, tmp_path / "whole", **changes))
+        settings = config(embedded.seed, tmp_path, **changes).model_copy(update={"out": "s3://photographs/run"})
+        cut_short(settings, tmp_path / "job", tmp_path / "cache")
+        assert any(name.endswith("tally.json") for name in storage.list_files("s3://photographs/run/steps"))
+        run_module("pretrain", settings)
+        found = open_artifact("s3://photographs/run", "checkpoint")
+        assert found.metrics["resumed_at"] == 3
+        assert telemetry.parse(found.read_bytes(METRICS).decode()) == losses(tmp_path / "whole")
+        assert not storage.is_folder("s3://photographs/run/steps")
+        assert not verify(found)

@@ -134,6 +134,7 @@ def test_ibot_does_not_look_at_visible_patches(outputs: Outputs, batch: Batch) -
 
 def test_without_masks_ibot_is_zero(outputs: Outputs, batch: Batch) -> None:
     batch.masks[:] = False
+    batch.masked = places(batch.masks)
     loss = made(Ibot, IbotConfig(head=HEAD))(outputs, batch, 0.05)["ibot"]
     assert loss.item() == 0
 

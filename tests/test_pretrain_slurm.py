@@ -13,6 +13,7 @@ import pytest
 
 from infra.artifacts import find
 from infra.config import Config
+from infra.errors import UserError
 from infra.launch.config import Launch
 from infra.launch.config import Slurm as SlurmSettings
 from infra.launch.run import launch
@@ -122,13 +123,15 @@ def test_a_job_is_queued_again_before_its_time_is_up(cluster: Slurm, tmp_path: P
     settings = Launch(nodes=2, processes=1, slurm=SlurmSettings(time="2", notice=100))
     launch(
         "tests.rank_program",
-        told(tmp_path, "late"),
+        same := told(tmp_path, "late once"),
         tmp_path / "job",
         "slurm",
         settings.model_copy(update={"slurm": settings.slurm.model_copy(update={"wait": False})}),
     )
     job = job_of(tmp_path / "job")
-    launch("tests.rank_program", Told(folder=str(tmp_path / "ranks")), tmp_path / "job", "slurm", settings)
+    with pytest.raises(UserError, match=f"SLURM job {job} has other settings; scancel it"):
+        launch("tests.rank_program", Told(folder=str(tmp_path)), tmp_path / "job", "slurm", settings)
+    launch("tests.rank_program", same, tmp_path / "job", "slurm", settings)
     assert job_of(tmp_path / "job") == job
     assert field(cluster, job, "Restarts") == "1"
     assert field(cluster, job, "JobState") == "COMPLETED"

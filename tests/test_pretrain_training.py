@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -94,12 +95,17 @@ EVERY_KIND: list[dict[str, object]] = [
 ]
 
 
+def captioned(folder: Path) -> str:
+    """URL of a corpus of images with captions."""
+    images = image_folder(folder / "images", 24)
+    for path in images.glob("*.png"):
+        path.with_suffix(".txt").write_text(f"picture number {path.stem}")
+    return ingested(images, folder / "corpus").artifact.url
+
+
 @pytest.mark.multiprocess
 def test_every_objective_trains_sharded_as_plainly(tmp_path: Path) -> None:
-    folder = image_folder(tmp_path / "images", 24)
-    for path in folder.glob("*.png"):
-        path.with_suffix(".txt").write_text(f"picture number {path.stem}")
-    corpus = ingested(folder, tmp_path / "corpus").artifact.url
+    corpus = captioned(tmp_path)
     changes = {
         "objectives": EVERY_KIND,
         "views": {**TINY["views"], "plain_size": 64},
@@ -118,30 +124,73 @@ def test_every_objective_trains_sharded_as_plainly(tmp_path: Path) -> None:
         assert ours["loss"] == pytest.approx(other["loss"], rel=0.05)
 
 
+def killed_once(settings: PretrainConfig, job: Path) -> None:
+    """Train until some state is whole, and some steps more; kill all of it."""
+    job.mkdir()
+    (job / "config.json").write_text(settings.model_dump_json())
+    process = subprocess.Popen([sys.executable, "-m", "pretrain", str(job)], start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not list(Path(settings.out).glob("steps/[0-9]*/tally.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(random.uniform(0, 0.3))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (Path(settings.out) / "manifest.json").exists()
+
+
 @pytest.mark.multiprocess
 def test_a_killed_run_ends_as_the_uninterrupted_one_bit_for_bit(
     embedded: Embedded, trained: Path, tmp_path: Path
 ) -> None:
+    """DINO, iBOT and KoLeo; two loader workers, two micro-batches a step."""
     out = tmp_path / "run"
-    job = tmp_path / "job"
-    job.mkdir()
-    (job / "config.json").write_text(config(embedded.seed, out).model_dump_json())
-    process = subprocess.Popen([sys.executable, "-m", "pretrain", str(job)], start_new_session=True)
-    deadline = time.monotonic() + 300
-    while not list(out.glob("steps/[0-9]*/tally.json")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (out / "manifest.json").exists()
-
+    killed_once(config(embedded.seed, out), tmp_path / "job")
     run_module("pretrain", config(embedded.seed, out))
-    assert Checkpoint.open(str(out)).artifact.metrics["resumed_at"] >= 3
-    assert losses(out) == losses(trained)
-    resumed, whole = load_file(out / WEIGHTS), load_file(trained / WEIGHTS)
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    assert Checkpoint.open(str(out)).artifact.id == Checkpoint.open(str(trained)).artifact.id
+    ends_alike(out, trained)
+
+
+def ends_alike(resumed: Path, whole: Path) -> None:
+    """Every row of telemetry, every weight and the id are the same."""
+    assert Checkpoint.open(str(resumed)).artifact.metrics["resumed_at"] >= 3
+    assert losses(resumed) == losses(whole)
+    ours, theirs = load_file(resumed / WEIGHTS), load_file(whole / WEIGHTS)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert Checkpoint.open(str(resumed)).artifact.id == Checkpoint.open(str(whole)).artifact.id
+
+
+@pytest.mark.multiprocess
+def test_a_killed_clip_run_ends_as_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+    corpus = captioned(tmp_path)
+    changes = {"objectives": [{"kind": "clip", "dim": 16, "text": TEXT}], "schedule": {"steps": 16, "batch": 16}}
+    run_module("pretrain", config(corpus, tmp_path / "whole", **changes))
+    settings = config(corpus, tmp_path / "run", **changes)
+    killed_once(settings, tmp_path / "job")
+    run_module("pretrain", settings)
+    ends_alike(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.multiprocess
+def test_a_slow_teacher_moves_in_bf16_training(embedded: Embedded, trained: Path, tmp_path: Path) -> None:
+    """At a momentum of 0.9999 an average in bf16 would stand still."""
+    slow = {"teacher": {"momentum": [0.9999, 0.9999], "temperature": [0.06, 0.07]}}
+    half = config(embedded.seed, tmp_path / "run", **slow, sharding={"zero_stage": 2, "precision": "bf16"})
+    run_module("pretrain", half)
+    found = load_file(tmp_path / "run" / WEIGHTS)
+    teacher, student = (
+        {name.removeprefix(part): value for name, value in found.items() if name.startswith(part)}
+        for part in ("teacher.", "student.")
+    )
+    before = Checkpoint.open(str(tmp_path / "run")).untrained().state_dict()
+    changed = [name for name in before if not torch.equal(student[name], before[name])]
+    assert len(changed) > 20
+    for name in changed:
+        assert teacher[name].dtype == torch.float32
+        assert not torch.equal(teacher[name], before[name])
+    name = "blocks.0.attn.qkv.weight"
+    same = teacher[name].bfloat16() == before[name].bfloat16()
+    assert same.float().mean() > 0.95
 
 
 @pytest.mark.multiprocess

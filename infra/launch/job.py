@@ -58,6 +58,10 @@ class Job:
         else:
             self._parent.unlink(missing_ok=True)
 
+    def is_told(self, config: BaseModel) -> bool:
+        """Whether this is what the ranks were told."""
+        return (self.folder / _CONFIG).read_text() == config.model_dump_json()
+
     def config(self, model: type[M]) -> M:
         return model.model_validate_json((self.folder / _CONFIG).read_text())
 

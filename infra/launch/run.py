@@ -47,13 +47,22 @@ def launch(module: str, config: BaseModel, folder: Path, launcher: Launcher, set
         ChildProcessError: it failed otherwise; its traceback is on standard error.
     """
     job = Job(folder)
-    job.prepare(config, tied=launcher != "slurm")
     if launcher == "slurm":
-        slurm.run(module, folder, settings)
-        code = 0 if job.ended() is None else 1
+        code = _run_on_slurm(module, config, job, settings)
     else:
+        job.prepare(config, tied=True)
         code = _run(_command(module, job, launcher, settings), job, _environment(launcher, settings))
     _judge(module, code, job)
+
+
+def _run_on_slurm(module: str, config: BaseModel, job: Job, settings: Launch) -> int:
+    queued = slurm.queued(job.folder)
+    if queued is None:
+        job.prepare(config, tied=False)
+    elif not job.is_told(config):
+        raise UserError(f"{job.folder}: SLURM job {queued} has other settings; scancel it or choose another --out")
+    slurm.run(module, job.folder, settings, queued)
+    return 0 if job.ended() is None else 1
 
 
 def _judge(module: str, code: int, job: Job) -> None:

@@ -24,14 +24,14 @@ _GOING = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUE
 _FIRST_PORT, _PORTS = 20_000, 10_000
 
 
-def run(module: str, folder: Path, settings: Launch) -> None:
-    """Queue a job, or find the one that was queued before, and show its output until it ends, if asked to wait.
+def run(module: str, folder: Path, settings: Launch, queued: str | None) -> None:
+    """Queue a job, unless one is `queued`, and show its output until it ends, if asked to wait.
 
     Raises:
         UserError: SLURM refuses the job or is not there.
         ChildProcessError: the job ended badly without a word of its own.
     """
-    job = _queued(folder) or _submit(module, folder, settings)
+    job = queued or _submit(module, folder, settings)
     if not settings.slurm.wait:
         return
     print(f"SLURM job {job}; interrupting this leaves it running, scancel {job} ends it", file=sys.stderr)
@@ -98,7 +98,7 @@ def _submit(module: str, folder: Path, settings: Launch) -> str:
     return job
 
 
-def _queued(folder: Path) -> str | None:
+def queued(folder: Path) -> str | None:
     """The job of this folder that has not ended yet."""
     if not (folder / _ID).exists():
         return None
