@@ -190,7 +190,7 @@ def test_a_slow_teacher_moves_in_bf16_training(embedded: Embedded, trained: Path
         assert not torch.equal(teacher[name], before[name])
     name = "blocks.0.attn.qkv.weight"
     same = teacher[name].bfloat16() == before[name].bfloat16()
-    assert same.float().mean() > 0.95
+    assert same.float().mean() > 0.5, same.float().mean()
 
 
 @pytest.mark.multiprocess
