@@ -38,6 +38,7 @@ def _seconds(run: Callable[[], object], repeats: int = STEPS) -> float:
 
 def _measured(stage: int | None) -> dict[str, float]:
     """CPU-seconds of a step's parts under plain torch (None) or a ZeRO stage; checkpoints in seconds and MB."""
+    torch.set_num_threads(1)
     sharding = Sharding(engine="torch") if stage is None else Sharding(zero_stage=stage)
     learner, batch = build_learner(SETTINGS).train(), batch_of_noise()
     groups = parameter_groups(learner, SETTINGS)

@@ -9,7 +9,9 @@ from typing import Literal
 
 from distill.config import DistillConfig
 from infra.artifacts import Artifact, Plan, find, open_artifact, work_directory
+from infra.errors import UserError
 from infra.launch import slurm
+from infra.launch.config import Launch
 from infra.launch.run import launch
 from pretrain.config import PretrainConfig
 
@@ -24,6 +26,8 @@ def train(room: Room, config: PretrainConfig | DistillConfig) -> Artifact | None
         The checkpoint; None where a SLURM job was queued that nobody waits for.
     """
     if config.launcher == "local":
+        if config.launch != Launch(folder=config.launch.folder):
+            raise UserError("launch: read by launchers only; add --launcher torchrun, deepspeed or slurm")
         slurm.adopt_environment()
         trained: Artifact = importlib.import_module(_MODULES[room]).run(config)
         return trained
