@@ -18,7 +18,7 @@ from pretrain.objectives.build import build as build_objectives
 from pretrain.reporting import Task
 from pretrain.train import corpus_inputs, produce_together, train, view_dataset
 
-VERSION = 3
+VERSION = 4
 _DISTILLED = ("dino", "ibot", "koleo", "gram")  # the others have nothing to learn from a teacher
 
 

@@ -28,7 +28,7 @@ from pretrain.ranks import barrier, world
 from pretrain.reporting import Probe, Task
 from pretrain.saves import remove_remote
 
-VERSION = 3
+VERSION = 4
 
 _log = logging.getLogger(__name__)
 

@@ -48,6 +48,7 @@ def sinkhorn(first: Tensor, second: Tensor) -> Tensor:
 def centered(first: Tensor, second: Tensor) -> Tensor:
     targets = Targets(16, "softmax")
     targets(second, 0.1)
+    targets.begin_step()
     return -(targets(second, 0.1) * first.log_softmax(-1)).sum(-1).mean()
 
 

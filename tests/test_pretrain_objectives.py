@@ -76,16 +76,24 @@ def test_sinkhorn_survives_large_logits() -> None:
     assert torch.isfinite(sinkhorn_knopp(torch.randn(64, 8) * 1e4, 0.04)).all()
 
 
-def test_softmax_centering_moves_its_center_after_use() -> None:
-    targets = Targets(K, "softmax", momentum=0.9)
+def test_softmax_centering_moves_its_center_once_a_step() -> None:
+    """By the mean of all micro-batches, however the step is cut into them."""
+    whole, cut = (Targets(K, "softmax", momentum=0.9) for _ in range(2))
     logits = torch.randn(32, K)
-    torch.testing.assert_close(targets(logits, 0.1), (logits / 0.1).softmax(-1))
-    torch.testing.assert_close(targets.center, 0.1 * logits.mean(0, keepdim=True))
-    torch.testing.assert_close(targets(logits, 0.1), ((logits - 0.1 * logits.mean(0)) / 0.1).softmax(-1))
-    targets.eval()
-    before = targets.center.clone()
-    targets(logits, 0.1)
-    assert torch.equal(targets.center, before)
+    torch.testing.assert_close(whole(logits, 0.1), (logits / 0.1).softmax(-1))
+    for part in logits.split([4, 28]):
+        cut(part, 0.1)
+    for targets in (whole, cut):
+        assert not targets.center.any()
+        targets.begin_step()
+        torch.testing.assert_close(targets.center, 0.1 * logits.mean(0, keepdim=True))
+        torch.testing.assert_close(targets(logits, 0.1), ((logits - 0.1 * logits.mean(0)) / 0.1).softmax(-1))
+    whole.eval()
+    whole.begin_step()
+    before = whole.center.clone()
+    whole(logits, 0.1)
+    whole.begin_step()
+    assert torch.equal(whole.center, before)
 
 
 def test_a_uniform_teacher_and_student_cost_log_k() -> None:

@@ -53,7 +53,8 @@ def test_dino_is_lightlys() -> None:
     theirs = DINOLoss(output_dim=K, student_temp=0.1, center_momentum=0.9)
     empty = torch.empty(0)
     batch = Batch(empty, empty, empty, empty, empty, empty, empty, torch.arange(B), torch.empty(0), empty)
-    for _ in range(3):  # the center moves from call to call
+    for _ in range(3):  # the center moves from step to step
+        dino.targets.begin_step()
         outputs = outputs_of()
         assert outputs.student_locals is not None
         tokens = [outputs.student_globals.class_token, outputs.student_locals.class_token]
@@ -73,6 +74,7 @@ def test_ibot_is_lightlys() -> None:
     empty = torch.empty(0)
     batch = Batch(empty, empty, empty, empty, masks, empty, empty, torch.arange(B), torch.empty(0), places(masks))
     for _ in range(3):
+        ibot.targets.begin_step()
         outputs = outputs_of()
         teacher = ibot.teacher_head(outputs.teacher_globals.patch_tokens[masks]).detach()
         student = ibot.head(outputs.student_globals.patch_tokens[masks])
@@ -259,7 +261,7 @@ def test_tied_ibot_uses_dinos_heads_and_saves_them_once() -> None:
     built = build([IbotConfig(tied=True), DinoConfig(head=HEAD)], MODEL, MODEL)
     dino, ibot = built["dino"], built["ibot"]
     assert ibot.head is dino.head  # type: ignore[union-attr]
-    assert list(ibot.state_dict()) == ["targets.center"]
+    assert list(ibot.state_dict()) == ["targets.center", "targets.total", "targets.count"]
     assert not list(ibot.head_pairs())
     masks = torch.rand(2 * B, 9) < 0.4
     batch = Batch(

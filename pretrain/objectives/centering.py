@@ -35,30 +35,42 @@ def sinkhorn_knopp(logits: Tensor, temperature: float) -> Tensor:
 
 
 class Targets(nn.Module):
-    """Targets from teacher logits, by Sinkhorn-Knopp or by a centred softmax (arXiv 2104.14294, section 3.1)."""
+    """Targets from teacher logits, by Sinkhorn-Knopp or by a centred softmax (arXiv 2104.14294, section 3.1).
+
+    The center moves once a step, however many micro-batches that has: towards the mean of all their logits.
+    """
 
     center: Tensor
+    total: Tensor
+    count: Tensor
 
     def __init__(self, prototypes: int, centering: Centering, momentum: float = 0.9) -> None:
         super().__init__()
         self.centering = centering
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(1, prototypes))
+        self.register_buffer("total", torch.zeros(1, prototypes))
+        self.register_buffer("count", torch.zeros(1))
+
+    @torch.no_grad()
+    def begin_step(self) -> None:
+        """Move the center by the logits of the step before."""
+        if self.centering == "softmax":
+            moved = self.center.lerp(self.total / self.count.clamp_min(1), 1 - self.momentum)
+            self.center.copy_(torch.where(self.count > 0, moved, self.center))
+            self.total.zero_()
+            self.count.zero_()
 
     @torch.no_grad()
     def forward(self, logits: Tensor, temperature: float) -> Tensor:
-        """`[n, K]` to distributions `[n, K]`, float32. In training the center then moves towards these logits."""
+        """`[n, K]` to distributions `[n, K]`, float32. In training the center will move towards these logits."""
         if self.centering == "sinkhorn":
             return sinkhorn_knopp(logits, temperature)
         targets = ((logits.float() - self.center) / temperature).softmax(-1)
         if self.training:
-            self._move_center(logits)
+            self.count += all_reduce_sum(logits.new_tensor([float(len(logits))], dtype=torch.float32))
+            self.total += all_reduce_sum(logits.float().sum(0, keepdim=True))
         return targets
-
-    def _move_center(self, logits: Tensor) -> None:
-        count = all_reduce_sum(logits.new_tensor(float(len(logits)), dtype=torch.float32))
-        total = all_reduce_sum(logits.float().sum(0, keepdim=True))
-        self.center.lerp_(total / count.clamp_min(1), 1 - self.momentum)
 
 
 def cross_entropy(targets: Tensor, logits: Tensor, temperature: float) -> Tensor:

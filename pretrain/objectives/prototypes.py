@@ -8,6 +8,7 @@ from torch import nn
 
 from pretrain.models.config import HeadConfig, VisionTransformerConfig
 from pretrain.models.heads import PrototypeHead, teacher_copy
+from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.base import Objective
 from pretrain.objectives.centering import Targets
 from pretrain.objectives.config import DinoConfig, IbotConfig
@@ -33,6 +34,10 @@ class PrototypeObjective(Objective):
         self.head = PrototypeHead(dim, head)
         self.teacher_head = teacher_copy(self.head, head, dim, teacher_dim)
         self.targets = Targets(head.prototypes, self.config.centering)
+
+    def begin_step(self, step: int, teacher: VisionTransformer) -> Iterator[tuple[nn.Module, nn.Module]]:
+        self.targets.begin_step()
+        return iter(())
 
     def head_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         if "head" in self._modules:
