@@ -29,8 +29,8 @@ def _facts(config: PlanConfig, planned: Planned) -> Table:
         "backbone": f"{size.backbone / 1e6:,.1f} M parameters",
         "trained": f"{size.trained / 1e6:,.1f} M, with heads; {size.whole / 1e6:,.1f} M with the teacher",
         "work": f"{planned.flops_per_image / 1e9:,.1f} GFLOP an image, forward and backward, teacher included",
-        "schedule": f"{planned.images / 1e6:,.1f} M images: {config.schedule.steps:,} steps of {config.schedule.batch}",
-        "time": f"{planned.days:,.1f} days on {config.gpus} x {config.gpu} at {100 * config.mfu:.0f} % of their peak "
+        "schedule": f"{planned.images:,} images: {config.schedule.steps:,} steps of {config.schedule.batch}",
+        "time": f"{_span(planned.days)} on {config.gpus} x {config.gpu} at {100 * config.mfu:.0f} % of their peak "
         f"({planned.gpu_hours:,.0f} GPU-hours)",
     }
     if planned.cost is not None:
@@ -38,6 +38,10 @@ def _facts(config: PlanConfig, planned: Planned) -> Table:
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/bold]", value)
     return table
+
+
+def _span(days: float) -> str:
+    return f"{days:,.1f} days" if days >= 1 else f"{24 * days:,.1f} hours"
 
 
 def _memory(config: PlanConfig, planned: Planned) -> Table:

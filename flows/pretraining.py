@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import pretrain
-from infra.artifacts import Artifact
+from infra.artifacts import Artifact, find
 from infra.corpora import Corpus
 from infra.errors import UserError
 from infra.launch.job import module_main
@@ -25,7 +25,10 @@ _TEMPERATURE = 0.07
 
 def run(config: PretrainConfig) -> Artifact:
     """Pretrain a backbone."""
-    return pretrain.run(config, knn_probe(config))
+    from pretrain.train import plan
+
+    made = find(plan(config).resolve(config.out))
+    return pretrain.run(config, None if made else knn_probe(config))
 
 
 def knn_probe(config: PretrainConfig) -> Probe | None:

@@ -7,7 +7,8 @@ from prefect import flow
 from curation.config import CurateConfig, EmbedConfig, IngestConfig, MaterializeConfig
 from distill.config import DistillConfig, PublishConfig
 from eval.config import EvaluateConfig, ReportConfig
-from flows.trainings import train_apart
+from flows.trainings import Room, train_apart
+from infra.errors import UserError
 from pretrain.config import PretrainConfig
 
 
@@ -46,13 +47,19 @@ def materialize(config: MaterializeConfig) -> str:
 @flow
 def pretrain(config: PretrainConfig) -> str:
     """Corpora to a teacher checkpoint, trained in a process of its own."""
-    return train_apart("pretrain", config)
+    return _trained("pretrain", config)
 
 
 @flow
 def distill(config: DistillConfig) -> str:
     """A teacher checkpoint to a student checkpoint, trained in a process of its own."""
-    return train_apart("distill", config)
+    return _trained("distill", config)
+
+
+def _trained(room: Room, config: PretrainConfig | DistillConfig) -> str:
+    if not config.launch.slurm.wait:
+        raise UserError("launch.slurm.wait: what comes after a training has to wait for it; leave it true")
+    return train_apart(room, config)
 
 
 @flow

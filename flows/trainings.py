@@ -33,9 +33,7 @@ def train(room: Room, config: PretrainConfig | DistillConfig) -> Artifact | None
         return trained
     url = train_apart(room, config)
     if not config.launch.slurm.wait and find(url) is None:
-        print(
-            f"queued; run the same command to see how it goes, or look into {job_folder(room, config)}", file=sys.stderr
-        )
+        print("queued; without --launch.slurm.wait=false the same command shows how it goes", file=sys.stderr)
         return None
     return open_artifact(url, "checkpoint")
 
@@ -45,7 +43,13 @@ def train_apart(room: Room, config: PretrainConfig | DistillConfig) -> str:
     plan = _plan(room, config)
     url = plan.resolve(config.out)
     found = find(url)
-    if found is None or found.id != plan.id:
+    if found is not None and found.id != plan.id:
+        raise UserError(f"{url}: holds an artifact of other inputs or settings; remove it or choose another --out")
+    if found is not None:
+        from pretrain.saves import remove_remote
+
+        remove_remote(url)
+    else:
         launch(_MODULES[room], config, job_folder(room, config), config.launcher, config.launch)
     return url
 

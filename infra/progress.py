@@ -17,7 +17,7 @@ _LINE_SECONDS = 60  # between lines in a log file
 
 def _left(seconds: float, made: int, all_of_it: int) -> timedelta:
     """Time until the end at the speed so far."""
-    return timedelta(seconds=round(seconds / max(made, 1) * (all_of_it - made)))
+    return timedelta(seconds=round(seconds / max(made, 1) * max(all_of_it - made, 0)))
 
 
 @contextlib.contextmanager

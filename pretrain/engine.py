@@ -150,6 +150,7 @@ class Training:
             for buffer, before in centers:
                 buffer.copy_(before)
         losses = dict(zip(totals, all_reduce_mean(torch.stack(list(totals.values()))).tolist(), strict=True))
+        losses = health.known(losses)
         self.tally = replace(self.tally, samples=self.tally.samples + self.settings.schedule.batch)
         row = {"step": step, "samples": self.tally.samples, "lr": position.lr, "momentum": position.momentum}
         row |= {"gradient_norm": stepped.gradient_norm} | losses | self._count(facts[:-2]) | self._probed(step + 1)
@@ -169,7 +170,11 @@ class Training:
         if self.rank != 0:
             return {}
         backbone = inference(weights, self.learner.released().config)
-        return {PROBE_PREFIX + key: value for key, value in self.task.probe(backbone, steps).items()}
+        try:
+            return {PROBE_PREFIX + key: value for key, value in self.task.probe(backbone, steps).items()}
+        except Exception:  # somebody else's code: no reason to end a training
+            _log.warning("%s: the probe failed after step %d", self.title, steps, exc_info=True)
+            return {}
 
     def _look_after_health(self) -> None:
         """Warn of collapse, and stop where that is asked for."""
@@ -180,6 +185,9 @@ class Training:
         if self.rank == 0:
             _log.warning("%s: step %d looks like collapse: %s", self.title, row["step"], found)
         if settings.stop_after is not None and health.alarming_looks(self.metrics, settings) >= settings.stop_after:
+            self.saves.settle()
+            if self.rank == 0:
+                telemetry.write(self.work / METRICS, self.metrics)
             raise UserError(
                 f"{self.title}: collapsed at step {row['step']:.0f}: {found}; lower optimizer.base_lr or the teacher's "
                 "temperature, or loosen health"
@@ -228,6 +236,7 @@ class Training:
         ceiling = self.settings.runtime.max_unusable
         if self.unusable.total() > ceiling * max(self.tally.samples, _FEW):
             reasons = ", ".join(f"{reason} {count}" for reason, count in self.unusable.items())
+            self.saves.settle()
             share = f"{self.unusable.total()} of {self.tally.samples} samples"
             raise UserError(
                 f"{self.title}: {share} cannot be used ({reasons}), more than "

@@ -17,7 +17,7 @@ from pretrain.telemetry import SKIPPED
 _WINDOW = 200  # steps whose losses say what is usual
 _FEWEST = 50
 _LASTING = 5  # high losses in a row that are no spike: the level has changed
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def highest_loss(rows: Sequence[Mapping[str, float]], guards: Guards) -> float:
@@ -56,7 +56,7 @@ class Preemption:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Note SIGTERM and SIGUSR1 instead of ending at once; only the main thread can."""
+        """Note SIGTERM, SIGUSR1 and Ctrl-C instead of ending at once; only the main thread can."""
         try:
             before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         except ValueError:  # not the main thread: whoever owns that one decides
@@ -68,4 +68,6 @@ class Preemption:
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt  # who presses twice does not want to wait
         self.asked = True

@@ -19,9 +19,10 @@ _USAGE, _DIVERGENCE = "usage", "kl"
 @torch.no_grad()
 def rankme(features: Tensor) -> Tensor:
     """RankMe (arXiv 2210.02885, section 3) of vectors `[n, dim]` of every rank: exp of the singular values' entropy."""
-    values = torch.linalg.svdvals(gathered(features.float()))
+    everywhere = gathered(features.float())
+    values = torch.linalg.svdvals(torch.nan_to_num(everywhere))  # it refuses what is no number
     shares = values / values.sum().clamp_min(1e-12) + 1e-7
-    return (-(shares * shares.log()).sum()).exp()
+    return torch.where(everywhere.isfinite().all(), (-(shares * shares.log()).sum()).exp(), torch.nan)
 
 
 @torch.no_grad()
@@ -35,18 +36,24 @@ def of_prototypes(kind: str, targets: Tensor, logits: Tensor, temperature: float
         temperature: the student's.
 
     Returns:
-        `usage`: entropy of the mean target over all ranks, divided by the most it can be, 0 to 1; `kl`: mean
-        Kullback-Leibler divergence in nats.
+        `usage`: entropy of the mean target over all ranks, divided by that of as many different one-hot targets, at
+        most 1; `kl`: mean Kullback-Leibler divergence in nats, over all ranks. NaN where no rank has a row.
     """
     rows = all_reduce_sum(targets.new_tensor(float(len(targets))))
     mean = all_reduce_sum(targets.sum(0)) / rows.clamp_min(1)
     most = torch.log(rows.clamp(2, targets.shape[1]))
     predicted = (logits.float() / temperature).log_softmax(-1)
-    divergence = (torch.xlogy(targets, targets) - targets * predicted).sum(-1).mean() if len(targets) else mean.sum()
+    divergence = all_reduce_sum((torch.xlogy(targets, targets) - targets * predicted).sum()) / rows
+    usage = (-torch.xlogy(mean, mean).sum() / most).clamp(max=1)
     return {
-        f"{PREFIX}{kind}_{_USAGE}": -torch.xlogy(mean, mean).sum() / most,
-        f"{PREFIX}{kind}_{_DIVERGENCE}": divergence,
+        f"{PREFIX}{kind}_{_USAGE}": torch.where(rows > 0, usage, torch.nan),
+        f"{PREFIX}{kind}_{_DIVERGENCE}": divergence,  # of no rows 0 / 0
     }
+
+
+def known(row: Mapping[str, float]) -> dict[str, float]:
+    """A row without what of health could not be told."""
+    return {name: value for name, value in row.items() if not name.startswith(PREFIX) or math.isfinite(value)}
 
 
 def alarms(row: Mapping[str, float], health: Health) -> list[str]:
@@ -54,7 +61,7 @@ def alarms(row: Mapping[str, float], health: Health) -> list[str]:
     found = []
     for name, value in row.items():
         floor = _floor(name, health)
-        if floor is not None and not value >= floor:
+        if floor is not None and value < floor:
             found.append(f"{name.removeprefix(PREFIX)} {value:.3g} is below {floor:g}")
     return found
 

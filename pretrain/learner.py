@@ -82,8 +82,10 @@ class Learner(nn.Module):
                 total = total + objective.weight * term
                 named[name] = term.detach()
         if self.looking:
-            seen = outputs.student_globals if self.distilling else outputs.teacher_globals
-            named |= outputs.health | {health.RANK: health.rankme(seen.class_token)}
+            named |= outputs.health
+            seen = outputs.seen_globals(self.distilling)
+            if seen is not None:
+                named[health.RANK] = health.rankme(seen.class_token)
         return total, named
 
     def begin_step(self, step: int) -> list[tuple[nn.Module, nn.Module]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from collections.abc import Callable
 import psutil
 import torch
 
+_log = logging.getLogger(__name__)
 _WINDOW = 50  # steps
 _SETTLED = 20.0  # seconds after which the share of the peak is worth the seconds that it takes to find it
 
@@ -42,9 +45,13 @@ class Meter:
         speed = self._images * (len(self._ends) - 1) / seconds
         found = {"images_per_second": speed, "memory_gb": self._memory() / 1e9}
         if self._work is None and self._ends[-1] - self._started > _SETTLED:
-            self._work = self._share()
+            try:
+                self._work = self._share()
+            except Exception as error:  # nice to know, and no more
+                self._work = (math.nan, 1.0)
+                _log.warning("no MFU: %s", error)
             self._ends = deque([self._clock()], maxlen=_WINDOW + 1)  # the steps did not take what that took
-        if self._work is not None:
+        if self._work is not None and math.isfinite(self._work[0]):
             flops, peak = self._work
             found["mfu"] = speed * flops / peak
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from infra.hashing import hash_json
 from infra.progress import Advance, progress
 from pretrain import meter, trackers
 from pretrain.config import PretrainSettings
@@ -19,6 +21,7 @@ from pretrain.models.vit import VisionTransformer
 from pretrain.planning import dryrun, hardware
 from pretrain.ranks import world
 
+_log = logging.getLogger(__name__)
 _DRY = 4  # images, at most, of the micro-batch whose work is counted
 
 Probe = Callable[[VisionTransformer, int], Mapping[str, float]]
@@ -48,6 +51,11 @@ class Task:
         return flops, world()[1] * hardware.peak(device, self.settings.sharding.precision)
 
 
+def _run(task: Task) -> str:
+    """A name for trackers: of this place alone, and the same when the training goes on."""
+    return f"{task.work.name}-{hash_json(task.url)[:8]}"
+
+
 class Reporter:
     """Progress bar, trackers and speed, on the first rank; on others nothing.
 
@@ -61,6 +69,7 @@ class Reporter:
         self._meter = Meter(task.settings.schedule.batch, device, lambda: task.work_and_peak(device))
         self._trackers: list[trackers.Tracker] = []
         self._advance: Advance | None = None
+        self._made = first_step
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
@@ -69,13 +78,13 @@ class Reporter:
             return
         settings, task = self.task.settings, self.task
         folder = settings.launch.job_folder(task.work)
-        self._trackers = trackers.build(settings.runtime.trackers, folder, task.work.name, self.first_step)
+        self._trackers = trackers.build(settings.runtime.trackers, folder, _run(task), self.first_step)
         try:
             with progress(task.title, settings.schedule.steps, self.first_step) as self._advance:
                 yield
         finally:
-            for each in self._trackers:
-                each.close()
+            for each in list(self._trackers):
+                self._guarded(each, lambda tracker: tracker.close())
 
     def step(self, row: Mapping[str, float]) -> None:
         """Report a step by its row of telemetry."""
@@ -83,6 +92,16 @@ class Reporter:
             return
         self.speed = self._meter.step()
         values = {name: value for name, value in row.items() if name != "step"}
-        for tracker in self._trackers:
-            tracker.log(int(row["step"]), values | self.speed)
-        self._advance(note=meter.note(row.get("loss", float("nan")), self.speed))
+        for tracker in list(self._trackers):
+            self._guarded(tracker, lambda each: each.log(int(row["step"]), values | self.speed))
+        made = int(row["step"]) + 1
+        self._advance(made - self._made, note=meter.note(row.get("loss", float("nan")), self.speed))
+        self._made = made  # less than before, after a rewind
+
+    def _guarded(self, tracker: trackers.Tracker, use: Callable[[trackers.Tracker], None]) -> None:
+        """Use a tracker; one that fails is given up: no server's trouble may end a training."""
+        try:
+            use(tracker)
+        except Exception as error:
+            self._trackers.remove(tracker)
+            _log.warning("%s: %s gets no more telemetry: %s", self.task.title, type(tracker).__name__, error)

@@ -11,11 +11,14 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from infra import storage
-from infra.artifacts import flush
+from infra.artifacts import cache_directory, flush
 from infra.errors import UserError
 from pretrain import telemetry
 from pretrain.config import Retention
@@ -70,9 +73,9 @@ class Saves:
         return from_first_rank(self._newest() if world()[0] == 0 else 0)
 
     def _require_shared(self) -> None:
-        sign = self.work / from_first_rank(f".shared-{os.getpid()}")
+        sign = self.work / _STEPS / from_first_rank(f".shared-{os.getpid()}")
         if world()[0] == 0:
-            self.work.mkdir(parents=True, exist_ok=True)
+            sign.parent.mkdir(parents=True, exist_ok=True)
             sign.touch()
         barrier()
         blind = [rank for rank, sees in enumerate(from_all_ranks(sign.exists())) if not sees]
@@ -100,7 +103,7 @@ class Saves:
 
     def _write(self, step: int, part: state.Part, rows: Rows) -> None:
         """This rank's part; the first rank's has the telemetry."""
-        folder = self._staging(step)
+        folder = self._here(step)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             paths = state.write(part, folder)
@@ -112,10 +115,12 @@ class Saves:
                 if not self._local:
                     storage.upload(path, self._url(step, path.name))
                     path.unlink()
-        except OSError as error:
-            raise UserError(
-                f"{folder}: {error.strerror or error}; the last whole state is unharmed, run again"
-            ) from None
+            if not self._local:
+                with suppress(OSError):  # another rank of this machine still writes
+                    folder.rmdir()
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"{folder}: {reason}; the last whole state is unharmed, run again") from None
 
     def written(self) -> bool:
         """Whether this rank's part of the state that was begun is written, or none was begun."""
@@ -139,8 +144,8 @@ class Saves:
         if world()[0] == 0:
             self._declare(step, tally)
             if self._local:
-                flush(self._staging(step))
-                flush(self._staging(step).parent)
+                flush(self._here(step))
+                flush(self._here(step).parent)
             self._prune()
 
     def _declare(self, step: int, tally: Tally) -> None:
@@ -156,7 +161,7 @@ class Saves:
 
     def load(self, engine: Engine, step: int) -> tuple[list[dict[str, float]], Tally]:
         """Bring an engine to the state after some steps; return the telemetry's rows and the tally. On all ranks."""
-        folder = self.work / TRAINING if self._ended else self._staging(step)
+        folder = self.work / TRAINING if self._ended else self._here(step)
         if not self._local and first_of_machine():
             self._fetch(step, folder)
         barrier()
@@ -180,7 +185,7 @@ class Saves:
         barrier()
         if world()[0] == 0 and not (self.work / TRAINING).exists():
             if self._local:
-                self._staging(step).rename(self.work / TRAINING)
+                self._here(step).rename(self.work / TRAINING)
             else:
                 partial = self.work / f".{TRAINING}"
                 self._fetch(step, partial)
@@ -209,9 +214,12 @@ class Saves:
     def _local(self) -> bool:
         return storage.is_local(self.url)
 
-    def _staging(self, step: int) -> Path:
-        """Where a state is written, or brought to, on this machine."""
-        return self.work / _STEPS / str(step)
+    def _here(self, step: int) -> Path:
+        """Where a state is written, or brought to, on this machine; machines may share a cache."""
+        if self._local:
+            return self.work / _STEPS / str(step)
+        machine = world()[0] - int(os.environ.get("LOCAL_RANK", 0))  # its first rank
+        return cache_directory() / "states" / f"{self.work.name}-{step}-{machine:05d}"
 
     def _url(self, step: int, *name: str) -> str:
         return storage.join(self.folder, str(step), *name)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from infra import storage
 from infra.errors import UserError
 from pretrain.config import TrackerName
 
@@ -34,13 +36,17 @@ def build(names: Sequence[TrackerName], folder: Path, run: str, first_step: int)
     Raises:
         UserError: a tracker's package is missing.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = _Lines(folder, first_step)
+    except OSError as error:
+        raise UserError(f"launch.folder: {folder}: {error.strerror}; choose another") from None
     makers: dict[TrackerName, Callable[[Path, str, int], Tracker]] = {
         "tensorboard": _TensorBoard,
         "wandb": _Wandb,
         "mlflow": _MLflow,
     }
-    return [_Lines(folder), *(makers[name](folder, run, first_step) for name in names)]
+    return [lines, *(makers[name](folder, run, first_step) for name in names)]
 
 
 def _package(name: TrackerName) -> Any:
@@ -51,8 +57,12 @@ def _package(name: TrackerName) -> Any:
 
 
 class _Lines:
-    def __init__(self, folder: Path) -> None:
-        self._file = (folder / PROGRESS).open("a", buffering=1)
+    def __init__(self, folder: Path, first_step: int) -> None:
+        path = folder / PROGRESS
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step]
+        storage.write_atomic(str(path), "".join(kept).encode())
+        self._file = path.open("a", buffering=1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step} | dict(values)) + "\n")
@@ -82,9 +92,10 @@ class _Wandb:
 
     def __init__(self, folder: Path, run: str, first_step: int) -> None:
         self._run = _package("wandb").init(dir=str(folder), id=run, name=run, resume="allow")
+        self._run.define_metric("*", step_metric="step")  # its own count never goes back, a rewound training does
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+        self._run.log({"step": step} | dict(values))
 
     def close(self) -> None:
         self._run.finish()
@@ -101,8 +112,13 @@ class _MLflow:
         self._client = MlflowClient(mlflow.get_tracking_uri() if mlflow.tracking.is_tracking_uri_set() else default)
         known = folder / "mlflow.run"
         if not known.exists():
-            known.write_text(self._client.create_run("0", run_name=run).info.run_id)
+            known.write_text(self._client.create_run(self._experiment(), run_name=run).info.run_id)
         self._id = known.read_text()
+
+    def _experiment(self) -> str:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "Default")
+        found = self._client.get_experiment_by_name(name)
+        return str(found.experiment_id if found else self._client.create_experiment(name))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from infra.artifacts import Artifact, Input, Plan, cache_directory, find, open_artifact, produce, work_directory
 from infra.cache import BlockCache
+from infra.errors import UserError
 from pretrain import checkpoints, telemetry
 from pretrain.checkpoints import Checkpoint, initial_backbone
 from pretrain.config import PretrainConfig, PretrainSettings, decisive
@@ -58,6 +59,8 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Artifact:
 def train(task: Task, learner: Learner) -> Mapping[str, Any]:
     """Train a learner to the end, write it into its checkpoint's directory and return the checkpoint's metrics."""
     settings = task.settings
+    if settings.health.probe is not None and task.probe is None:
+        raise UserError("health.probe: nobody scores here; `fovea pretrain` does, or pass a probe to pretrain.run")
     learner.precision = settings.sharding.precision
     learner.student.execution = Execution(settings.runtime.activation_checkpointing, settings.runtime.compile)
     _log.info("attention: %s; blocks: %s", settings.model.attention, learner.student.execution)

@@ -21,6 +21,7 @@ from pretrain.meter import Meter, note
 from pretrain.models.vit import VisionTransformer
 from pretrain.planning import hardware
 from tests.conftest import Embedded
+from tests.test_pretrain_scale import under_torchrun
 from tests.test_pretrain_training import config, losses
 
 PLAIN = {"sharding": {"engine": "torch"}, "runtime": {"workers": 0, "micro_batch": 8}}
@@ -161,3 +162,81 @@ def test_a_tracker_that_is_missing_is_one_line(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"wandb is not installed; pip install 'fovea\[trackers\]'"):
         trackers.build(["wandb"], tmp_path, "run", 0)
+
+
+def test_health_of_nothing_is_left_out_and_of_no_number_is_none() -> None:
+    nothing = health.of_prototypes("ibot", torch.zeros(0, 8), torch.zeros(0, 8), 0.1)
+    broken = {health.RANK: health.rankme(torch.full((4, 8), torch.nan))}
+    told = {name: float(value) for name, value in (nothing | broken).items()}
+    assert health.known(told | {"loss": 1.0}) == {"loss": 1.0}
+    few = health.of_prototypes("dino", torch.full((4, 64), 1 / 64), torch.zeros(4, 64), 0.1)
+    assert float(few["health_dino_usage"]) == 1
+
+
+def test_the_peak_is_that_of_the_gpu_by_its_whole_name() -> None:
+    names = {
+        "NVIDIA A100-SXM4-80GB": "a100",
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA H100 PCIe": "h100-pcie",
+        "NVIDIA H200": "h200",
+        "NVIDIA L40S": "l40s",
+        "NVIDIA L4": "l4",
+        "NVIDIA A10G": "a10g",
+        "NVIDIA GeForce RTX 4090": "rtx4090",
+        "NVIDIA A100-SXM4-40GB": "a100-40gb",
+    }
+    for device, name in names.items():
+        assert hardware.named(device) == hardware.GPUS[name], device
+    for device in ("NVIDIA L40", "NVIDIA H100 NVL", "Tesla T4"):
+        assert hardware.named(device) is None
+
+
+def test_a_tracker_that_fails_is_given_up(
+    embedded: Embedded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Server:
+        def log(self, step: int, values: Mapping[str, float]) -> None:
+            if step == 2:
+                raise ConnectionError("the server is gone")
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(trackers, "build", lambda *_: [Server()])
+    pretrain.run(config(embedded.seed, tmp_path / "run", **PLAIN))
+    assert [record.message for record in caplog.records if "the server is gone" in record.message] == [
+        "pretrain: Server gets no more telemetry: the server is gone"
+    ]
+    assert len(losses(tmp_path / "run")) == 12
+
+
+def test_progress_lines_of_a_killed_attempt_are_cut(tmp_path: Path) -> None:
+    first = trackers.build([], tmp_path, "run", 0)[0]
+    for step in range(5):
+        first.log(step, {"loss": 1.0})
+    with (tmp_path / "progress.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    (again,) = trackers.build([], tmp_path, "run", 3)
+    again.log(3, {"loss": 2.0})
+    steps = [json.loads(line)["step"] for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"launch.folder: .*choose another"):
+        trackers.build([], tmp_path / "file", "run", 0)
+
+
+@pytest.mark.multiprocess
+def test_two_ranks_count_their_work_while_they_train(embedded: Embedded, tmp_path: Path) -> None:
+    """The first rank alone runs dry, and exchanges nothing with the other while it does."""
+    changes = {"schedule": {"steps": 8, "batch": 16}, "runtime": {"workers": 0}, "health": {"every": 2}}
+    settings = config(embedded.seed, tmp_path / "run", **changes, sharding={"zero_stage": 3})
+    script = tmp_path / "counts.py"
+    script.write_text(
+        "from infra.launch.job import module_main\nfrom pretrain import meter, run\n"
+        "from pretrain.config import PretrainConfig\nmeter._SETTLED = 0\nmodule_main(PretrainConfig, run)\n"
+    )
+    assert under_torchrun(settings, tmp_path / "job", script=script) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run.job" / "progress.jsonl").read_text().splitlines()]
+    assert lines[-1]["mfu"] > 0
+    plain = config(embedded.seed, tmp_path / "plain", **changes, sharding={"zero_stage": 3})
+    assert under_torchrun(plain, tmp_path / "job2") == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")

@@ -32,11 +32,11 @@ class Slurm(Config):
     """Jobs that follow one another as an array, each going on where the last one ended, where requeueing is not
     allowed."""
     options: list[str] = Field(default_factory=list)
-    """Further options of sbatch, such as --exclude=n3."""
+    """Further options of sbatch, such as --exclude=n3; as a flag: --launch.slurm.options=--exclude=n3."""
     setup: list[str] = Field(default_factory=list)
     """Shell lines before the ranks start, such as module load cuda."""
     wait: bool = True
-    """Stay and show the job's output until it ends; without, return once it is queued."""
+    """Stay and show the job's output until it ends; false (--launch.slurm.wait=false): return once it is queued."""
 
 
 class Launch(Config):
@@ -52,13 +52,15 @@ class Launch(Config):
     hostfile: str | None = None
     """deepspeed on several machines: a file of lines "host slots=8", all reached by ssh."""
     folder: str | None = None
-    """Folder for the job's settings and every rank's log; null: beside --out, ending in .job."""
+    """Folder for the job's settings and every rank's log; null: beside --out, ending in .job; for a remote --out, in
+    $FOVEA_CACHE, which several machines must then share."""
     slurm: Slurm = Slurm()
     """What is asked of SLURM."""
 
     def job_folder(self, work: Path) -> Path:
         """The job's folder, of a training that works in some local folder."""
-        return work.with_name(f"{work.name}.job") if self.folder is None else Path(self.folder)
+        work = work.absolute()
+        return work.with_name(f"{work.name}.job") if self.folder is None else Path(self.folder).expanduser()
 
     @model_validator(mode="after")
     def _machines_are_named(self) -> Launch:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -24,8 +23,8 @@ from infra.launch import slurm
 
 M = TypeVar("M", bound=BaseModel)
 USER_MISTAKE, TRY_AGAIN = 2, 75  # exit codes
-_VARIABLE = "FOVEA_JOB"
-_CONFIG, _ENDED = "config.json", "ended.json"
+_VARIABLE, _TIE = "FOVEA_JOB", "FOVEA_TIED_TO"
+_CONFIG = "config.json"
 _PARENT_SECONDS = 1.0  # between looks at whether it still lives
 
 
@@ -43,55 +42,45 @@ class Job:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def prepare(self, config: BaseModel, tied: bool) -> None:
-        """Write what the ranks are told.
-
-        Args:
-            tied: the ranks of this machine shall end with this process, even where it is killed.
-        """
+    def prepare(self, config: BaseModel) -> None:
+        """Write what the ranks are told."""
         self.folder.mkdir(parents=True, exist_ok=True)
         storage.write_atomic(str(self.folder / _CONFIG), config.model_dump_json().encode())
-        (self.folder / _ENDED).unlink(missing_ok=True)
-        if tied:
-            me = {"pid": os.getpid(), "created": psutil.Process().create_time()}
-            storage.write_atomic(str(self._parent), json.dumps(me).encode())
-        else:
-            self._parent.unlink(missing_ok=True)
+        (self.folder / slurm.ENDED).unlink(missing_ok=True)
 
     def is_told(self, config: BaseModel) -> bool:
-        """Whether this is what the ranks were told."""
-        return (self.folder / _CONFIG).read_text() == config.model_dump_json()
+        """Whether this is what the ranks were told, however they are launched."""
+        told, asked = (json.loads(text) for text in ((self.folder / _CONFIG).read_text(), config.model_dump_json()))
+        return all(told.get(name) == value for name, value in asked.items() if name != "launch")
 
     def config(self, model: type[M]) -> M:
         return model.model_validate_json((self.folder / _CONFIG).read_text())
 
     def report(self, code: int, message: str) -> None:
-        storage.write_atomic(str(self.folder / _ENDED), json.dumps({"code": code, "message": message}).encode())
+        storage.write_atomic(str(self.folder / slurm.ENDED), json.dumps({"code": code, "message": message}).encode())
 
     def ended(self) -> Ended | None:
         """What the ranks reported; None where they ended well, or without a word."""
         with suppress(FileNotFoundError):
-            return Ended(**json.loads((self.folder / _ENDED).read_text()))
+            return Ended(**json.loads((self.folder / slurm.ENDED).read_text()))
         return None
 
     def log_of(self, rank: int) -> Path:
         return self.folder / f"rank-{rank:05d}.log"
 
-    @property
-    def _parent(self) -> Path:
-        return self.folder / f"parent-{socket.gethostname()}.json"
 
-    @property
-    def is_tied(self) -> bool:
-        return self._parent.exists()
+def tie() -> dict[str, str]:
+    """Variables that make ranks of this machine end with this process, even where it is killed."""
+    return {_TIE: f"{os.getpid()} {psutil.Process().create_time()}"}
 
-    def parent_lives(self) -> bool:
-        """Whether the process that this machine's ranks are tied to is there."""
-        with suppress(FileNotFoundError, psutil.NoSuchProcess):
-            parent = json.loads(self._parent.read_text())
-            process = psutil.Process(parent["pid"])
-            return process.create_time() == parent["created"] and process.status() != psutil.STATUS_ZOMBIE
-        return False
+
+def parent_lives() -> bool:
+    """Whether the process that this one is tied to is there."""
+    pid, created = os.environ[_TIE].split()
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(int(pid))
+        return process.create_time() == float(created) and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def report(code: int, message: str) -> None:
@@ -111,7 +100,7 @@ def module_main(model: type[M], run: Callable[[M], object]) -> None:
     except (UserError, ValidationError, Preempted) as error:
         code = TRY_AGAIN if isinstance(error, Preempted) else USER_MISTAKE
         job.report(code, str(error))
-        if not job.is_tied:  # nobody may be there to tell it
+        if _TIE not in os.environ:  # nobody may be there to tell it
             print(f"fovea: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         sys.exit(code)
@@ -119,23 +108,25 @@ def module_main(model: type[M], run: Callable[[M], object]) -> None:
 
 def _begin(job: Job, rank: int) -> None:
     if rank == 0:
-        (job.folder / _ENDED).unlink(missing_ok=True)  # of an attempt that was preempted
+        (job.folder / slurm.ENDED).unlink(missing_ok=True)  # of an attempt that was preempted
     else:  # the first rank keeps the terminal, and its progress bar
         with job.log_of(rank).open("ab") as log:
             os.dup2(log.fileno(), sys.stdout.fileno())
             os.dup2(log.fileno(), sys.stderr.fileno())
-    if job.is_tied:
-        threading.Thread(target=_end_with_parent, args=(job,), name="parent", daemon=True).start()
+    if _TIE in os.environ:
+        threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _stop_early)
 
 
-def _end_with_parent(job: Job) -> None:
+def _end_with_parent() -> None:
     """End this process when the one it is tied to is gone, even by SIGKILL: two trainings must never share a folder."""
-    while job.parent_lives():
+    while parent_lives():
         time.sleep(_PARENT_SECONDS)
     os._exit(1)
 
 
 def _stop_early(number: int, frame: object) -> None:
+    for each in (signal.SIGTERM, signal.SIGUSR1):  # once is enough
+        signal.signal(each, signal.SIG_IGN)
     raise Preempted("stopped outside a training, as asked; run again to go on")

@@ -18,13 +18,13 @@ class Tail:
         self.folder, self.pattern, self.bare = folder, pattern, bare
         self._shown = {path: path.stat().st_size for path in folder.glob(pattern)}
 
-    def show(self) -> None:
-        """Print whole lines that have come since."""
+    def show(self, to_the_end: bool = False) -> None:
+        """Print whole lines that have come since; `to_the_end`: also a last one that is not ended."""
         for path in sorted(self.folder.glob(self.pattern)):
             with path.open("rb") as file:
                 file.seek(self._shown.get(path, 0))
                 text = file.read()
-            whole = text[: text.rfind(b"\n") + 1]
+            whole = text if to_the_end else text[: text.rfind(b"\n") + 1]
             self._shown[path] = self._shown.get(path, 0) + len(whole)
             label = "" if path.name == self.bare else f"[{path.stem}] "
             for line in whole.decode(errors="replace").splitlines():

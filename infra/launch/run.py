@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,8 +18,8 @@ from pydantic import BaseModel
 
 from infra.errors import Preempted, UserError
 from infra.launch import slurm
-from infra.launch.config import Launch, Launcher
-from infra.launch.job import TRY_AGAIN, USER_MISTAKE, Job
+from infra.launch.config import Launch, Launcher, Slurm
+from infra.launch.job import TRY_AGAIN, USER_MISTAKE, Job, tie
 from infra.launch.logs import Tail
 
 _GRACE_SECONDS = 20
@@ -46,23 +47,36 @@ def launch(module: str, config: BaseModel, folder: Path, launcher: Launcher, set
         Preempted: it was asked to stop, and can go on from where it was.
         ChildProcessError: it failed otherwise; its traceback is on standard error.
     """
+    _check(launcher, settings)
     job = Job(folder)
     if launcher == "slurm":
         code = _run_on_slurm(module, config, job, settings)
     else:
-        job.prepare(config, tied=True)
+        job.prepare(config)
         code = _run(_command(module, job, launcher, settings), job, _environment(launcher, settings))
     _judge(module, code, job)
+
+
+def _check(launcher: Launcher, settings: Launch) -> None:
+    """Refuse settings that a launcher would not read."""
+    unread = {
+        "hostfile": launcher != "deepspeed" and settings.hostfile is not None,
+        "rendezvous": launcher in ("local", "slurm") and settings.rendezvous is not None,
+        "slurm": launcher != "slurm" and settings.slurm != Slurm(),
+        "nodes": launcher == "deepspeed" and settings.hostfile is not None and settings.nodes > 1,
+    }
+    for name in (name for name, is_unread in unread.items() if is_unread):
+        raise UserError(f"launch.{name}: not read by --launcher {launcher}; leave it out or choose another launcher")
 
 
 def _run_on_slurm(module: str, config: BaseModel, job: Job, settings: Launch) -> int:
     queued = slurm.queued(job.folder)
     if queued is None:
-        job.prepare(config, tied=False)
+        job.prepare(config)
     elif not job.is_told(config):
         raise UserError(f"{job.folder}: SLURM job {queued} has other settings; scancel it or choose another --out")
     slurm.run(module, job.folder, settings, queued)
-    return 0 if job.ended() is None else 1
+    return 0 if job.ended() is None or not settings.slurm.wait else 1
 
 
 def _judge(module: str, code: int, job: Job) -> None:
@@ -130,7 +144,7 @@ def _processes(settings: Launch) -> int:
 
 def _environment(launcher: Launcher, settings: Launch) -> dict[str, str]:
     """Ranks that share a machine share its cores too."""
-    environment = dict(os.environ)
+    environment = os.environ | tie()
     if launcher != "local":
         environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // _processes(settings), 1)))
     return environment
@@ -139,31 +153,40 @@ def _environment(launcher: Launcher, settings: Launch) -> dict[str, str]:
 def _run(command: list[str], job: Job, environment: dict[str, str]) -> int:
     """Run a command of this machine to its end, showing the ranks' logs; return its exit code."""
     tail = Tail(job.folder, "rank-*.log")
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_deafen)
     try:
-        with _passing_on(process, job):
+        with _asked() as asked:
             while True:
                 with suppress(subprocess.TimeoutExpired):
                     return process.wait(_POLL_SECONDS)
                 tail.show()
+                if asked:  # again and again: a rank may just have started
+                    _ask(process, job)
     except BaseException:
         _stop(process, job)
+        if (ended := job.ended()) is not None:
+            print(f"fovea: {ended.message}", file=sys.stderr)
         raise
     finally:
-        tail.show()
+        tail.show(to_the_end=True)
+
+
+def _deafen() -> None:
+    """Until a rank listens, requests to stop must not kill it."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 @contextmanager
-def _passing_on(process: subprocess.Popen[bytes], job: Job) -> Iterator[None]:
-    """Pass requests to stop on to the ranks, unless somebody else answers to them (an orchestrator, say)."""
-    taken = []
+def _asked() -> Iterator[list[int]]:
+    """The requests to stop that this process has got, unless somebody else answers to them (an orchestrator, say)."""
+    taken, heard = [], []
     for number in _ASKING:
         with suppress(ValueError):  # not the main thread, which alone hears signals
             if signal.getsignal(number) is signal.SIG_DFL:
-                signal.signal(number, lambda number, frame: _ask(process, job))
+                signal.signal(number, lambda number, frame: heard.append(number))
                 taken.append(number)
     try:
-        yield
+        yield heard
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
@@ -181,9 +204,11 @@ def _ask(process: subprocess.Popen[bytes], job: Job) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes], job: Job) -> None:
-    _ask(process, job)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(_GRACE_SECONDS)
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        _ask(process, job)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(1)
     if process.poll() is None:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):

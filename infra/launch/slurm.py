@@ -18,9 +18,12 @@ from infra.errors import UserError
 from infra.launch.config import Launch
 from infra.launch.logs import Tail
 
+ENDED = "ended.json"
+"""How a job says, in its folder, why it ended."""
 _SCRIPT, _ID = "slurm.sh", "slurm.id"
 _POLL_SECONDS = 2.0
-_GOING = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "SIGNALING"}
+_PATIENCE_SECONDS = 600.0  # with a controller that does not answer
+_ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 _FIRST_PORT, _PORTS = 20_000, 10_000
 
 
@@ -36,13 +39,13 @@ def run(module: str, folder: Path, settings: Launch, queued: str | None) -> None
         return
     print(f"SLURM job {job}; interrupting this leaves it running, scancel {job} ends it", file=sys.stderr)
     tails = [Tail(folder, "slurm-*.log"), Tail(folder, "rank-*.log")]
-    while (states := _states(job)) & _GOING:
+    while (states := _states_by_and_by(job)) - _ENDED:
         time.sleep(_POLL_SECONDS)
         for tail in tails:
             tail.show()
     for tail in tails:
-        tail.show()
-    if states and "COMPLETED" not in states and not (folder / "ended.json").exists():
+        tail.show(to_the_end=True)
+    if states and "COMPLETED" not in states and not (folder / ENDED).exists():
         raise ChildProcessError(f"SLURM job {job}: {', '.join(sorted(states))}; see the logs in {folder}")
 
 
@@ -58,13 +61,14 @@ def script(module: str, folder: Path, settings: Launch) -> str:
         "account": slurm.account,
         "qos": slurm.qos,
         "time": slurm.time,
-        "output": folder / ("slurm-%j.log" if slurm.chain == 1 else "slurm-%A_%a.log"),
+        "output": f"{folder}".replace("%", "%%") + ("/slurm-%j.log" if slurm.chain == 1 else "/slurm-%A_%a.log"),
         "open-mode": "append",
         "signal": f"USR1@{slurm.notice}",
         "array": None if slurm.chain == 1 else f"1-{slurm.chain}%1",
     }
-    lines = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    lines = [f'--{name}="{value}"' for name, value in options.items() if value is not None]
     lines += ["--requeue" if slurm.chain == 1 else "--no-requeue", *slurm.options]
+    rank = f"trap '' USR1; exec {python} -m {module} {shlex.quote(str(folder))}"  # deaf until it listens
     # Each rank saves its state and ends by itself: none may be killed because another was a moment faster. The shell
     # must outlive the signals that SLURM sends it too, to queue the job again; not if it was cancelled, though.
     return "\n".join(
@@ -74,20 +78,24 @@ def script(module: str, folder: Path, settings: Launch) -> str:
             "trap : TERM USR1",
             *slurm.setup,
             f"export MASTER_ADDR=$({python} -m infra.launch.slurm)",
-            f"srun --kill-on-bad-exit=0 --wait=60 {python} -m {module} {shlex.quote(str(folder))}",
+            "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",  # srun no longer takes it from sbatch by itself
+            f"srun --kill-on-bad-exit=0 --wait=60 bash -c {shlex.quote(rank)}",
             "code=$?",
-            *(_REQUEUE if slurm.chain == 1 else ()),
+            *(_requeue(folder) if slurm.chain == 1 else ()),
             "exit $code",
             "",
         ]
     )
 
 
-_REQUEUE = (
-    'if [ $code = 75 ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then',
-    '  scontrol requeue "$SLURM_JOB_ID"',
-    "fi",
-)
+def _requeue(folder: Path) -> list[str]:
+    """By what the ranks said: the exit code is that of the rank that ended worst."""
+    said = f"grep -q '\"code\": 75' {shlex.quote(str(folder / ENDED))}"
+    return [
+        f'if {said} && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then',
+        '  scontrol requeue "$SLURM_JOB_ID"',
+        "fi",
+    ]
 
 
 def _submit(module: str, folder: Path, settings: Launch) -> str:
@@ -103,7 +111,7 @@ def queued(folder: Path) -> str | None:
     if not (folder / _ID).exists():
         return None
     job = (folder / _ID).read_text()
-    return job if _states(job) & _GOING else None
+    return job if _states(job) - _ENDED else None
 
 
 def _states(job: str) -> set[str]:
@@ -114,6 +122,18 @@ def _states(job: str) -> set[str]:
         if "Invalid job id" in str(error):
             return set()
         raise
+
+
+def _states_by_and_by(job: str) -> set[str]:
+    """The same, asked again while the controller does not answer."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return _states(job)
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_SECONDS)
 
 
 def _ask(command: Sequence[str]) -> str:
@@ -131,7 +151,8 @@ def _ask(command: Sequence[str]) -> str:
 def adopt_environment() -> None:
     """Where srun started this process, say so in the variables that torch and DeepSpeed read."""
     found = os.environ
-    if "RANK" in found or "SLURM_PROCID" not in found or int(found.get("SLURM_NTASKS", "1")) == 1:
+    # A batch script has SLURM_PROCID too, but is no task of a step.
+    if "RANK" in found or "SLURM_STEP_ID" not in found or int(found.get("SLURM_NTASKS", "1")) == 1:
         return
     found["RANK"], found["WORLD_SIZE"] = found["SLURM_PROCID"], found["SLURM_NTASKS"]
     found["LOCAL_RANK"] = found["SLURM_LOCALID"]

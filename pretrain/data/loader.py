@@ -226,4 +226,5 @@ def _begin_worker(worker: int) -> None:
     torch.set_num_threads(1)
     # SLURM asks all processes of a job to stop, while the trainer still needs its data to finish a step.
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_LAST_SECONDS))
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGUSR1, signal.SIGINT):  # a terminal sends Ctrl-C to all of them
+        signal.signal(number, signal.SIG_IGN)

@@ -59,6 +59,12 @@ class Outputs:
         with torch.no_grad():
             return self.teacher([self.images])[0]
 
+    def seen_globals(self, of_student: bool) -> Features | None:
+        """What student or teacher said of the global crops, if either was asked; the teacher, if there is a choice."""
+        if "teacher_globals" in self.__dict__ and not of_student:
+            return self.teacher_globals
+        return self.student_globals if "_student" in self.__dict__ else None
+
 
 class Objective(nn.Module):
     """A loss. It knows neither the engine nor the other objectives.

@@ -7,6 +7,7 @@ depth, checkpointing, precision. It takes seconds for the largest models and no 
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -27,9 +28,11 @@ from pretrain.data.loader import UNUSABLE, Batch
 from pretrain.data.masks import MaskPlan, batch_masks
 from pretrain.data.photometric import neutral
 from pretrain.learner import Learner
-from pretrain.models.blocks import Block
+from pretrain.models.attention import attention
+from pretrain.models.blocks import Attend
 from pretrain.models.execution import Execution
 from pretrain.objectives.config import ClipConfig, SiglipConfig
+from pretrain.ranks import alone
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,6 @@ class Size:
     """With heads."""
     whole: int
     """With teacher, teacher heads and anchors."""
-    largest: int
-    """Of the largest block or single parameter: what stage 3 gathers at a time, at least."""
 
 
 class _NothingToMend(TorchFunctionMode):
@@ -99,12 +100,10 @@ class _Living(TorchDispatchMode):
 
 def size(learner: Learner) -> Size:
     """Numbers of parameters of student, teacher and heads."""
-    blocks = [_count(module) for module in learner.modules() if isinstance(module, Block)]
     return Size(
         backbone=_count(learner.student),
         trained=sum(each.numel() for each in learner.parameters() if each.requires_grad),
         whole=_count(learner),
-        largest=max(blocks + [each.numel() for each in learner.parameters()]),
     )
 
 
@@ -114,7 +113,8 @@ def _count(module: nn.Module) -> int:
 
 def shapes_of(build: Callable[[], Learner]) -> Learner:
     """A learner without values, at no cost of memory."""
-    with torch.device("meta"), _NothingToMend():
+    with torch.device("meta"), _NothingToMend(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # values that are given to what has none
         learner = build()
     with FakeTensorMode(allow_non_fake_inputs=True):
         return learner.to_empty(device="cpu")
@@ -154,8 +154,12 @@ def _shapes(learner: Learner, settings: PretrainSettings, execution: Execution) 
     """A copy without values, as it is at the end of the training, when every objective has begun."""
     mode = next((each.fake_mode for each in learner.parameters() if isinstance(each, FakeTensor)), None)
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, FakeCopyMode(mode):
-        shapes = copy.deepcopy(learner).train()
+    with mode, alone():
+        with FakeCopyMode(mode):
+            shapes = copy.deepcopy(learner).train()
+        for module in shapes.modules():
+            if isinstance(module, Attend):
+                module.attention = attention("sdpa")  # other backends have no kernels for tensors without values
         shapes.precision = settings.sharding.precision
         shapes.student.execution = execution
         shapes.begin_step(settings.schedule.steps - 1)
@@ -173,7 +177,6 @@ def batch_of(settings: PretrainSettings, images: int) -> Batch:
     large, small = views.global_count * images, views.local_count * images
     side = views.globals.size // patch
     masks = batch_masks(large, (side, side), MaskPlan.of(views, patch), np.random.default_rng(0))
-    recoloured = views.recolour_on == "device"
     captioned = [each for each in settings.objectives if isinstance(each, ClipConfig | SiglipConfig)]
     context = captioned[0].text.context if captioned else 0
     plain = views.plain_size or 0
@@ -181,14 +184,12 @@ def batch_of(settings: PretrainSettings, images: int) -> Batch:
     def crops(count: int, size: int) -> Tensor:
         return torch.empty((count if size else 0, 3, size, size), dtype=torch.uint8)
 
-    def colours(count: int) -> Tensor:
-        return torch.empty(count if recoloured else 0, len(neutral()))
-
+    uncoloured = torch.empty(0, len(neutral()))  # recolouring multiplies no matrices
     return Batch(
         global_crops=crops(large, views.globals.size),
-        global_photometric=colours(large),
+        global_photometric=uncoloured,
         local_crops=crops(small, views.locals.size if small else 0),
-        local_photometric=colours(small),
+        local_photometric=uncoloured,
         masks=torch.empty(masks.shape, dtype=torch.bool),
         plain_crops=crops(large, plain),
         texts=torch.empty((images, context), dtype=torch.int64),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 
@@ -36,8 +37,8 @@ GPUS = {
     "rtx4090": Gpu(24, 165, 82.6),
     "rtx3090": Gpu(24, 71, 35.6),
 }
-_SIDE = 1024  # of the matrices that are multiplied to see what a device reaches
-_ROUNDS = 5
+_SIDES = {"cuda": 8192, "cpu": 1024}  # of the matrices that are multiplied to see what a device reaches
+_ROUNDS = 5  # the first of them warms up
 
 
 def gpu(name: str) -> Gpu:
@@ -51,21 +52,28 @@ def gpu(name: str) -> Gpu:
     return GPUS[name.lower()]
 
 
+def named(device: str) -> Gpu | None:
+    """The GPU of the table that has a device's name, as CUDA gives it; None where none has."""
+    words = set(re.findall(r"[a-z]*[0-9]+[a-z]*|[a-z]+", device.lower().replace("rtx ", "rtx")))
+    found = [name for name in GPUS if set(name.split("-")) <= words]
+    return GPUS[max(found, key=len)] if found and "nvl" not in words else None
+
+
 def peak(device: torch.device, precision: Precision) -> float:
     """FLOP/s that a device can reach: by its data sheet if it is known, else those of its best matrix product."""
     if device.type == "cuda":
-        words = torch.cuda.get_device_name(device).lower().replace("geforce ", "").replace(" ", "-")
-        known = [each for name, each in GPUS.items() if name.replace("rtx", "rtx-") in words]
-        if known:
-            return 1e12 * (known[-1].bf16 if precision == "bf16" else known[-1].fp32)
+        known = named(torch.cuda.get_device_name(device))
+        if known is not None:
+            return 1e12 * (known.bf16 if precision == "bf16" else known.fp32)
     return _measured(device, torch.bfloat16 if precision == "bf16" and device.type == "cuda" else torch.float32)
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> float:
-    matrix = torch.ones(_SIDE, _SIDE, dtype=dtype, device=device)
+    side = _SIDES[device.type]
+    matrix = torch.ones(side, side, dtype=dtype, device=device)
     best = 0.0
     for _ in range(_ROUNDS):
         started = time.perf_counter()
         float((matrix @ matrix)[0, 0])  # waits for the device
-        best = max(best, 2 * _SIDE**3 / (time.perf_counter() - started))
+        best = max(best, 2 * side**3 / (time.perf_counter() - started))
     return best

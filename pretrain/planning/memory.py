@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pretrain.config import Sharding
 from pretrain.planning.dryrun import Cost, Size
 from pretrain.sharding.base import BUCKET, LIVE
 
@@ -37,14 +38,14 @@ def activations(few: Cost, many: Cost, images: int) -> int:
     return int(many.peak + slope * (images - many.images))
 
 
-def of_rank(size: Size, passes: int, stage: int, ranks: int, accumulates: bool, offloads: bool = False) -> Memory:
+def of_rank(size: Size, passes: int, stage: int, ranks: int, accumulates: bool, sharding: Sharding) -> Memory:
     """Memory of a rank.
 
     Args:
         passes: peak bytes of a micro-batch's forward and backward passes.
         stage: ZeRO stage.
         accumulates: several micro-batches make a step.
-        offloads: moments, own copy and gradients lie elsewhere.
+        sharding: tells what is offloaded.
     """
     whole, trained = _FLOAT * size.whole, _FLOAT * size.trained
     part, bucket = trained // ranks, _FLOAT * BUCKET
@@ -52,10 +53,11 @@ def of_rank(size: Size, passes: int, stage: int, ranks: int, accumulates: bool, 
         held = trained if accumulates else 0
         passing = max(held + int(_GROWTH * passes), 2 * trained)  # gradients and AdamW's temporary tensors
         return Memory(whole, 2 * trained, passing)
-    optimizer, gradients = (0, 0) if offloads else (3 * part, part)
+    optimizer, gradients = (3 * part, part) if sharding.offload_optimizer == "none" else (0, 0)
     if stage == 3:
         live = min(whole, _FLOAT * LIVE) + min(whole, bucket)  # and what is fetched ahead
-        return Memory(whole // ranks, optimizer, 2 * gradients + bucket + live + passes)
+        parameters = whole // ranks if sharding.offload_parameters == "none" else 0
+        return Memory(parameters, optimizer, 2 * gradients + bucket + live + passes)
     held = 0 if not accumulates else trained if stage == 1 else part
     fullest = trained + gradients if stage == 1 else gradients
     return Memory(whole, optimizer, bucket + max(held + int(_GROWTH * passes), fullest, 2 * gradients))

@@ -8,6 +8,7 @@ from pretrain.config import PlanConfig
 from pretrain.planning import hardware, memory
 from pretrain.planning.dryrun import Cost, Size, cost, shapes_of, size
 from pretrain.planning.memory import Memory
+from pretrain.schedules import spread
 from pretrain.train import build_learner
 
 STAGES = (0, 1, 2, 3)
@@ -46,19 +47,20 @@ def plan(config: PlanConfig) -> Planned:
     """Run a recipe dry and reckon.
 
     Raises:
-        UserError: the GPU is not known.
+        UserError: the GPU is not known, or the global batch cannot be spread over so many.
     """
-    learner = shapes_of(lambda: build_learner(config))
+    own, _ = spread(config, config.gpus)
+    plain = config.model_copy(update={"model": config.model.model_copy(update={"attention": "sdpa"})})
+    learner = shapes_of(lambda: build_learner(plain))
     costs = [cost(learner, config, images) for images in _DRY]
     flops = costs[-1].flops / costs[-1].images
     images = config.schedule.steps * config.schedule.batch
     gpu_hours = images * flops / (_peak(config) * config.mfu) / 3600
-    own = config.runtime.micro_batch or max(config.schedule.batch // config.gpus, 1)
     return Planned(
         size=size(learner),
         flops_per_image=flops,
         images=images,
-        fits=[_fit(size(learner), costs, images, config) for images in _sizes(own)],
+        fits=[_fit(size(learner), costs, images, config) for images in _sizes(own, config)],
         micro_batch=own,
         usable=_USABLE * (config.gib or hardware.gpu(config.gpu).memory) * 2**30,
         gpu_hours=gpu_hours,
@@ -75,14 +77,14 @@ def _peak(config: PlanConfig) -> float:
     return 1e12 * (known.bf16 if config.sharding.precision == "bf16" else known.fp32)
 
 
-def _sizes(own: int) -> list[int]:
-    """Micro-batches worth a look: from a quarter of the recipe's own to four times it."""
-    return sorted({max(own // 4, 1), max(own // 2, 1), own, 2 * own, 4 * own})
+def _sizes(own: int, config: PlanConfig) -> list[int]:
+    """Micro-batches that make up the global batch, from a quarter of the recipe's own to four times it."""
+    worth = {max(own // 4, 1), max(own // 2, 1), own, 2 * own, 4 * own}
+    return sorted(each for each in worth if config.schedule.batch % (each * config.gpus) == 0)
 
 
 def _fit(size: Size, costs: list[Cost], images: int, config: PlanConfig) -> Fit:
     passes = memory.activations(costs[0], costs[1], images)
     accumulates = config.schedule.batch > images * config.gpus
-    offloads = config.sharding.offload_optimizer != "none"
-    found = {stage: memory.of_rank(size, passes, stage, config.gpus, accumulates, offloads) for stage in STAGES}
+    found = {stage: memory.of_rank(size, passes, stage, config.gpus, accumulates, config.sharding) for stage in STAGES}
     return Fit(images, found)
