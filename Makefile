@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/fovea run flows/pipelines/demo.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -104,6 +104,37 @@ def test_who_is_asked_to_stop_asks_every_rank(launcher: str, number: signal.Sign
     assert "stopped outside a training, as asked; run again to go on" in said
 
 
+def test_a_request_before_the_ranks_listen_is_not_lost(tmp_path: Path) -> None:
+    """Nor does it kill them: they are deaf to it until they can answer."""
+    config = told(tmp_path, "late").model_dump_json()
+    code = (
+        "import os, signal, threading; from pathlib import Path; from infra.launch.config import Launch\n"
+        "from infra.launch.run import launch; from infra.errors import Preempted\n"
+        "from tests.rank_program import Told\n"
+        "threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        f"try: launch({PROGRAM!r}, Told.model_validate_json({config!r}), Path({str(tmp_path / 'job')!r}),"
+        " 'torchrun', Launch(processes=2))\n"
+        "except Preempted as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "stopped outside a training, as asked" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("launcher", "settings", "name"),
+    [
+        ("torchrun", Launch(hostfile="hosts"), "hostfile"),
+        ("slurm", Launch(rendezvous="here:1"), "rendezvous"),
+        ("torchrun", Launch(slurm=Slurm(partition="long")), "slurm"),
+    ],
+)
+def test_settings_that_a_launcher_does_not_read_are_refused(
+    launcher: Launcher, settings: Launch, name: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=rf"launch.{name}: not read by --launcher {launcher}"):
+        launch(PROGRAM, told(tmp_path, "well"), tmp_path / "job", launcher, settings)
+
+
 @pytest.mark.parametrize("launcher", ALL)
 def test_ranks_end_with_who_started_them(launcher: str, tmp_path: Path) -> None:
     parent, pids = started(tmp_path, launcher)
@@ -124,25 +155,15 @@ def test_several_machines_need_a_place_to_meet(tmp_path: Path) -> None:
 
 
 def test_what_sbatch_is_told(tmp_path: Path) -> None:
-    settings = Launch(
-        nodes=4, slurm=Slurm(gpus=8, time="1-00:00:00", options=["--exclude=n3"], setup=["module load x"])
-    )
-    lines = slurm.script("pretrain", tmp_path / "my job", settings).splitlines()
+    asked = Slurm(gpus=8, time="1-00:00:00", options=["--exclude=n3"], setup=["module load x"])
+    lines = slurm.script("pretrain", tmp_path / "my job", Launch(nodes=4, slurm=asked)).splitlines()
     assert lines[0] == "#!/bin/bash"
-    for option in (
-        "nodes=4",
-        "ntasks-per-node=8",
-        "gpus-per-node=8",
-        "time=1-00:00:00",
-        "signal=USR1@180",
-        "exclude=n3",
-    ):
-        assert f"#SBATCH --{option}" in lines
+    options = {"nodes": "4", "ntasks-per-node": "8", "gpus-per-node": "8", "time": "1-00:00:00", "signal": "USR1@180"}
+    assert {f'#SBATCH --{name}="{value}"' for name, value in options.items()} < set(lines)
     assert {"#SBATCH --exclude=n3", "#SBATCH --requeue"} < set(lines)
     assert lines.index("module load x") < next(i for i, line in enumerate(lines) if line.startswith("srun "))
-    assert any(line.endswith(f"-m pretrain '{tmp_path}/my job'") for line in lines)
     chained = slurm.script("pretrain", tmp_path, Launch(slurm=Slurm(chain=5)))
-    assert "--array=1-5%1" in chained
+    assert '--array="1-5%1"' in chained
     assert "scontrol requeue" not in chained
 
 
@@ -157,6 +178,7 @@ def test_ranks_know_themselves_under_srun(monkeypatch: pytest.MonkeyPatch) -> No
     for name in wanted:
         monkeypatch.delenv(name, raising=False)
     srun = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "10042"}
+    srun["SLURM_STEP_ID"] = "0"
     for name, value in (srun | {"MASTER_ADDR": "10.0.0.1"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "environ", os.environ.copy())  # what is adopted ends with the test

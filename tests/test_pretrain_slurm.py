@@ -101,15 +101,15 @@ def told(tmp_path: Path, end: str, attempts: int = 1) -> Told:
 
 def test_jobs_of_a_chain_follow_one_another(cluster: Slurm, tmp_path: Path) -> None:
     settings = Launch(nodes=2, processes=1, slurm=SlurmSettings(chain=3))
-    launch("tests.rank_program", told(tmp_path, "preempted", attempts=3), tmp_path / "job", "slurm", settings)
+    launch("tests.rank_program", told(tmp_path, "preempted", attempts=3), tmp_path / "my job", "slurm", settings)
     assert len((tmp_path / "ranks" / "rank-1.txt").read_text().splitlines()) == 3
-    assert len(list((tmp_path / "job").glob("slurm-*_[123].log"))) == 3
+    assert len(list((tmp_path / "my job").glob("slurm-*_[123].log"))) == 3
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: Slurm, tmp_path: Path) -> None:
     settings = Launch(nodes=2, processes=1, slurm=SlurmSettings(wait=False))
-    launch("tests.rank_program", told(tmp_path, "late"), tmp_path / "job", "slurm", settings)
-    job = job_of(tmp_path / "job")
+    launch("tests.rank_program", told(tmp_path, "late"), tmp_path / "my job", "slurm", settings)
+    job = job_of(tmp_path / "my job")
     until((tmp_path / "ranks" / "rank-1.txt").exists)
     cluster.run("scancel", job)
     until(lambda: field(cluster, job, "JobState") == "CANCELLED")
@@ -124,14 +124,14 @@ def test_a_job_is_queued_again_before_its_time_is_up(cluster: Slurm, tmp_path: P
     launch(
         "tests.rank_program",
         same := told(tmp_path, "late once"),
-        tmp_path / "job",
+        tmp_path / "my job",
         "slurm",
         settings.model_copy(update={"slurm": settings.slurm.model_copy(update={"wait": False})}),
     )
-    job = job_of(tmp_path / "job")
+    job = job_of(tmp_path / "my job")
     with pytest.raises(UserError, match=f"SLURM job {job} has other settings; scancel it"):
-        launch("tests.rank_program", Told(folder=str(tmp_path)), tmp_path / "job", "slurm", settings)
-    launch("tests.rank_program", same, tmp_path / "job", "slurm", settings)
-    assert job_of(tmp_path / "job") == job
+        launch("tests.rank_program", Told(folder=str(tmp_path)), tmp_path / "my job", "slurm", settings)
+    launch("tests.rank_program", same, tmp_path / "my job", "slurm", settings)
+    assert job_of(tmp_path / "my job") == job
     assert field(cluster, job, "Restarts") == "1"
     assert field(cluster, job, "JobState") == "COMPLETED"
