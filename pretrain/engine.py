@@ -88,7 +88,7 @@ class Training:
         begun = self.tally.samples
         self.learner.train()
         steps = self.settings.schedule.steps
-        with reporter.reporting(), self.preemption.listening(), self._watched():
+        with reporter.reporting(), self.preemption.listening(), self._watched(), self._settling():
             step = first
             while step < steps:
                 source = batches(self.dataset, self._place(step), self.settings.runtime.workers)
@@ -126,6 +126,16 @@ class Training:
                 yield
         else:
             yield
+
+    @contextmanager
+    def _settling(self) -> Iterator[None]:
+        """Whatever ends a training of one process, a state that is being written becomes whole."""
+        try:
+            yield
+        except BaseException:
+            if not several_ranks():  # others may never come to wait for one another
+                self.saves.settle()
+            raise
 
     def _arrive(self, step: int, what: str) -> None:
         if self.watch is not None:

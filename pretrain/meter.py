@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import psutil
 import torch
@@ -62,7 +62,9 @@ class Meter:
         return int(psutil.Process().memory_info().rss)
 
 
-def note(loss: float, facts: dict[str, float]) -> str:
-    """A line for people."""
+def note(losses: Mapping[str, float], facts: Mapping[str, float]) -> str:
+    """A line for people: what matters most first, for a narrow terminal cuts it off."""
     mfu = f", MFU {100 * facts['mfu']:.0f} %" if "mfu" in facts else ""
-    return f"loss {loss:.3f}, {facts['images_per_second']:,.0f} images/s{mfu}, {facts['memory_gb']:.1f} GB"
+    speed = f"{facts['images_per_second']:,.0f} images/s{mfu}, {facts['memory_gb']:.1f} GB"
+    terms = ", ".join(f"{name} {value:.3f}" for name, value in losses.items() if name != "loss")
+    return f"loss {losses.get('loss', math.nan):.3f}, {speed}" + (f"; {terms}" if terms else "")

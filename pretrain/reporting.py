@@ -12,7 +12,7 @@ import torch
 
 from infra.hashing import hash_json
 from infra.progress import Advance, progress
-from pretrain import meter, trackers
+from pretrain import meter, telemetry, trackers
 from pretrain.config import PretrainSettings
 from pretrain.data.loader import ViewDataset
 from pretrain.learner import Learner
@@ -95,7 +95,7 @@ class Reporter:
         for tracker in list(self._trackers):
             self._guarded(tracker, lambda each: each.log(int(row["step"]), values | self.speed))
         made = int(row["step"]) + 1
-        self._advance(made - self._made, note=meter.note(row.get("loss", float("nan")), self.speed))
+        self._advance(made - self._made, note=meter.note(telemetry.losses(row), self.speed))
         self._made = made  # less than before, after a rewind
 
     def _guarded(self, tracker: trackers.Tracker, use: Callable[[trackers.Tracker], None]) -> None:

@@ -101,10 +101,10 @@ def planned(*flags: str) -> int | str | None:
 
 
 def test_the_plan_tells_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    assert planned("dinov2_vitl16_short", "--gpus", "32", "--gpu", "a100", "--price", "2") == 0
+    assert planned("dinov2_vitl16_short", "--gpus", "8", "--gpu", "a100", "--price", "2") == 0
     shown = capsys.readouterr().out
     assert "303" in shown.split("backbone")[1].splitlines()[0]  # M parameters of ViT-L/16
-    assert "days on 32 x a100" in shown
+    assert "days on 8 x a100" in shown
     assert "cost" in shown
     assert "too much" in shown
     few = ("--gpus", "8", "--gib", "12", "--tflops", "100", "--runtime.micro_batch", "64")

@@ -117,7 +117,9 @@ def test_speed_is_of_the_last_steps() -> None:
         now[0] += 1.0
         facts = meter.step()
     assert facts["images_per_second"] == pytest.approx(100)
-    assert note(1.5, facts).startswith("loss 1.500, 100 images/s, MFU 20 %, ")
+    line = note({"loss": 1.5, "dino_global": 0.25, "koleo": 1.0}, facts)
+    assert line.startswith("loss 1.500, 100 images/s, MFU 20 %, ")
+    assert line.endswith(" GB; dino_global 0.250, koleo 1.000")
 
 
 def test_the_work_and_the_peak_of_a_task_are_found(embedded: Embedded, tmp_path: Path) -> None:
