@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import pretrain
-from infra.artifacts import Artifact, find
+from infra.artifacts import Artifact, find_planned
 from infra.corpora import Corpus
 from infra.errors import UserError
 from infra.launch.job import module_main
 from pretrain.config import PretrainConfig
+from pretrain.config import Probe as ProbeSettings
 
 if TYPE_CHECKING:
     from pretrain.models.vit import VisionTransformer
@@ -25,21 +26,20 @@ _TEMPERATURE = 0.07
 
 def run(config: PretrainConfig) -> Artifact:
     """Pretrain a backbone."""
+    if config.health.probe is None:
+        return pretrain.run(config)
     from pretrain.train import plan
 
-    made = find(plan(config).resolve(config.out))
-    return pretrain.run(config, None if made else knn_probe(config))
+    made = find_planned(plan(config), config.out)
+    return made or pretrain.run(config, knn_probe(config, config.health.probe))
 
 
-def knn_probe(config: PretrainConfig) -> Probe | None:
-    """Accuracy of the teacher by its nearest neighbours, 0 to 1, on the corpora of `health.probe`.
+def knn_probe(config: PretrainConfig, settings: ProbeSettings) -> Probe:
+    """Accuracy of the teacher by its nearest neighbours, 0 to 1, on two labelled corpora.
 
     Raises:
         UserError: they have no labels, or not the same.
     """
-    settings = config.health.probe
-    if settings is None:
-        return None
     train, test = Corpus.open(settings.train), Corpus.open(settings.test)
     if train.classes != test.classes or not len(train.labels) or not len(test.labels):
         raise UserError(f"health.probe: {settings.train} and {settings.test} need the same labels")

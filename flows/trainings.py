@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib
 import sys
-from pathlib import Path
 from typing import Literal
 
 from distill.config import DistillConfig
-from infra.artifacts import Artifact, Plan, find, open_artifact, work_directory
+from infra.artifacts import Artifact, Plan, find, find_planned, open_artifact, work_directory
 from infra.errors import UserError
 from infra.launch import slurm
 from infra.launch.config import Launch
@@ -40,26 +39,19 @@ def train(room: Room, config: PretrainConfig | DistillConfig) -> Artifact | None
 
 def train_apart(room: Room, config: PretrainConfig | DistillConfig) -> str:
     """Train in other processes than this one; return the checkpoint's URL."""
-    plan = _plan(room, config)
+    plan = _plan(config)
     url = plan.resolve(config.out)
-    found = find(url)
-    if found is not None and found.id != plan.id:
-        raise UserError(f"{url}: holds an artifact of other inputs or settings; remove it or choose another --out")
-    if found is not None:
+    if find_planned(plan, config.out) is None:
+        folder = config.launch.job_folder(work_directory(plan, config.out))
+        launch(_MODULES[room], config, folder, config.launcher, config.launch)
+    else:
         from pretrain.saves import remove_remote
 
         remove_remote(url)
-    else:
-        launch(_MODULES[room], config, job_folder(room, config), config.launcher, config.launch)
     return url
 
 
-def job_folder(room: Room, config: PretrainConfig | DistillConfig) -> Path:
-    """Where a training's job keeps its settings and logs."""
-    return config.launch.job_folder(work_directory(_plan(room, config), config.out))
-
-
-def _plan(room: Room, config: PretrainConfig | DistillConfig) -> Plan:
+def _plan(config: PretrainConfig | DistillConfig) -> Plan:
     if isinstance(config, DistillConfig):
         from distill.distill import plan as plan_of_distillation
 

@@ -209,10 +209,8 @@ def produce(plan: Plan, out: str, write: Callable[[Path], Mapping[str, Any]], ke
         UserError: the URL holds an artifact made from other inputs or settings.
     """
     url = plan.resolve(out)
-    found = find(url)
+    found = find_planned(plan, out)
     if found is not None:
-        if found.id != plan.id:
-            raise UserError(f"{url}: holds an artifact of other inputs or settings; remove it or choose another --out")
         return found
     work = work_directory(plan, out)
     with _claimed(work, plan):
@@ -228,6 +226,19 @@ def produce(plan: Plan, out: str, write: Callable[[Path], Mapping[str, Any]], ke
     if not storage.is_local(url):
         shutil.rmtree(work)
     return artifact
+
+
+def find_planned(plan: Plan, out: str) -> Artifact | None:
+    """The planned artifact, if it has been made.
+
+    Raises:
+        UserError: the URL holds an artifact made from other inputs or settings.
+    """
+    url = plan.resolve(out)
+    found = find(url)
+    if found is not None and found.id != plan.id:
+        raise UserError(f"{url}: holds an artifact of other inputs or settings; remove it or choose another --out")
+    return found
 
 
 def work_directory(plan: Plan, out: str) -> Path:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infra import storage
 from infra.errors import Preempted, UserError
 from pretrain import guards, health, schedules, telemetry
 from pretrain.checkpoints import inference
@@ -278,12 +277,12 @@ class Training:
         story = f"{self.title}: {self.settings.guards.max_skips} steps in a row were skipped"
         if self.rank == 0:
             telemetry.write(self.work / METRICS, self.metrics)  # what is reported, should this be the end
+        self.saves.settle()
         if now.rewinds > self.settings.guards.max_rewinds:
             raise UserError(
                 f"{story}, after {self.tally.rewinds} times back; see metrics.jsonl and {_SKIPPED_SAMPLES} in "
                 f"{self.work}, lower optimizer.base_lr, and remove {self.saves.folder} to start afresh"
             )
-        self.saves.settle()
         step = self._resume()
         if step == 0:
             raise UserError(f"{story} before the first checkpoint; lower optimizer.base_lr or checkpoint more often")
@@ -309,11 +308,8 @@ class Training:
 
     def _forget_later_skips(self) -> None:
         """Leave out of the list of skipped samples what a killed attempt wrote after its last saved state."""
-        path = self.work / _SKIPPED_SAMPLES
-        if self.rank == 0 and path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["samples"] <= self.tally.samples]
-            storage.write_atomic(str(path), "".join(kept).encode())
+        if self.rank == 0:
+            telemetry.cut(self.work / _SKIPPED_SAMPLES, lambda row: bool(row["samples"] <= self.tally.samples))
 
 
 def parameter_groups(learner: Learner, settings: PretrainSettings) -> list[dict[str, Any]]:

@@ -78,7 +78,7 @@ def alarming_looks(rows: Sequence[Mapping[str, float]], health: Health) -> int:
     """How many looks in a row, up to the last step, gave alarm."""
     count = 0
     for row in reversed(rows):
-        if not any(name.startswith(PREFIX) and math.isfinite(value) for name, value in row.items()):
+        if not any(name.startswith(PREFIX) for name in row):
             continue
         if not alarms(row, health):
             break

@@ -68,9 +68,9 @@ def barrier() -> None:
         dist.barrier()
 
 
-def first_of_machine() -> bool:
-    """Whether this is the rank that acts for its machine."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+def first_of_machine() -> int:
+    """The rank that acts for this one's machine."""
+    return world()[0] - int(os.environ.get("LOCAL_RANK", 0))
 
 
 def from_first_rank(value: T) -> T:

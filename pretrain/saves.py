@@ -162,14 +162,14 @@ class Saves:
     def load(self, engine: Engine, step: int) -> tuple[list[dict[str, float]], Tally]:
         """Bring an engine to the state after some steps; return the telemetry's rows and the tally. On all ranks."""
         folder = self.work / TRAINING if self._ended else self._here(step)
-        if not self._local and first_of_machine():
+        if not self._local and first_of_machine() == world()[0]:
             self._fetch(step, folder)
         barrier()
         state.load(engine, folder)
         rows = telemetry.parse((folder / METRICS).read_text())
         tally = Tally(**json.loads((folder / _TALLY).read_text()))
         barrier()
-        if not self._local and first_of_machine():
+        if not self._local and first_of_machine() == world()[0]:
             shutil.rmtree(folder)
         return rows, tally
 
@@ -218,8 +218,7 @@ class Saves:
         """Where a state is written, or brought to, on this machine; machines may share a cache."""
         if self._local:
             return self.work / _STEPS / str(step)
-        machine = world()[0] - int(os.environ.get("LOCAL_RANK", 0))  # its first rank
-        return cache_directory() / "states" / f"{self.work.name}-{step}-{machine:05d}"
+        return cache_directory() / "states" / f"{self.work.name}-{step}-{first_of_machine():05d}"
 
     def _url(self, step: int, *name: str) -> str:
         return storage.join(self.folder, str(step), *name)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+from infra import storage
 from pretrain import health
 
 METRICS = "metrics.jsonl"
@@ -24,6 +26,14 @@ def losses(row: Mapping[str, float]) -> dict[str, float]:
 
 def parse(text: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in text.splitlines()]
+
+
+def cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Leave out of a file of JSON lines, if it is there, what a killed attempt wrote too much, half a line included."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and keep(json.loads(line))]
+        storage.write_atomic(str(path), "".join(kept).encode())
 
 
 def write(path: Path, rows: Iterable[Mapping[str, float]]) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from infra import storage
 from infra.errors import UserError
+from pretrain import telemetry
 from pretrain.config import TrackerName
 
 PROGRESS = "progress.jsonl"
@@ -59,9 +59,7 @@ def _package(name: TrackerName) -> Any:
 class _Lines:
     def __init__(self, folder: Path, first_step: int) -> None:
         path = folder / PROGRESS
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step]
-        storage.write_atomic(str(path), "".join(kept).encode())
+        telemetry.cut(path, lambda row: bool(row["step"] < first_step))
         self._file = path.open("a", buffering=1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

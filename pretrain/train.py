@@ -73,16 +73,12 @@ def train(task: Task, learner: Learner) -> Mapping[str, Any]:
 def produce_together(plan: Plan, out: str, write: Callable[[Path], Mapping[str, Any]]) -> Artifact:
     """`produce` on all ranks of a training: every rank trains, the first one commits."""
     url = plan.resolve(out)
-    if world()[1] == 1 or find(url) is not None:
-        artifact = produce(plan, out, write, keep_work=True)
-        if world()[0] == 0:
-            remove_remote(url)
-        return artifact
-    if world()[0] == 0:
+    if world()[0] == 0 or find(url) is not None:
         produce(plan, out, write, keep_work=True)
-        remove_remote(url)
     else:
         write(work_directory(plan, out))
+    if world()[0] == 0:
+        remove_remote(url)
     barrier()
     return open_artifact(url, "checkpoint")
 

@@ -6,15 +6,15 @@ import http.client
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.daemons import Daemons, free_ports
 
 PROGRAMS = ("radosgw", "ceph-mon", "ceph-osd", "ceph-mgr", "ceph", "monmaptool", "radosgw-admin")
 START_SECONDS = 90.0
@@ -93,8 +93,7 @@ class _Cluster:
         self.directory = directory
         self.sockets = sockets
         self.configuration = directory / "ceph.conf"
-        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
-        self.deadline = time.monotonic() + START_SECONDS
+        self.daemons = Daemons("the S3 server", directory, START_SECONDS)
 
     def start(self) -> S3Server:
         self._configure()
@@ -103,24 +102,24 @@ class _Cluster:
         self._tool("osd-mkfs", "ceph-osd", "-i", "0", "--mkfs")
         self._daemon("ceph-osd", "-i", "0")
         self._daemon("ceph-mgr", "-i", "x")
-        (port,) = _free_ports(1)
+        (port,) = free_ports(1)
         self._daemon("radosgw", "-n", "client.rgw", f"--rgw-frontends=beast endpoint=127.0.0.1:{port}")
         while not _answers(port):
-            self._keep_waiting("radosgw")
+            self.daemons.keep_waiting("radosgw")
         access_key, secret_key = secrets.token_hex(10), secrets.token_hex(20)
         keys = (f"--access-key={access_key}", f"--secret-key={secret_key}")
         self._tool("user-create", "radosgw-admin", "user", "create", "--uid=tests", "--display-name=tests", *keys)
         return S3Server(f"http://127.0.0.1:{port}", access_key, secret_key)
 
     def stop(self) -> None:
-        for process in reversed(self.daemons.values()):  # the gateway first: it would wait for an OSD that has gone
+        for process in reversed(self.daemons.running.values()):  # the gateway first: it would wait for a lost OSD
             _end(process)
-        self.daemons.clear()
+        self.daemons.running.clear()
 
     def _configure(self) -> None:
         for name in ("mon", "osd", "mgr", "rgw", "crash", "log"):
             (self.directory / name).mkdir(parents=True)
-        fsid, ports = str(uuid.uuid4()), _free_ports(2)
+        fsid, ports = str(uuid.uuid4()), free_ports(2)
         monitor = f"[v2:127.0.0.1:{ports[0]},v1:127.0.0.1:{ports[1]}]"
         self.configuration.write_text(
             CONFIGURATION.format(fsid=fsid, monitor=monitor, directory=self.directory, sockets=self.sockets)
@@ -130,45 +129,28 @@ class _Cluster:
         self._tool("mon-mkfs", "ceph-mon", "-i", "a", "--mkfs", "--monmap", monmap)
 
     def _daemon(self, program: str, *arguments: str) -> None:
-        self.daemons[program] = self._launch(program, program, *arguments, "-f")
+        self.daemons.start(program, *self._command(program, *arguments, "-f"), environment=_environment())
 
     def _tool(self, name: str, program: str, *arguments: str) -> None:
         """Runs a command to its end; it may wait for a daemon, so the daemons are watched meanwhile."""
         process = self._launch(name, program, *arguments)
         try:
             while process.poll() is None:
-                self._keep_waiting(name)
+                self.daemons.keep_waiting(name)
         finally:
             _end(process)
         if process.returncode:
-            raise self._failure(name, f"exit code {process.returncode}")
+            raise self.daemons.failure(name, f"exit code {process.returncode}")
 
     def _launch(self, name: str, program: str, *arguments: str) -> subprocess.Popen[bytes]:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("CEPH_")}
-        with self._log(name).open("wb") as log:
-            return subprocess.Popen(
-                [program, "-c", str(self.configuration), *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is ours: the daemons go in their order
-            )
+        return self.daemons.launch(name, *self._command(program, *arguments), environment=_environment())
 
-    def _keep_waiting(self, name: str) -> None:
-        for daemon, process in self.daemons.items():
-            if process.poll() is not None:
-                raise self._failure(daemon, f"exit code {process.returncode}")
-        if time.monotonic() > self.deadline:
-            raise self._failure(name, f"not done {START_SECONDS:.0f} s after the start")
-        time.sleep(0.1)
+    def _command(self, program: str, *arguments: str) -> list[str]:
+        return [program, "-c", str(self.configuration), *arguments]
 
-    def _failure(self, name: str, what: str) -> RuntimeError:
-        lines = self._log(name).read_text(errors="replace").splitlines()
-        return RuntimeError("\n".join([f"the S3 server did not come up: {name}: {what}", *lines[-30:]]))
 
-    def _log(self, name: str) -> Path:
-        return self.directory / "log" / f"{name}.log"
+def _environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if not key.startswith("CEPH_")}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -178,16 +160,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _free_ports(count: int) -> list[int]:
-    """Loopback ports that nobody listens on; all are held before one is let go, so that they differ."""
-    holders = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    try:
-        return [holder.getsockname()[1] for holder in holders]
-    finally:
-        for holder in holders:
-            holder.close()
 
 
 def _answers(port: int) -> bool:

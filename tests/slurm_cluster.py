@@ -21,6 +21,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.daemons import Daemons, free_ports
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sinfo", "scontrol", "sbatch", "srun", "scancel")
 NODES = ("n1", "n2")
 START_SECONDS = 60.0
@@ -116,8 +118,7 @@ class _Cluster:
         self.configuration = directory / "slurm.conf"
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH_"))}
         self.environment = {**inherited, "SLURM_CONF": str(self.configuration)}
-        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
-        self.deadline = time.monotonic() + START_SECONDS
+        self.daemons = Daemons("SLURM", directory, START_SECONDS)
 
     def start(self) -> Slurm:
         self._configure()
@@ -128,19 +129,21 @@ class _Cluster:
         files = [f"--{name}-file={self.sockets}/munged.{name}" for name in ("pid", "seed")]
         self._daemon("munged", "munged", "--foreground", f"--key-file={key}", f"--socket={socket_path}", *files)
         while not socket_path.exists():
-            self._keep_waiting("munged")
+            self.daemons.keep_waiting("munged")
         self._daemon("slurmctld", "slurmctld", "-D")
         for node in NODES:
             self._daemon(f"slurmd-{node}", "slurmd", "-D", "-N", node)
         while not self._idle():
-            self._keep_waiting("slurmctld")
+            self.daemons.keep_waiting("slurmctld")
         return Slurm(dict(self.environment))
 
     def stop(self) -> None:
-        for process in self.daemons.values():  # killed, not asked: a slurmd would wait for its jobs, and none has
+        for (
+            process
+        ) in self.daemons.running.values():  # killed, not asked: a slurmd would wait for its jobs, and none has
             process.kill()  # anything to save
             process.wait()
-        self.daemons.clear()
+        self.daemons.running.clear()
         self._kill_jobs()
 
     def _configure(self) -> None:
@@ -152,7 +155,7 @@ class _Cluster:
             CONFIGURATION.format(
                 host=host,
                 address=socket.gethostbyname(host),
-                ports=_free_ports(1 + len(NODES)),
+                ports=free_ports(1 + len(NODES)),
                 sockets=self.sockets,
                 directory=self.directory,
                 cpus=os.cpu_count(),
@@ -161,15 +164,7 @@ class _Cluster:
         )
 
     def _daemon(self, name: str, *command: str) -> None:
-        with self._log(name).open("wb") as log:
-            self.daemons[name] = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self.environment,
-                start_new_session=True,  # Ctrl-C is ours: the daemons go when we stop
-            )
+        self.daemons.start(name, *command, environment=self.environment)
 
     def _idle(self) -> bool:
         command = ("sinfo", "--noheader", "--Node", "--partition=low", "--states=idle")
@@ -196,28 +191,3 @@ class _Cluster:
             return any(str(connection.laddr).startswith(f"{self.sockets}/") for connection in connections)
         except psutil.Error:  # it has ended
             return False
-
-    def _keep_waiting(self, name: str) -> None:
-        for daemon, process in self.daemons.items():
-            if process.poll() is not None:
-                raise self._failure(daemon, f"exit code {process.returncode}")
-        if time.monotonic() > self.deadline:
-            raise self._failure(name, f"not done {START_SECONDS:.0f} s after the start")
-        time.sleep(0.1)
-
-    def _failure(self, name: str, what: str) -> RuntimeError:
-        lines = self._log(name).read_text(errors="replace").splitlines()
-        return RuntimeError("\n".join([f"SLURM did not come up: {name}: {what}", *lines[-30:]]))
-
-    def _log(self, name: str) -> Path:
-        return self.directory / "log" / f"{name}.log"
-
-
-def _free_ports(count: int) -> list[int]:
-    """Loopback ports that nobody listens on; all are held before one is let go, so that they differ."""
-    holders = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    try:
-        return [holder.getsockname()[1] for holder in holders]
-    finally:
-        for holder in holders:
-            holder.close()

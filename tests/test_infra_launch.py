@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from infra.errors import Preempted, UserError
 from infra.launch import slurm
 from infra.launch.config import Launch, Launcher, Slurm
-from infra.launch.run import _free_port, launch
+from infra.launch.run import launch
+from tests.daemons import free_ports
 from tests.rank_program import Told
 
 pytestmark = pytest.mark.multiprocess
@@ -50,7 +51,7 @@ def test_each_launcher_starts_the_ranks_and_shows_their_logs(
 
 def test_a_hostfile_names_the_machines(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("localhost slots=2\n")
-    settings = Launch(hostfile=str(tmp_path / "hosts"), rendezvous=f"localhost:{_free_port()}")
+    settings = Launch(hostfile=str(tmp_path / "hosts"), rendezvous=f"localhost:{free_ports(1)[0]}")
     launch(PROGRAM, told(tmp_path, "well"), tmp_path / "job", "deepspeed", settings)
     assert len(ranks(tmp_path)) == 2
     with pytest.raises(UserError, match="no such file; write a line HOST slots=N"):

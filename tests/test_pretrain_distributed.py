@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from pretrain.objectives.centering import Targets, sinkhorn_knopp
 from pretrain.objectives.config import ClipConfig, SiglipConfig, TextTower
 from pretrain.objectives.image_text import Clip, Siglip
 from pretrain.objectives.koleo import koleo
+from tests.daemons import free_ports
 from tests.test_pretrain_objectives import made
 
 pytestmark = pytest.mark.multiprocess
@@ -77,9 +77,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     torch.multiprocessing.spawn(_rank, (port, str(folder)), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 

@@ -15,7 +15,7 @@ from flows.cli import main
 from pretrain.config import PretrainSettings
 from pretrain.data.loader import Batch
 from pretrain.planning import memory
-from pretrain.planning.dryrun import batch_of, cost, flops, shapes_of, size
+from pretrain.planning.dryrun import batch_of, flops, peak, shapes_of, size
 from pretrain.train import build_learner
 from tests.test_pretrain_training import EVERY_KIND, TINY
 
@@ -61,7 +61,7 @@ def test_what_is_computed_again_is_no_work() -> None:
     spared = settings(runtime={"activation_checkpointing": "full"})
     shapes = shapes_of(lambda: build_learner(spared))
     assert flops(shapes, spared, IMAGES) == flops(shapes, settings(), IMAGES)
-    assert cost(shapes, spared, IMAGES).peak < 0.6 * cost(shapes, settings(), IMAGES).peak
+    assert peak(shapes, spared, IMAGES) < 0.6 * peak(shapes, settings(), IMAGES)
 
 
 def allocated(asked: PretrainSettings, tmp_path: Path, ranks: int) -> int:
@@ -88,7 +88,7 @@ def test_memory_is_what_is_allocated_to_15_percent(changes: dict[str, object], t
     asked = settings(**changes)
     stage, ranks = asked.sharding.zero_stage, 1 if asked.sharding.engine == "torch" else 2
     shapes = shapes_of(lambda: build_learner(asked))
-    passes = memory.activations(cost(shapes, asked, 2), cost(shapes, asked, 8), IMAGES)
+    passes = memory.activations({images: peak(shapes, asked, images) for images in (2, 8)}, IMAGES)
     reckoned = memory.of_rank(size(shapes), passes, stage, ranks, False, asked.sharding).total
     assert reckoned == pytest.approx(allocated(asked, tmp_path, ranks), rel=0.15)
 

@@ -19,6 +19,7 @@ from infra.launch.job import TRY_AGAIN
 from infra.launch.run import run_module
 from pretrain.checkpoints import WEIGHTS, Checkpoint
 from pretrain.config import PretrainConfig
+from pretrain.watch import STALLED
 from tests.conftest import Embedded
 from tests.test_pretrain_training import TINY, config, losses
 
@@ -142,6 +143,7 @@ import torch
 from infra.launch.job import module_main
 from pretrain import engine, run
 from pretrain.config import PretrainConfig
+from pretrain.watch import STALLED
 from pretrain.learner import Learner
 
 step, last = 0, int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
@@ -225,7 +227,10 @@ def test_a_rank_that_hangs_ends_the_job_by_name(embedded: Embedded, tmp_path: Pa
     started = time.monotonic()
     ended = run_torchrun(config(embedded.seed, tmp_path / "run", **changes), tmp_path / "job", 2, script)
     assert ended.returncode != 0
-    assert "fovea: rank 1 (step 3: forward) has not come along for 5 s; the others wait for it" in ended.stderr
+    # Whichever rank's watch ends first says it, on its own log; all of them say it for the job.
+    report = json.loads((tmp_path / "job" / "ended.json").read_text())
+    assert report["code"] == STALLED
+    assert report["message"] == "rank 1 (step 3: forward) has not come along for 5 s; the others wait for it"
     assert time.monotonic() - started < 90
 
 

@@ -11,11 +11,10 @@ class Tail:
 
     Args:
         pattern: which files.
-        bare: the name of a file whose lines need no name.
     """
 
-    def __init__(self, folder: Path, pattern: str, bare: str = "") -> None:
-        self.folder, self.pattern, self.bare = folder, pattern, bare
+    def __init__(self, folder: Path, pattern: str) -> None:
+        self.folder, self.pattern = folder, pattern
         self._shown = {path: path.stat().st_size for path in folder.glob(pattern)}
 
     def show(self, to_the_end: bool = False) -> None:
@@ -26,6 +25,5 @@ class Tail:
                 text = file.read()
             whole = text if to_the_end else text[: text.rfind(b"\n") + 1]
             self._shown[path] = self._shown.get(path, 0) + len(whole)
-            label = "" if path.name == self.bare else f"[{path.stem}] "
             for line in whole.decode(errors="replace").splitlines():
-                print(f"{label}{line}", file=sys.stderr, flush=True)
+                print(f"[{path.stem}] {line}", file=sys.stderr, flush=True)

@@ -36,17 +36,6 @@ from pretrain.ranks import alone
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What a micro-batch asks of a rank that holds the whole model."""
-
-    images: int
-    flops: int
-    """Of its forward and backward passes, teacher included; what checkpointing computes again is not counted."""
-    peak: int
-    """Bytes at the fullest moment of the two passes, without parameters and gradients."""
-
-
-@dataclass(frozen=True)
 class Size:
     """Numbers of parameters."""
 
@@ -120,23 +109,20 @@ def shapes_of(build: Callable[[], Learner]) -> Learner:
         return learner.to_empty(device="cpu")
 
 
-def cost(learner: Learner, settings: PretrainSettings, images: int) -> Cost:
-    """The cost of a micro-batch of so many images.
+def flops(learner: Learner, settings: PretrainSettings, images: int) -> int:
+    """FLOPs of a micro-batch, forward and backward, teacher included; what checkpointing computes again does not count.
 
     Args:
         learner: with values or without; it stays as it is.
     """
-    return Cost(images, flops(learner, settings, images), _peak(learner, settings, images))
-
-
-def flops(learner: Learner, settings: PretrainSettings, images: int) -> int:
-    """FLOPs of a micro-batch, forward and backward; what checkpointing computes again is not counted."""
     with _shapes(learner, settings, Execution()) as shapes, FlopCounterMode(display=False) as counter:
         _step(shapes, batch_of(settings, images))
     return int(counter.get_total_flops())
 
 
-def _peak(learner: Learner, settings: PretrainSettings, images: int) -> int:
+def peak(learner: Learner, settings: PretrainSettings, images: int) -> int:
+    """Bytes at the fullest moment of a micro-batch's two passes, without parameters and gradients, of a rank that holds
+    the whole model."""
     execution = Execution(settings.runtime.activation_checkpointing)
     with _shapes(learner, settings, execution) as shapes:
         for parameter in shapes.parameters():

@@ -6,10 +6,11 @@ off torch's allocator under DeepSpeed 0.19 (`tests/test_pretrain_planning.py` co
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pretrain.config import Sharding
-from pretrain.planning.dryrun import Cost, Size
+from pretrain.planning.dryrun import Size
 from pretrain.sharding.base import BUCKET, LIVE
 
 _FLOAT = 4
@@ -32,10 +33,10 @@ class Memory:
         return self.parameters + self.optimizer + self.passing
 
 
-def activations(few: Cost, many: Cost, images: int) -> int:
-    """Peak bytes of the passes of a micro-batch, on the line through two that were run dry."""
-    slope = (many.peak - few.peak) / (many.images - few.images)
-    return int(many.peak + slope * (images - many.images))
+def activations(peaks: Mapping[int, int], images: int) -> int:
+    """Peak bytes of the passes of a micro-batch, on the line through two that were run dry, by their images."""
+    (few, less), (many, more) = sorted(peaks.items())
+    return int(more + (more - less) / (many - few) * (images - many))
 
 
 def of_rank(size: Size, passes: int, stage: int, ranks: int, accumulates: bool, sharding: Sharding) -> Memory:

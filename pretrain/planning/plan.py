@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pretrain.config import PlanConfig
 from pretrain.planning import hardware, memory
-from pretrain.planning.dryrun import Cost, Size, cost, shapes_of, size
+from pretrain.planning.dryrun import Size, flops, peak, shapes_of, size
 from pretrain.planning.memory import Memory
 from pretrain.schedules import spread
 from pretrain.train import build_learner
@@ -52,15 +52,15 @@ def plan(config: PlanConfig) -> Planned:
     own, _ = spread(config, config.gpus)
     plain = config.model_copy(update={"model": config.model.model_copy(update={"attention": "sdpa"})})
     learner = shapes_of(lambda: build_learner(plain))
-    costs = [cost(learner, config, images) for images in _DRY]
-    flops = costs[-1].flops / costs[-1].images
+    peaks = {images: peak(learner, config, images) for images in _DRY}
+    flops_per_image = flops(learner, config, _DRY[-1]) / _DRY[-1]
     images = config.schedule.steps * config.schedule.batch
-    gpu_hours = images * flops / (_peak(config) * config.mfu) / 3600
+    gpu_hours = images * flops_per_image / (_reach(config) * config.mfu) / 3600
     return Planned(
         size=size(learner),
-        flops_per_image=flops,
+        flops_per_image=flops_per_image,
         images=images,
-        fits=[_fit(size(learner), costs, images, config) for images in _sizes(own, config)],
+        fits=[_fit(size(learner), peaks, images, config) for images in _sizes(own, config)],
         micro_batch=own,
         usable=_USABLE * (config.gib or hardware.gpu(config.gpu).memory) * 2**30,
         gpu_hours=gpu_hours,
@@ -69,7 +69,7 @@ def plan(config: PlanConfig) -> Planned:
     )
 
 
-def _peak(config: PlanConfig) -> float:
+def _reach(config: PlanConfig) -> float:
     """FLOP/s of one GPU."""
     if config.tflops is not None:
         return 1e12 * config.tflops
@@ -83,8 +83,8 @@ def _sizes(own: int, config: PlanConfig) -> list[int]:
     return sorted(each for each in worth if config.schedule.batch % (each * config.gpus) == 0)
 
 
-def _fit(size: Size, costs: list[Cost], images: int, config: PlanConfig) -> Fit:
-    passes = memory.activations(costs[0], costs[1], images)
+def _fit(size: Size, peaks: dict[int, int], images: int, config: PlanConfig) -> Fit:
+    passes = memory.activations(peaks, images)
     accumulates = config.schedule.batch > images * config.gpus
     found = {stage: memory.of_rank(size, passes, stage, config.gpus, accumulates, config.sharding) for stage in STAGES}
     return Fit(images, found)
