@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
+from curation.steps.config import Exact, NearDuplicates, Step
 from infra.config import Config
 from pretrain.config import BackboneConfig, PixelDescriptor
 
@@ -93,46 +94,6 @@ class EmbedConfig(EmbedSettings):
     """URL of the embeddings; {id} stands for their id."""
 
 
-class Exact(Config):
-    """Drop images whose bytes another image has."""
-
-    kind: Literal["exact"] = "exact"
-
-
-class NearDuplicates(Config):
-    """Drop all but one image of every connected component of the similarity graph (DINOv2, appendix A)."""
-
-    kind: Literal["near_duplicates"] = "near_duplicates"
-    threshold: float = Field(0.6, gt=-1, le=1)
-    """Cosine similarity from which two images are joined."""
-    neighbours: int = Field(64, ge=1)
-    """Nearest neighbours of each image that are looked at."""
-    representative: Literal["resolution", "earliest"] = "resolution"
-    """Which image of a component stays: the one with most pixels, or the one whose key comes
-    first."""
-
-
-class Decontaminate(Config):
-    """Drop images too much like one of an evaluation set (DINOv2, appendix A)."""
-
-    kind: Literal["decontaminate"] = "decontaminate"
-    threshold: float = Field(0.45, gt=-1, le=1)
-    """Cosine similarity from which an image counts as a leak."""
-
-
-class Retrieve(Config):
-    """Keep only what is near a curated seed: the nearest images of each seed image (DINOv2, sample-based)."""
-
-    kind: Literal["retrieve"] = "retrieve"
-    neighbours: int = Field(4, ge=1)
-    """Nearest images kept for each seed image."""
-    min_similarity: float = Field(-1.0, ge=-1, le=1)
-    """Neighbours less similar than this are not kept."""
-
-
-Step = Annotated[Exact | NearDuplicates | Decontaminate | Retrieve, Field(discriminator="kind")]
-
-
 def _default_steps() -> list[Step]:
     return [Exact(), NearDuplicates()]
 
@@ -141,7 +102,14 @@ class CurateSettings(Config):
     """Steps, in order; each sees what the ones before it kept."""
 
     steps: list[Step] = Field(default_factory=_default_steps, min_length=1)
-    """Any of exact, near_duplicates, decontaminate, retrieve."""
+    """Any of exact, filter, remove, near_duplicates, decontaminate, semdedup, retrieve, retrieve_clusters, balance,
+    restore."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything random in them."""
+    memory_gb: float = Field(4.0, gt=0)
+    """Memory to keep to; what does not fit in goes to disk. The verdicts do not depend on it."""
+    workers: int = Field(0, ge=0)
+    """Threads that compare vectors; 0: one a core. The verdicts do not depend on them."""
 
 
 class CurateConfig(CurateSettings):
@@ -153,8 +121,8 @@ class CurateConfig(CurateSettings):
     """URL of its embeddings; only `exact` does without."""
     evaluation: list[str] = Field(default_factory=list)
     """URLs of the embeddings of evaluation sets, for `decontaminate`."""
-    seed: str | None = None
-    """URL of the embeddings of the curated seed, for `retrieve`."""
+    curated: str | None = None
+    """URL of the embeddings of the curated seed, for `retrieve` and `retrieve_clusters`."""
     selection: str | None = None
     """URL of an earlier selection over the same corpus to start from."""
     out: str

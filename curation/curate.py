@@ -2,119 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import shutil
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from curation.config import CurateConfig, Decontaminate, Exact, MaterializeConfig, NearDuplicates, Retrieve, Step
+from curation.config import CurateConfig, MaterializeConfig
+from curation.context import SCRATCH, Context, Inputs
+from curation.steps.balance import balance
+from curation.steps.config import Step
 from curation.steps.decontaminate import decontaminate
 from curation.steps.exact import exact
+from curation.steps.listed import remove, restore
+from curation.steps.metadata import filter_metadata
 from curation.steps.near_duplicates import near_duplicates
 from curation.steps.retrieve import retrieve
-from curation.verdicts import Verdicts
-from infra import selections
+from curation.steps.retrieve_clusters import retrieve_clusters
+from curation.steps.semdedup import semdedup
+from infra import memory, selections
 from infra.artifacts import Artifact, Input, Plan, produce
 from infra.corpora import Corpus
-from infra.embeddings import Embeddings
 from infra.errors import UserError
+from infra.hashing import hash_url
 from infra.progress import progress
 from infra.selections import Selection
 from infra.shards import CorpusWriter
 
-VERSION = 1
-
-
-@dataclass(frozen=True)
-class Context:
-    """What the steps may look at."""
-
-    corpus: Corpus
-    embeddings: Embeddings | None
-    evaluation: list[Embeddings]
-    seed: Embeddings | None
-    selection: Selection | None
-
-    @classmethod
-    def open(cls, config: CurateConfig) -> Context:
-        context = cls(
-            corpus=Corpus.open(config.corpus),
-            embeddings=Embeddings.open(config.embeddings) if config.embeddings else None,
-            evaluation=[Embeddings.open(url) for url in config.evaluation],
-            seed=Embeddings.open(config.seed) if config.seed else None,
-            selection=Selection.open(config.selection) if config.selection else None,
-        )
-        context.check(config)
-        return context
-
-    def check(self, config: CurateConfig) -> None:
-        kinds = {step.kind for step in config.steps}
-        needs = {
-            "embeddings": (self.embeddings, {"near_duplicates", "decontaminate", "retrieve"}),
-            "evaluation": (self.evaluation, {"decontaminate"}),
-            "seed": (self.seed, {"retrieve"}),
-        }
-        for name, (value, users) in needs.items():
-            if not value and (missing := sorted(kinds & users)):
-                raise UserError(f"{name}: needed by the step {missing[0]}; give the embeddings' URL")
-        for other in [*self.evaluation, *([self.seed] if self.seed else [])]:
-            if self.embeddings and other.backbone != self.embeddings.backbone:
-                raise UserError(f"{other.artifact.url}: not of the backbone of {config.embeddings}; embed again")
-        if self.embeddings:
-            self.embeddings.require_keys(self.corpus.keys, self.corpus.artifact.url)
-        if self.selection:
-            self.selection.require_keys(self.corpus.keys, config.corpus)
-
-    def inputs(self) -> dict[str, Input]:
-        named = {"corpus": self.corpus, "embeddings": self.embeddings, "seed": self.seed, "selection": self.selection}
-        named |= {f"evaluation_{i}": each for i, each in enumerate(self.evaluation)}
-        return {name: each.artifact.as_input() for name, each in named.items() if each is not None}
+VERSION = 2
+_MATERIALIZE_VERSION = 1
+_STATE = "verdicts.npz"  # after the last finished step, while others are to come
+_STEPS: dict[str, Callable[[Context, Any], Mapping[str, Any]]] = {
+    "exact": exact,
+    "filter": filter_metadata,
+    "remove": remove,
+    "near_duplicates": near_duplicates,
+    "decontaminate": decontaminate,
+    "semdedup": semdedup,
+    "retrieve": retrieve,
+    "retrieve_clusters": retrieve_clusters,
+    "balance": balance,
+    "restore": restore,
+}
 
 
 def curate(config: CurateConfig) -> Artifact:
-    """Apply the steps in order; return the selection artifact.
+    """Apply the steps in order; return the selection artifact. An interrupted one goes on from its last finished step.
 
     Raises:
-        UserError: an input is missing or belongs to another corpus.
+        UserError: an input is missing or belongs to another corpus, or a step leaves nothing.
     """
-    context = Context.open(config)
-    settings = config.model_dump(mode="json", include={"steps"})
-    plan = Plan("selection", "curate", VERSION, settings, context.inputs())
-    return produce(plan, config.out, lambda directory: _select(config, context, directory))
+    inputs = Inputs.open(config)
+    plan = Plan("selection", "curate", VERSION, _settings(config), inputs.by_name() | _listed(config))
+    return produce(plan, config.out, lambda directory: _select(config, inputs, directory), keep_work=True)
 
 
-def _select(config: CurateConfig, context: Context, directory: Path) -> Mapping[str, Any]:
-    corpus = context.corpus
-    verdicts = Verdicts.after(context.selection) if context.selection else Verdicts.initial(corpus.keys)
-    vectors = context.embeddings.vectors() if context.embeddings else np.empty((0, 0), dtype=np.float32)
-    funnel = [{"step": "input", "kept": int(verdicts.keep.sum())}]
-    with progress("curate", len(config.steps)) as advance:
-        for step in config.steps:
-            _apply(step, verdicts, context, vectors)
-            funnel.append({"step": step.kind, "kept": int(verdicts.keep.sum())})
-            if not verdicts.keep.any():
-                raise UserError(f"{config.corpus}: the step {step.kind} leaves no image; loosen its threshold")
-            advance(note=f"{step.kind}: {funnel[-1]['kept']} kept")
-    selections.write(directory, verdicts.ledger())
-    return {"images": len(corpus), "kept": int(verdicts.keep.sum()), "funnel": funnel}
+def _settings(config: CurateConfig) -> dict[str, Any]:
+    """What decides the selection; not where listed files lie, nor what it may take."""
+    steps = [step.model_dump(mode="json", exclude={"keys", "hashes"}) for step in config.steps]
+    return {"steps": steps, "seed": config.seed}
 
 
-def _apply(step: Step, verdicts: Verdicts, context: Context, vectors: np.ndarray) -> None:
-    table = context.corpus.table
-    match step:
-        case Exact():
-            exact(verdicts, np.array(table["sha256"].to_pylist(), dtype=object))
-        case NearDuplicates():
-            pixels = table["width"].to_numpy().astype(np.int64) * table["height"].to_numpy()
-            near_duplicates(verdicts, step, vectors, pixels)
-        case Decontaminate():
-            for evaluation in context.evaluation:
-                decontaminate(verdicts, step, vectors, evaluation.vectors(), np.array(evaluation.keys, dtype=object))
-        case Retrieve():
-            assert context.seed is not None
-            retrieve(verdicts, step, vectors, context.seed.vectors(), np.array(context.seed.keys, dtype=object))
+def _listed(config: CurateConfig) -> dict[str, Input]:
+    """The files that steps read: their content is an input like any other."""
+    found = {}
+    for number, step in enumerate(config.steps):
+        for name in ("keys", "hashes"):
+            if (path := getattr(step, name, None)) is not None:
+                found[f"step_{number}_{name}"] = Input(id=hash_url(path)[1], url=path)
+    return found
+
+
+def _select(config: CurateConfig, inputs: Inputs, directory: Path) -> Mapping[str, Any]:
+    context = Context.begin(config, inputs, directory)
+    state = directory / _STATE
+    before = int(context.verdicts.keep.sum())
+    facts = context.verdicts.restore(state) if state.exists() else []
+    for number, step in enumerate(config.steps):
+        if number >= len(facts):
+            context.step = number
+            facts.append(_apply(step, context))
+            if not facts[-1]["kept"]:
+                raise UserError(f"{config.corpus}: the step {step.kind} leaves no image; loosen it")
+            context.verdicts.save(state, facts)
+            shutil.rmtree(directory / SCRATCH, ignore_errors=True)
+    selections.write(directory, context.verdicts.ledger())
+    state.unlink()
+    funnel = [{"step": "input", "kept": before}, *({"step": each["step"], "kept": each["kept"]} for each in facts)]
+    return {"images": len(context.corpus), "kept": facts[-1]["kept"], "funnel": funnel, "steps": facts}
+
+
+def _apply(step: Step, context: Context) -> dict[str, Any]:
+    """Do one step; return what it tells, with what it left and what it took."""
+    started, cpu = time.monotonic(), time.process_time()
+    memory.forget_peak()
+    with progress(step.kind.replace("_", " "), None) as advance:
+        context.advance = advance
+        told = _STEPS[step.kind](context, step)
+        kept = int(context.verdicts.keep.sum())
+        advance(0, note=f"{kept} kept")
+    took = {"seconds": round(time.monotonic() - started, 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
+    return {"step": step.kind, "kept": kept, **told, **took, "peak_gb": memory.peak_gb()}
 
 
 def materialize(config: MaterializeConfig) -> Artifact:
@@ -124,9 +114,9 @@ def materialize(config: MaterializeConfig) -> Artifact:
         UserError: the selection is not one over the corpus.
     """
     corpus, selection = Corpus.open(config.corpus), Selection.open(config.selection)
-    selection.require_keys(corpus.keys, config.corpus)
+    selection.require_keys(corpus.table["key"], config.corpus)
     inputs = {"corpus": corpus.artifact.as_input(), "selection": selection.artifact.as_input()}
-    plan = Plan("corpus", "materialize", VERSION, {"shard_mb": config.shard_mb}, inputs)
+    plan = Plan("corpus", "materialize", _MATERIALIZE_VERSION, {"shard_mb": config.shard_mb}, inputs)
 
     def write(directory: Path) -> Mapping[str, Any]:
         writer = CorpusWriter(directory, config.shard_mb << 20)

@@ -30,7 +30,7 @@ def embed(config: EmbedConfig) -> Artifact:
     def write(directory: Path) -> Mapping[str, Any]:
         backbone = backbones.load(config.backbone)
         batches = stream(backbone, corpus, config.batch, "embed")
-        dim = embeddings.write(directory, corpus.keys, embeddings.regroup(batches, _PART_ROWS))
+        dim = embeddings.write(directory, corpus.table["key"], embeddings.regroup(batches, _PART_ROWS))
         return {"images": len(corpus), "dim": dim}
 
     return produce(plan, config.out, write)

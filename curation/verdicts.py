@@ -2,64 +2,187 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from infra.selections import SCHEMA, Selection
 
 KEPT = "kept"
+CORPUS = 0
+"""Number of the corpus itself among what images are compared with."""
+_NOBODY = -1
+
+
+@dataclass
+class Names:
+    """Words in place of which numbers stand."""
+
+    words: list[str]
+
+    def number(self, word: str) -> int:
+        if word not in self.words:
+            self.words.append(word)
+        return self.words.index(word)
+
+    def column(self, numbers: np.ndarray) -> pa.Array:
+        return pa.DictionaryArray.from_arrays(pa.array(numbers), pa.array(self.words)).cast(pa.string())
 
 
 @dataclass
 class Verdicts:
-    """One entry a sample, in the corpus's order; the columns of a selection as arrays."""
+    """One entry a sample, in the corpus's order, some 30 bytes each; keys stay where they are until the ledger."""
 
-    keys: np.ndarray
+    keys: pa.ChunkedArray
     keep: np.ndarray
     step: np.ndarray
     reason: np.ndarray
     winner: np.ndarray
+    """Row in what is numbered by `source`"""
+    source: np.ndarray
     score: np.ndarray
-    cluster: np.ndarray
+    representative: np.ndarray
+    """Row that stands for this one"""
     weight: np.ndarray
+    steps: Names
+    reasons: Names
+    references: list[pa.ChunkedArray] = field(default_factory=list)
+    """Keys of what images are compared with, the corpus first"""
 
     @classmethod
-    def initial(cls, keys: list[str]) -> Verdicts:
+    def initial(cls, keys: pa.ChunkedArray) -> Verdicts:
         """Everything kept, each image standing for itself."""
         n = len(keys)
         return cls(
-            keys=np.array(keys, dtype=object),
+            keys=keys,
             keep=np.ones(n, dtype=bool),
-            step=np.full(n, "", dtype=object),
-            reason=np.full(n, KEPT, dtype=object),
-            winner=np.full(n, None, dtype=object),
+            step=np.zeros(n, dtype=np.int8),
+            reason=np.zeros(n, dtype=np.int8),
+            winner=np.full(n, _NOBODY),
+            source=np.zeros(n, dtype=np.int8),
             score=np.full(n, np.nan, dtype=np.float32),
-            cluster=np.arange(n),
+            representative=np.arange(n),
             weight=np.ones(n, dtype=np.float32),
+            steps=Names([""]),
+            reasons=Names([KEPT]),
+            references=[keys],
         )
 
     @classmethod
     def after(cls, selection: Selection) -> Verdicts:
         """Where an earlier selection ended."""
-        columns = {name: selection.ledger[name].to_numpy(zero_copy_only=False).copy() for name in SCHEMA.names}
-        return cls(keys=columns.pop("key"), **columns)
+        ledger = selection.ledger
+        state = cls.initial(ledger["key"])
+        state.keep = ledger["keep"].to_numpy().copy()
+        state.score, state.weight = (ledger[name].to_numpy().copy() for name in ("score", "weight"))
+        for name, names in (("step", state.steps), ("reason", state.reasons)):
+            found = ledger[name].combine_chunks().dictionary_encode()
+            numbers = np.array([names.number(word) for word in found.dictionary.to_pylist()], dtype=np.int8)
+            setattr(state, name, numbers[found.indices.to_numpy()])
+        state.representative = np.argsort(state.ranks)[ledger["cluster"].to_numpy()]
+        winners = ledger["winner"].combine_chunks().dictionary_encode()
+        state.references.append(pa.chunked_array([winners.dictionary]))  # whatever they were compared with
+        state.winner = pc.fill_null(winners.indices, _NOBODY).to_numpy().astype(np.int64)
+        state.source = np.where(state.winner == _NOBODY, CORPUS, len(state.references) - 1).astype(np.int8)
+        return state
+
+    @cached_property
+    def ranks(self) -> np.ndarray:
+        """Place of each key among all keys in order, int64: what does not depend on the order of shards."""
+        return pc.rank(self.keys, tiebreaker="first").to_numpy().astype(np.int64) - 1
 
     def kept(self) -> np.ndarray:
-        """Rows still kept, int64."""
+        """Rows still kept, int64, rising."""
         return np.flatnonzero(self.keep)
 
-    def drop(self, rows: np.ndarray, step: str, reason: str, winners: np.ndarray, scores: np.ndarray) -> None:
-        """Drop rows, saying what each lost against."""
-        self.keep[rows] = False
-        self.note(rows, step, reason, winners, scores)
+    def in_order(self, rows: np.ndarray) -> np.ndarray:
+        """Rows by rising key."""
+        return rows[np.argsort(self.ranks[rows])]
 
-    def note(self, rows: np.ndarray, step: str, reason: str, winners: np.ndarray, scores: np.ndarray) -> None:
+    def reference(self, keys: pa.ChunkedArray) -> int:
+        """Number of another set of keys, of which winners may be rows."""
+        self.references.append(keys)
+        return len(self.references) - 1
+
+    def drop(
+        self, rows: np.ndarray, step: str, reason: str, winners: np.ndarray | int, scores: np.ndarray | float,
+        source: int | np.ndarray = CORPUS,
+    ) -> None:  # fmt: skip
+        """Drop rows, saying what each lost against: rows of the corpus, or of another `source`; -1 for nothing."""
+        self.keep[rows] = False
+        self.note(rows, step, reason, winners, scores, source)
+
+    def note(
+        self, rows: np.ndarray, step: str, reason: str, winners: np.ndarray | int, scores: np.ndarray | float,
+        source: int | np.ndarray = CORPUS,
+    ) -> None:  # fmt: skip
         """Say of rows why they are kept or dropped."""
-        self.step[rows], self.reason[rows] = step, reason
-        self.winner[rows], self.score[rows] = winners, scores
+        self.step[rows], self.reason[rows] = self.steps.number(step), self.reasons.number(reason)
+        self.winner[rows], self.source[rows], self.score[rows] = winners, source, scores
+
+    def merge(
+        self, losers: np.ndarray, winners: np.ndarray, step: str, reason: str, scores: np.ndarray | float
+    ) -> None:
+        """Drop copies in favour of others, which stand for them from now on."""
+        self.drop(losers, step, reason, winners, scores)
+        np.add.at(self.weight, winners, self.weight[losers])
+        self.representative[losers] = winners
 
     def ledger(self) -> pa.Table:
-        arrays = [pa.array(getattr(self, "keys" if name == "key" else name)) for name in SCHEMA.names]
-        return pa.Table.from_arrays(arrays, names=SCHEMA.names).cast(SCHEMA)
+        """The columns of a selection."""
+        columns = {
+            "key": self.keys,
+            "keep": pa.array(self.keep),
+            "step": self.steps.column(self.step),
+            "reason": self.reasons.column(self.reason),
+            "winner": self._winners(),
+            "score": pa.array(self.score),
+            "cluster": pa.array(self.ranks[self.last_representatives()]),
+            "weight": pa.array(self.weight),
+        }
+        return pa.table(columns).select(SCHEMA.names).cast(SCHEMA)
+
+    def last_representatives(self) -> np.ndarray:
+        """Who stands for each row in the end: representatives of one step may have lost in a later one."""
+        found = self.representative
+        while True:
+            further = found[found]
+            if np.array_equal(further, found):
+                return found
+            found = further
+
+    def _winners(self) -> pa.Array:
+        column = pa.nulls(len(self.keys), pa.string())
+        for number, keys in enumerate(self.references):
+            there = (self.source == number) & (self.winner != _NOBODY)
+            if there.any():
+                column = pc.replace_with_mask(
+                    column, pa.array(there), keys.take(pa.array(self.winner[there])).combine_chunks()
+                )
+        return column
+
+    def save(self, path: Path, facts: list[dict[str, Any]]) -> None:
+        """Write what later steps go on from, and what earlier ones told."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        words = {name: np.array(getattr(self, name).words) for name in ("steps", "reasons")}
+        partial = path.with_suffix(".part")
+        with partial.open("wb") as file:
+            np.savez(file, facts=np.array(json.dumps(facts)), **arrays, **words)  # type: ignore[arg-type]
+        partial.replace(path)
+
+    def restore(self, path: Path) -> list[dict[str, Any]]:
+        """Go on from what was saved; return what earlier steps told."""
+        with np.load(path, allow_pickle=False) as file:
+            for name in _ARRAYS:
+                setattr(self, name, file[name])
+            self.steps, self.reasons = (Names(file[name].tolist()) for name in ("steps", "reasons"))
+            return json.loads(str(file["facts"]))
+
+
+_ARRAYS = ("keep", "step", "reason", "winner", "source", "score", "representative", "weight")

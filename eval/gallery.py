@@ -80,7 +80,7 @@ def galleries(artifact: Artifact, count: int) -> list[Gallery]:
     if "decontaminate" in steps:
         found.append(_leaks(rows, corpus_url, _embedded_corpora(artifact, "evaluation_"), shelf, count))
     if "retrieve" in steps:
-        found += _retrieval(rows, corpus_url, _embedded_corpora(artifact, "seed"), shelf, count)
+        found += _retrieval(rows, corpus_url, _embedded_corpora(artifact, "curated"), shelf, count)
     return [gallery for gallery in found if gallery.groups]
 
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from pydantic import Field, field_validator, model_validator
 
-from curation.config import CurateSettings, EmbeddedSettings, EmbedSettings, IngestSettings, Retrieve
+from curation.config import CurateSettings, EmbeddedSettings, EmbedSettings, IngestSettings
+from curation.steps.config import Retrieve
 from distill.config import DistillSettings, PublishSettings
 from eval.config import EvaluateSettings, ReportSettings
 from infra.config import Config

@@ -115,7 +115,7 @@ def _curate(run: Run, corpora: dict[str, str]) -> str:
                     **dict(config.retrieve),
                     corpus=corpora["pool"],
                     embeddings=_embed(run, "embed-pool-likeness", config.likeness, corpora["pool"]),
-                    seed=_embed(run, "embed-seed-likeness", config.likeness, corpora["seed"]),
+                    curated=_embed(run, "embed-seed-likeness", config.likeness, corpora["seed"]),
                     selection=selection,
                     out=run.out("retrieve"),
                 )

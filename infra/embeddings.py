@@ -1,4 +1,4 @@
-"""Embeddings: float16 parts of unit vectors with the keys they belong to, read by memory mapping."""
+"""Embeddings: float16 parts of unit vectors with the keys they belong to."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from infra.artifacts import Artifact, open_artifact
 from infra.errors import UserError
 from infra.hashing import hash_json
+from infra.vectors import Vectors
 
 KEYS = "keys.parquet"
 
@@ -23,12 +24,12 @@ class Embeddings:
     """Vectors of an embeddings artifact, row-aligned with `keys`."""
 
     artifact: Artifact
-    keys: list[str]
+    keys: pa.ChunkedArray
 
     @classmethod
     def open(cls, url: str) -> Embeddings:
         artifact = open_artifact(url, "embeddings")
-        return cls(artifact, pq.read_table(artifact.local_file(KEYS))["key"].to_pylist())
+        return cls(artifact, pq.read_table(artifact.local_file(KEYS))["key"])
 
     @property
     def backbone(self) -> tuple[str, str | None]:
@@ -37,26 +38,22 @@ class Embeddings:
         return hash_json(self.artifact.manifest.config), weights.id if weights else None
 
     @cached_property
-    def parts(self) -> list[np.ndarray]:
-        """Float16 `[n, dim]` pieces, memory-mapped."""
+    def vectors(self) -> Vectors:
+        """The rows, read in pieces."""
         names = sorted(file.path for file in self.artifact.manifest.files if file.path.endswith(".npy"))
-        return [np.load(self.artifact.local_file(name), mmap_mode="r", allow_pickle=False) for name in names]
+        return Vectors([self.artifact.local_file(name) for name in names])
 
-    def vectors(self) -> np.ndarray:
-        """All vectors, float32 `[n, dim]`."""
-        return np.concatenate([np.asarray(part, dtype=np.float32) for part in self.parts])
-
-    def require_keys(self, keys: list[str], owner: str) -> None:
+    def require_keys(self, keys: pa.ChunkedArray, owner: str) -> None:
         """Check that the rows are those of a corpus.
 
         Raises:
             UserError: they are not.
         """
-        if self.keys != keys:
+        if not self.keys.equals(keys):
             raise UserError(f"{self.artifact.url}: embeds other images than {owner}; embed that corpus again")
 
 
-def write(directory: Path, keys: list[str], parts: Iterable[np.ndarray]) -> int:
+def write(directory: Path, keys: pa.ChunkedArray, parts: Iterable[np.ndarray]) -> int:
     """Write unit vectors part by part; return their dimension."""
     dim = 0
     for number, part in enumerate(parts):

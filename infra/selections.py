@@ -20,7 +20,7 @@ SCHEMA = pa.schema(
         ("reason", pa.string()),
         ("winner", pa.string()),  # what it was compared with: a representative, an evaluation image, a seed image
         ("score", pa.float32()),  # the similarity to it
-        ("cluster", pa.int64()),  # connected component of near-duplicates
+        ("cluster", pa.int64()),  # group of copies: the place of its representative's key among all keys in order
         ("weight", pa.float32()),  # how many images it stands for
     ]
 )
@@ -38,13 +38,13 @@ class Selection:
         artifact = open_artifact(url, "selection")
         return cls(artifact, pq.read_table(artifact.local_file(LEDGER), schema=SCHEMA))
 
-    def require_keys(self, keys: list[str], owner: str) -> None:
+    def require_keys(self, keys: pa.ChunkedArray, owner: str) -> None:
         """Check that the rows are those of a corpus.
 
         Raises:
             UserError: they are not.
         """
-        if self.ledger["key"].to_pylist() != keys:
+        if not self.ledger["key"].equals(keys):
             raise UserError(f"{self.artifact.url}: judges another corpus than {owner}; give one over it")
 
 

@@ -1,25 +1,107 @@
-"""Decontamination: drop what an evaluation set already shows (DINOv2, appendix A; direct hits)."""
+"""Decontamination: drop what an evaluation set already shows (DINOv2, appendix A)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
+import pyarrow as pa
 
-from curation.config import Decontaminate
-from curation.neighbours import search
-from curation.verdicts import Verdicts
+from curation.context import Context, Reference
+from curation.similarity.nearest import best_above
+from curation.steps.config import Decontaminate
+from curation.steps.joined import joined
+
+_MARGIN = 0.15  # below the threshold, over which the histogram reaches
+_BINS = 0.01
 
 
-def decontaminate(
-    verdicts: Verdicts, step: Decontaminate, vectors: np.ndarray, evaluation: np.ndarray, evaluation_keys: np.ndarray
+@dataclass(frozen=True)
+class Hits:
+    """Rows of the corpus that are somewhat like an evaluation image, with the one they are most like."""
+
+    reference: Reference
+    rows: np.ndarray
+    others: np.ndarray
+    scores: np.ndarray
+
+
+def decontaminate(context: Context, step: Decontaminate) -> Mapping[str, Any]:
+    """Drop images that an evaluation image is like, or that hang together with such."""
+    rows = context.verdicts.kept()
+    near = [_near(context, step, rows, reference) for reference in context.evaluation]
+    groups = None
+    if step.count_components or step.drop == "components":
+        found = joined(context, step, step.threshold)
+        groups = np.full(len(context.verdicts.keep), -1, dtype=np.int32)
+        groups[rows] = found.labels
+    sets = {hits.reference.name: _facts(context, hits, step.threshold, groups) for hits in near}
+    told: dict[str, Any] = {"sets": sets}
+    if groups is not None:
+        told |= {"components": found.facts(step.threshold)}
+    leaking = _strongest(near, step.threshold)
+    if step.drop == "components":
+        assert groups is not None
+        _drop_companions(context, step, rows, groups, leaking)
+    for hits in leaking:
+        context.verdicts.drop(hits.rows, step.kind, "leak", hits.others, hits.scores, hits.reference.number)
+    told["dropped"] = len(rows) - int(context.verdicts.keep.sum())
+    return told
+
+
+def _near(context: Context, step: Decontaminate, rows: np.ndarray, reference: Reference) -> Hits:
+    found = best_above(context.vectors, rows, reference.vectors, step.threshold - _MARGIN, context.workers)
+    context.evidence(
+        reference.name,
+        pa.table({"row": found.rows, "evaluation_row": found.others, "similarity": found.scores.astype(np.float32)}),
+    )
+    return Hits(reference, found.rows, found.others, found.scores)
+
+
+def _facts(context: Context, hits: Hits, threshold: float, groups: np.ndarray | None) -> dict[str, Any]:
+    leaks = hits.scores >= threshold
+    edges = np.round(np.arange(threshold - _MARGIN, 1 + _BINS, _BINS), 4)
+    counts = np.histogram(hits.scores, edges)[0]
+    told: dict[str, Any] = {
+        "evaluation_images": len(hits.reference.vectors),
+        "leaks": int(leaks.sum()),
+        "evaluation_images_leaked": len(np.unique(hits.others[leaks])),
+        "histogram": [[float(edge), int(count)] for edge, count in zip(edges, counts, strict=False)],
+    }
+    if groups is not None:
+        with_companions = np.isin(groups, np.unique(groups[hits.rows[leaks]])) & (groups >= 0)
+        told["in_their_components"] = int(with_companions.sum())
+        told["collateral"] = told["in_their_components"] - told["leaks"]
+    return told
+
+
+def _strongest(near: list[Hits], threshold: float) -> list[Hits]:
+    """The leaks of each set, each row where it is most similar; of equal sets the first."""
+    rows = np.concatenate([hits.rows for hits in near])
+    scores = np.concatenate([hits.scores for hits in near])
+    of = np.repeat(np.arange(len(near)), [len(hits.rows) for hits in near])
+    order = np.lexsort((of, -scores, rows))
+    first = np.diff(rows[order], prepend=-1) != 0
+    best = np.zeros(len(rows), dtype=bool)
+    best[order[first]] = True
+    best &= scores >= threshold
+    return [_of(hits, best[of == number]) for number, hits in enumerate(near)]
+
+
+def _of(hits: Hits, chosen: np.ndarray) -> Hits:
+    return Hits(hits.reference, hits.rows[chosen], hits.others[chosen], hits.scores[chosen])
+
+
+def _drop_companions(
+    context: Context, step: Decontaminate, rows: np.ndarray, groups: np.ndarray, leaking: list[Hits]
 ) -> None:
-    """Drop kept images whose nearest evaluation image is at least as similar as the threshold.
-
-    Args:
-        vectors: unit vectors of all rows, float32 `[n, dim]`.
-        evaluation: unit vectors of the evaluation images, float32 `[m, dim]`.
-        evaluation_keys: their keys, `[m]`.
-    """
-    rows = verdicts.kept()
-    similarity, nearest = search(evaluation, vectors[rows], 1)
-    leaks = similarity[:, 0] >= step.threshold
-    verdicts.drop(rows[leaks], step.kind, "leak", evaluation_keys[nearest[leaks, 0]], similarity[leaks, 0])
+    """Drop what hangs together with leaks, naming the strongest leak of the component."""
+    leaks = np.concatenate([hits.rows for hits in leaking])
+    scores = np.concatenate([hits.scores for hits in leaking])
+    leaks = leaks[np.lexsort((context.verdicts.ranks[leaks], -scores))]
+    found, first = np.unique(groups[leaks], return_index=True)
+    companions = rows[np.isin(groups[rows], found)]
+    winners = leaks[first][np.searchsorted(found, groups[companions])]
+    context.verdicts.drop(companions, step.kind, "with_leak", winners, np.nan)

@@ -2,48 +2,91 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
-from curation.config import NearDuplicates
-from curation.neighbours import search
-from curation.verdicts import Verdicts
+from curation.context import Context
+from curation.similarity.exact import dots, widened
+from curation.steps.config import NearDuplicates
+from curation.steps.joined import joined
+from curation.steps.preference import preferred
+from infra.vectors import Vectors
+
+_BLOCK = 1 << 13
+_WORST = 10  # components that the manifest tells of
+_SAMPLED = 2048  # members of a component that are compared with each other to tell its diameter
 
 
-def near_duplicates(verdicts: Verdicts, step: NearDuplicates, vectors: np.ndarray, pixels: np.ndarray) -> None:
-    """Keep one image of each component.
+def near_duplicates(context: Context, step: NearDuplicates) -> Mapping[str, Any]:
+    """Keep one image of each component; it stands for all of them."""
+    found = joined(context, step, step.threshold)
+    context.evidence("pairs", found.table())
+    members = np.flatnonzero(np.bincount(found.labels)[found.labels] > 1)
+    order = preferred(context, step, found.rows[members])
+    rows, labels = found.rows[members][order], found.labels[members][order]
+    winners, scores = represent(context.vectors, rows, labels, step.min_to_representative)
+    losers = rows != winners
+    context.verdicts.merge(rows[losers], winners[losers], step.kind, "near_duplicate", scores[losers])
+    told = found.facts(step.threshold)
+    return {
+        "dropped": int(losers.sum()),
+        "groups_split_off": int((~losers).sum()) - told["components"],
+        **told,
+        "worst": _worst(context, rows, labels, scores),
+    }
+
+
+def represent(vectors: Vectors, rows: np.ndarray, labels: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
+    """Who stands for each row, and how similar it is, exactly.
+
+    Of a component the first row stands for all that are at least so similar to it, of the others again the first, and
+    so on.
 
     Args:
-        vectors: unit vectors of all rows, float32 `[n, dim]`.
-        pixels: width times height of all rows, int64 `[n]`.
+        rows: the preferred ones first.
+        labels: component of each.
     """
-    rows = verdicts.kept()
-    component = components(vectors[rows], step.threshold, step.neighbours)
-    order = _preference(verdicts, rows, pixels, step.representative)
-    _, first, group = np.unique(component[order], return_index=True, return_inverse=True)
-    winners = np.empty(len(rows), dtype=np.int64)
-    winners[order] = order[first][group]
-    losers = np.flatnonzero(winners != np.arange(len(rows)))
-    scores = (vectors[rows[losers]] * vectors[rows[winners[losers]]]).sum(1)
-    verdicts.drop(rows[losers], step.kind, "near_duplicate", verdicts.keys[rows[winners[losers]]], scores)
-    np.add.at(verdicts.weight, rows[winners[losers]], verdicts.weight[rows[losers]])
-    verdicts.cluster[rows] = rows[winners]
+    winners, scores = rows.copy(), np.ones(len(rows), dtype=np.float32)
+    left = np.arange(len(rows))
+    while len(left):
+        _, first, group = np.unique(labels[left], return_index=True, return_inverse=True)
+        best = left[first][group]
+        similar = similarities(vectors, rows[left], rows[best])
+        near = (similar >= least) | (best == left) | (least <= -1)
+        winners[left[near]], scores[left[near]] = rows[best[near]], similar[near]
+        left = left[~near]
+    return winners, scores
 
 
-def components(vectors: np.ndarray, threshold: float, neighbours: int) -> np.ndarray:
-    """Connected component of each vector, int32 `[n]`, joining pairs of a cosine of at least `threshold`."""
-    n = len(vectors)
-    similarities, found = search(vectors, vectors, neighbours + 1)
-    source, place = np.nonzero(similarities >= threshold)
-    target = found[source, place]
-    graph = coo_array((np.ones(len(source), dtype=bool), (source, target)), shape=(n, n))
-    return connected_components(graph, directed=False)[1]
+def similarities(vectors: Vectors, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Of pairs of rows, exactly; float64 `[m]`."""
+    starts = range(0, len(rows), _BLOCK)
+    parts = [dots(*(vectors.take(each[start : start + _BLOCK]) for each in (rows, others))) for start in starts]
+    return np.concatenate(parts) if parts else np.empty(0)
 
 
-def _preference(verdicts: Verdicts, rows: np.ndarray, pixels: np.ndarray, policy: str) -> np.ndarray:
-    """Places in `rows`, the image to keep of any group first; ties go to the key that comes first."""
-    keys = verdicts.keys[rows].astype(str)
-    if policy == "resolution":
-        return np.lexsort((keys, -pixels[rows]))
-    return np.argsort(keys, kind="stable")
+def _worst(context: Context, rows: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> list[dict[str, Any]]:
+    """The components with members least like what stands for them: where chains are to be looked for."""
+    order = np.lexsort((context.verdicts.ranks[rows], scores))
+    _, first = np.unique(labels[order], return_index=True)
+    told = []
+    for place in order[np.sort(first)[:_WORST]]:
+        members = np.sort(rows[labels == labels[place]])
+        told.append(
+            {
+                "key": context.verdicts.keys[int(rows[place])].as_py(),
+                "images": len(members),
+                "to_representative": round(float(scores[place]), 4),
+                "diameter": round(_least_similar(context.vectors, members), 4),
+            }
+        )
+    return told
+
+
+def _least_similar(vectors: Vectors, members: np.ndarray) -> float:
+    """The lowest similarity within a component: its diameter, as a cosine; of a large one that of a sample."""
+    chosen = members[np.unique(np.linspace(0, len(members) - 1, _SAMPLED).astype(np.int64))]
+    wide = widened(vectors.take(chosen))
+    return float((wide @ wide.T).min())

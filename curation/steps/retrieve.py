@@ -2,27 +2,106 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
-from curation.config import Retrieve
-from curation.neighbours import search
-from curation.verdicts import Verdicts
+from curation.context import Context
+from curation.similarity.audit import wilson
+from curation.similarity.index import CompressedIndex, sample_size
+from curation.similarity.nearest import best_above, k_nearest, ranked
+from curation.steps.config import Retrieve
+
+_EXACT_WORK = 4e11  # products: seed images times images times dimensions
+_WIDER = 8  # times as many candidates are taken from the index as are wanted
+_SPARE = 4  # times as many neighbours are looked at where each seed image is to have its own
+_BLOCK = 1 << 12
 
 
-def retrieve(verdicts: Verdicts, step: Retrieve, vectors: np.ndarray, seed: np.ndarray, seed_keys: np.ndarray) -> None:
-    """Keep the nearest kept images of each seed image, drop the rest.
-
-    Args:
-        vectors: unit vectors of all rows, float32 `[n, dim]`.
-        seed: unit vectors of the seed, float32 `[m, dim]`.
-        seed_keys: their keys, `[m]`.
-    """
+def retrieve(context: Context, step: Retrieve) -> Mapping[str, Any]:
+    """Keep the nearest kept images of each seed image, drop the rest."""
+    verdicts, seed = context.verdicts, context.curated
     rows = verdicts.kept()
-    similarity, found = search(vectors[rows], seed, step.neighbours)
-    retrieved = np.zeros(len(rows), dtype=bool)
-    retrieved[found[similarity >= step.min_similarity]] = True
-    best, nearest = search(seed, vectors[rows], 1)
-    winners, scores = seed_keys[nearest[:, 0]], best[:, 0]
-    lost = ~retrieved
-    verdicts.note(rows[retrieved], step.kind, "retrieved", winners[retrieved], scores[retrieved])
-    verdicts.drop(rows[lost], step.kind, "not_retrieved", winners[lost], scores[lost])
+    wanted = step.neighbours * (_SPARE if step.distinct else 1)
+    places, scores, told = _neighbours(context, step, rows, wanted)
+    near = (scores >= step.min_similarity) & (places >= 0)
+    chosen = _own(places, scores, near, step.neighbours) if step.distinct else near
+    asker, column = np.nonzero(chosen)
+    found, score = places[asker, column], scores[asker, column]
+    order = np.lexsort((asker, -score, found))
+    first = order[np.diff(found[order], prepend=-1) != 0]
+    retrieved = rows[found[first]]
+    verdicts.note(retrieved, step.kind, "retrieved", asker[first], score[first], seed.number)
+    lost = np.setdiff1d(rows, retrieved)
+    verdicts.drop(lost, step.kind, "not_retrieved", -1, np.nan)
+    if _comparable(context, rows):  # say what they are most like
+        best = best_above(context.vectors, lost, seed.vectors, -np.inf, context.workers)
+        verdicts.note(best.rows, step.kind, "not_retrieved", best.others, best.scores, seed.number)
+    return {
+        "dropped": len(lost),
+        "seed_images": len(seed.vectors),
+        "neighbours": len(found),
+        "collisions": len(found) - len(retrieved),
+        "missing": step.neighbours * len(seed.vectors) - len(found),
+        **told,
+    }
+
+
+def _neighbours(
+    context: Context, step: Retrieve, rows: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Places in `rows` near each seed image, int64 `[seed, k]`, their similarities, and what the manifest tells."""
+    vectors = context.vectors
+    if step.index == "exact" or (step.index == "auto" and _comparable(context, rows)):
+        return *_by_block(context, lambda queries: k_nearest(queries, vectors, rows, k, context.workers)), {}
+    index = CompressedIndex(vectors.take(context.shuffled(rows, sample_size(len(rows)))), len(rows), context.seed)
+    index.add(vectors, rows)
+
+    def search(queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        candidates = index.candidates(queries, min(_WIDER * k, len(rows)))
+        found, scores = ranked(queries, vectors, rows, np.maximum(candidates, 0), k)
+        return found, scores
+
+    places, scores = _by_block(context, search)
+    return places, scores, {"recall": _audit(context, step, rows, places)}
+
+
+def _comparable(context: Context, rows: np.ndarray) -> bool:
+    """Whether comparing all with all seed images takes little."""
+    return len(rows) * len(context.curated.vectors) * context.vectors.dim <= _EXACT_WORK
+
+
+def _by_block(context: Context, search: Any) -> tuple[np.ndarray, np.ndarray]:
+    seed = context.curated.vectors
+    starts = range(0, len(seed), _BLOCK)
+    parts = [search(seed.take(np.arange(start, min(start + _BLOCK, len(seed))))) for start in starts]
+    places, scores = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return places, scores
+
+
+def _audit(context: Context, step: Retrieve, rows: np.ndarray, places: np.ndarray) -> dict[str, float]:
+    """The share of the exact neighbours that the index found, of some seed images."""
+    seed = context.curated.vectors
+    generator = context.generator()
+    asked = np.sort(generator.permutation(len(seed))[: step.audit])
+    exact, _ = k_nearest(seed.take(asked), context.vectors, rows, places.shape[1], context.workers)
+    hits = sum(len(np.intersect1d(found, true)) for found, true in zip(places[asked], exact, strict=True))
+    low, high = wilson(hits, exact.size)
+    return {"value": round(hits / max(exact.size, 1), 5), "low": round(low, 5), "high": round(high, 5)}
+
+
+def _own(places: np.ndarray, scores: np.ndarray, near: np.ndarray, k: int) -> np.ndarray:
+    """Which neighbours each seed image gets if no image may serve two, bool like `places`: the most similar first."""
+    asker, column = np.nonzero(near)
+    order = np.lexsort((column, asker, -scores[asker, column]))
+    chosen = np.zeros_like(near)
+    got = np.zeros(len(places), dtype=np.int64)
+    taken: set[int] = set()
+    for at in order.tolist():
+        who, place = int(asker[at]), int(places[asker[at], column[at]])
+        if got[who] < k and place not in taken:
+            taken.add(place)
+            got[who] += 1
+            chosen[who, column[at]] = True
+    return chosen

@@ -1,0 +1,165 @@
+"""What the steps of a curation may look at and write to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curation.config import CurateConfig
+from curation.similarity.tiles import Workers, workers
+from curation.verdicts import Verdicts
+from infra.artifacts import Input
+from infra.corpora import Corpus
+from infra.embeddings import Embeddings
+from infra.errors import UserError
+from infra.selections import Selection
+from infra.vectors import Vectors
+
+SCRATCH = "scratch"
+_NEEDS = {
+    "embeddings": ("near_duplicates", "decontaminate", "semdedup", "retrieve", "retrieve_clusters", "balance"),
+    "evaluation": ("decontaminate",),
+    "curated": ("retrieve", "retrieve_clusters"),
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Vectors that a corpus is compared with."""
+
+    name: str
+    vectors: Vectors
+    number: int
+    """Among the verdicts' references"""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The artifacts of a curation."""
+
+    corpus: Corpus
+    embeddings: Embeddings | None
+    evaluation: list[Embeddings]
+    curated: Embeddings | None
+    selection: Selection | None
+
+    @classmethod
+    def open(cls, config: CurateConfig) -> Inputs:
+        """Open what a configuration names.
+
+        Raises:
+            UserError: something is missing, or belongs to another corpus or backbone.
+        """
+        inputs = cls(
+            corpus=Corpus.open(config.corpus),
+            embeddings=Embeddings.open(config.embeddings) if config.embeddings else None,
+            evaluation=[Embeddings.open(url) for url in config.evaluation],
+            curated=Embeddings.open(config.curated) if config.curated else None,
+            selection=Selection.open(config.selection) if config.selection else None,
+        )
+        inputs._check(config)
+        return inputs
+
+    def _check(self, config: CurateConfig) -> None:
+        for name, users in _NEEDS.items():
+            needing = [step.kind for step in config.steps if step.kind in users]
+            if needing and not getattr(self, name):
+                raise UserError(f"{name}: needed by the step {needing[0]}; give the embeddings' URL")
+        for other in [*self.evaluation, *([self.curated] if self.curated else [])]:
+            if self.embeddings and other.backbone != self.embeddings.backbone:
+                raise UserError(f"{other.artifact.url}: not of the backbone of {config.embeddings}; embed again")
+        keys = self.corpus.table["key"]
+        if self.embeddings:
+            self.embeddings.require_keys(keys, config.corpus)
+        if self.selection:
+            self.selection.require_keys(keys, config.corpus)
+
+    def by_name(self) -> dict[str, Input]:
+        """As the manifest names them."""
+        named: dict[str, Corpus | Embeddings | Selection | None]
+        named = {"corpus": self.corpus, "embeddings": self.embeddings, "curated": self.curated}
+        named |= {"selection": self.selection, **{f"evaluation_{i}": each for i, each in enumerate(self.evaluation)}}
+        return {name: each.artifact.as_input() for name, each in named.items() if each is not None}
+
+
+@dataclass
+class Context:
+    """One curation: its inputs, its verdicts, and where a step works.
+
+    Args:
+        directory: of the artifact, where steps leave evidence.
+        memory: bytes to keep to.
+    """
+
+    inputs: Inputs
+    verdicts: Verdicts
+    directory: Path
+    memory: int
+    seed: int
+    workers: Workers
+    step: int = 0
+    """Number of the step that works"""
+    advance: Callable[..., None] = lambda *arguments, **named: None
+
+    @classmethod
+    def begin(cls, config: CurateConfig, inputs: Inputs, directory: Path) -> Context:
+        keys = inputs.corpus.table["key"]
+        verdicts = Verdicts.after(inputs.selection) if inputs.selection else Verdicts.initial(keys)
+        threads = config.workers or len(os.sched_getaffinity(0))
+        memory = int(config.memory_gb * (1 << 30))
+        context = cls(inputs, verdicts, directory, memory, config.seed, workers(threads))
+        context._number_references()
+        return context
+
+    @property
+    def corpus(self) -> Corpus:
+        return self.inputs.corpus
+
+    @cached_property
+    def vectors(self) -> Vectors:
+        assert self.inputs.embeddings is not None
+        return self.inputs.embeddings.vectors
+
+    @cached_property
+    def evaluation(self) -> list[Reference]:
+        return [self._reference(f"evaluation_{i}", each) for i, each in enumerate(self.inputs.evaluation)]
+
+    @cached_property
+    def curated(self) -> Reference:
+        assert self.inputs.curated is not None
+        return self._reference("curated", self.inputs.curated)
+
+    def _reference(self, name: str, embeddings: Embeddings) -> Reference:
+        return Reference(name, embeddings.vectors, self.verdicts.reference(embeddings.keys))
+
+    def _number_references(self) -> None:
+        """Always in the same order, so that saved verdicts mean the same."""
+        _ = self.evaluation
+        if self.inputs.curated is not None:
+            _ = self.curated
+
+    def scratch(self) -> Path:
+        """A folder for what the step needs until it ends; what an interrupted attempt left there is still there."""
+        folder = self.directory / SCRATCH
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def evidence(self, name: str, table: pa.Table) -> None:
+        """Keep a table of the step in the artifact."""
+        pq.write_table(table, self.directory / f"step-{self.step:02d}-{name}.parquet")
+
+    def shuffled(self, rows: np.ndarray, count: int) -> np.ndarray:
+        """At most `count` of some rows, drawn and in an order that depend on their keys alone."""
+        rows = self.verdicts.in_order(rows)
+        return rows[self.generator().permutation(len(rows))[:count]]
+
+    def generator(self) -> np.random.Generator:
+        """Of the step's random numbers, always from their beginning."""
+        return np.random.Generator(np.random.Philox([self.seed, self.step]))

@@ -1,0 +1,82 @@
+"""How much an approximate join found, measured against an exact one of a random sample."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from curation.similarity.exact import dots, slack
+from curation.similarity.tiles import Workers
+from infra.vectors import Vectors
+
+_BLOCK = 1 << 13
+_Z = 1.959964  # of 95 %
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Of the sampled rows that have a counterpart, how many the join connected with one. Of how many rows that should
+    be merged away are, this is an estimate from below: a row may also be reached through another."""
+
+    sampled: int
+    with_counterpart: int
+    connected: int
+    pairs: int
+    """Of a sampled row and a counterpart"""
+    pairs_connected: int
+
+    @property
+    def value(self) -> float:
+        return self.connected / self.with_counterpart if self.with_counterpart else 1.0
+
+    def interval(self) -> tuple[float, float]:
+        """Of 95 %, by Wilson's score."""
+        return wilson(self.connected, self.with_counterpart)
+
+    def facts(self) -> dict[str, float]:
+        low, high = self.interval()
+        return {
+            "value": round(self.value, 5),
+            "low": round(low, 5),
+            "high": round(high, 5),
+            "sampled": self.sampled,
+            "with_counterpart": self.with_counterpart,
+            "of_pairs": round(self.pairs_connected / self.pairs, 5) if self.pairs else 1.0,
+        }
+
+
+def wilson(hits: int, trials: int) -> tuple[float, float]:
+    """Score interval of 95 % for a share (Wilson 1927); (0, 1) where nothing was tried."""
+    if not trials:
+        return 0.0, 1.0
+    share, spread = hits / trials, _Z**2 / trials
+    middle = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def audit(
+    vectors: Vectors, rows: np.ndarray, labels: np.ndarray, threshold: float, sample: np.ndarray, workers: Workers
+) -> Recall:
+    """Compare some places of `rows` with all of them.
+
+    Args:
+        labels: the component that the join gave each of `rows`.
+        sample: places in `rows`, int64, rising.
+    """
+    tiles, wanted = workers.tiles, vectors.take(rows[sample])
+    held, doubt = tiles.hold(wanted), slack(vectors.dim)
+
+    def block(start: int) -> tuple[np.ndarray, np.ndarray]:
+        others = vectors.take(rows[start : start + _BLOCK])
+        a, b, scores = tiles.above(held, tiles.hold(others), threshold - doubt)
+        sure = (scores >= threshold + doubt) | (dots(wanted[a], others[b]) >= threshold)
+        sure &= sample[a] != b + start
+        return a[sure], b[sure] + start
+
+    found = list(workers.map(block, range(0, len(rows), _BLOCK)))
+    a, b = (np.concatenate(each) for each in zip(*found, strict=True))
+    met = labels[sample[a]] == labels[b]
+    return Recall(len(sample), len(np.unique(a)), len(np.unique(a[met])), len(a), int(met.sum()))

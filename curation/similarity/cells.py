@@ -1,0 +1,114 @@
+"""Cells: where near vectors meet. Each row visits the cells of the centroids that are about as near as its nearest."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from curation.similarity.kmeans import Centroids, train
+from curation.similarity.tiles import Workers
+
+ALONE = 20_000  # rows up to which one cell for all is cheapest
+SAMPLE = 16  # rows a centroid is trained on
+_ITERATIONS = 3
+_CELLS = 2.3  # a square root of rows: as much work in finding cells as within them
+_CROWDED = 1.25  # times the usual number of visits
+
+
+@dataclass(frozen=True)
+class Visits:
+    """Pairs of a row and a cell; int64."""
+
+    rows: np.ndarray
+    cells: np.ndarray
+    owners: np.ndarray
+    """Whether the cell is the row's nearest, bool"""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """What decides which rows meet. It is a function of the two rows alone, so that rows may come and go."""
+
+    centroids: Centroids
+    crowded: np.ndarray
+    """Cells, bool, in which only owners meet all others: visitors of a dense region meet elsewhere too."""
+    probes: int
+    margin: float
+
+    @classmethod
+    def one(cls, dim: int) -> Cells:
+        """A single cell, where all meet."""
+        return cls(Centroids(np.zeros((1, dim), dtype=np.float16)), np.zeros(1, dtype=bool), 1, 0.0)
+
+    @classmethod
+    def learn(cls, sample: np.ndarray, count: int, probes: int, margin: float, workers: Workers) -> Cells:
+        """Learn cells from a sample of rows in random order, float16 `[m, dim]`."""
+        free = cls(train(sample, np.arange(count), _ITERATIONS, workers), np.zeros(count, dtype=bool), probes, margin)
+        visits = np.bincount(free.visits(sample, workers).cells, minlength=count)
+        return cls(free.centroids, visits > _CROWDED * visits.mean(), probes, margin)
+
+    def __len__(self) -> int:
+        return len(self.centroids)
+
+    def visits(self, rows: np.ndarray, workers: Workers) -> Visits:
+        """The cells of rows, float16 `[m, dim]`: at most `probes` each, at most `margin` less similar than the best."""
+        if len(self) == 1:
+            everyone = np.arange(len(rows))
+            return Visits(everyone, np.zeros(len(rows), dtype=np.int64), np.ones(len(rows), dtype=bool))
+        held, step = self.centroids.held(workers), self.centroids.block
+        starts = range(0, len(rows), step)
+        parts = list(workers.map(lambda start: self._visits(rows[start : start + step], held, workers), starts))
+        joined = [np.concatenate([getattr(part, name) for part in parts]) for name in ("cells", "owners")]
+        places = np.concatenate([part.rows + start for part, start in zip(parts, starts, strict=True)])
+        return Visits(places, *joined)
+
+    def _visits(self, block: np.ndarray, held: Any, workers: Workers) -> Visits:
+        doubt = 2 * self.centroids.slack
+        rows, cells, found = workers.tiles.near_best(self.centroids.hold(block, workers), held, self.margin + doubt)
+        similar = found.astype(np.float64)
+        begin = np.searchsorted(rows, np.arange(len(block)))
+        order = np.argsort(4.0 * rows - similar)
+        cells, similar = cells[order], similar[order]
+        rank = np.arange(len(rows)) - begin[rows]
+        unsure = self._unsure(rows, similar, rank, begin, doubt)[rows]
+        if unsure.any():
+            similar[unsure] = self.centroids.similarity(block[rows[unsure]], cells[unsure])
+            order = np.lexsort((cells, -similar, rows))
+            cells, similar = cells[order], similar[order]
+        chosen = (similar[begin[rows]] - similar <= self.margin) & (rank < self.probes)
+        return Visits(rows[chosen], cells[chosen], rank[chosen] == 0)
+
+    def _unsure(
+        self, rows: np.ndarray, similar: np.ndarray, rank: np.ndarray, begin: np.ndarray, doubt: float
+    ) -> np.ndarray:
+        """Rows of the block, bool, whose choice hangs on similarities that are closer than the doubt about them."""
+        behind = similar[begin[rows]] - similar
+        edge = (np.abs(behind - self.margin) <= 2 * doubt) & (rank <= self.probes)
+        swap = np.isin(rank[1:], (1, self.probes)) & (similar[:-1] - similar[1:] <= 2 * doubt)
+        found = np.zeros(len(begin), dtype=bool)
+        found[rows[edge]] = True
+        found[rows[1:][swap]] = True
+        return found
+
+    def save(self, path: Path) -> None:
+        np.savez(
+            path,
+            centroids=self.centroids.vectors,
+            crowded=self.crowded,
+            rule=np.array([self.probes, self.margin]),
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Cells:
+        with np.load(path, allow_pickle=False) as file:
+            probes, margin = file["rule"].tolist()
+            return cls(Centroids(file["centroids"]), file["crowded"], int(probes), margin)
+
+
+def count_for(rows: int) -> int:
+    """How many cells to make for so many rows."""
+    return 1 if rows <= ALONE else round(_CELLS * math.sqrt(rows))

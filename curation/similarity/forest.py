@@ -1,0 +1,108 @@
+"""A forest of the highest similarities: all that pairs tell of components, at every threshold, in bounded memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from scipy.sparse import coo_array, csr_array
+from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
+
+_LEAST = 1 << 22  # pairs that wait at least before the forest is made anew
+_FEW = 1 << 17  # pairs that are not worth halving
+
+
+class Forest:
+    """The maximum spanning forest of pairs that are added bit by bit.
+
+    Two rows are connected by pairs of at least some similarity if and only if they are in the forest, so its edges, at
+    most one a row, give the components for every threshold.
+
+    Args:
+        rows: how many there are.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self._a, self._b = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        self._scores = np.empty(0, dtype=np.float32)
+        self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._count = 0
+        self.pairs = 0
+        """Pairs added so far, those that were met twice counted twice."""
+
+    def add(self, a: np.ndarray, b: np.ndarray, scores: np.ndarray) -> None:
+        """Add pairs of rows, int64 `[m]`, with their similarities, float32 `[m]`."""
+        self._waiting.append((a, b, scores))
+        self._count += len(a)
+        self.pairs += len(a)
+        if self._count > max(_LEAST, len(self._a) // 2):
+            self.settle()
+
+    def settle(self) -> None:
+        """Make the forest of what has been added."""
+        if not self._waiting:
+            return
+        parts = [(self._a, self._b, self._scores), *self._waiting]
+        a, b, scores = (np.concatenate(each) for each in zip(*parts, strict=True))
+        self._a, self._b, self._scores = _spanning(self.rows, a, b, scores)
+        self._waiting, self._count = [], 0
+
+    def edges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pairs of rows, int64, and similarities, float32; by rising rows."""
+        self.settle()
+        return self._a, self._b, self._scores
+
+    def components(self) -> np.ndarray:
+        """The component of each row, int32 `[rows]`."""
+        a, b, _ = self.edges()
+        return _components(self.rows, a, b)
+
+    def save(self, path: Path, **facts: int) -> None:
+        """Write the forest, and some numbers beside it."""
+        a, b, scores = self.edges()
+        with path.open("wb") as file:
+            np.savez(file, a=a, b=b, scores=scores, rows=self.rows, pairs=self.pairs, **facts)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[Forest, dict[str, int]]:
+        """A saved forest, and the numbers beside it."""
+        with np.load(path, allow_pickle=False) as file:
+            content = dict(file)
+        forest = cls(int(content.pop("rows")))
+        forest.pairs = int(content.pop("pairs"))
+        forest._a, forest._b, forest._scores = (content.pop(name) for name in ("a", "b", "scores"))
+        return forest, {name: int(value) for name, value in content.items()}
+
+
+Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _spanning(rows: int, a: np.ndarray, b: np.ndarray, scores: np.ndarray) -> Edges:
+    if len(a) > _FEW:  # what the higher half connects needs none of the lower half, which is most of dense regions
+        high = scores >= np.partition(scores, len(scores) // 2)[len(scores) // 2]
+        if not high.all():
+            upper = _spanning(rows, a[high], b[high], scores[high])
+            labels = _components(rows, upper[0], upper[1])
+            rest = ~high & (labels[a] != labels[b])
+            a, b, scores = (np.concatenate([x, y[rest]]) for x, y in zip(upper, (a, b, scores), strict=True))
+    low, high = np.minimum(a, b), np.maximum(a, b)
+    order = _by_pair(low * rows + high)
+    low, high, scores = low[order], high[order], scores[order]
+    starts = np.concatenate([[0], np.cumsum(np.bincount(low, minlength=rows))])
+    # Of a pair that stood here twice scipy would add up the weights.
+    graph = csr_array((2.0 - scores.astype(np.float64), high, starts), shape=(rows, rows))
+    tree = minimum_spanning_tree(graph).tocoo()
+    return tree.row.astype(np.int64), tree.col.astype(np.int64), (2.0 - tree.data).astype(np.float32)
+
+
+def _by_pair(pair: np.ndarray) -> np.ndarray:
+    """Places of the pairs in rising order, each pair once."""
+    order = np.argsort(pair, kind="stable")
+    ordered = pair[order]
+    return order[np.concatenate([[True], ordered[1:] != ordered[:-1]])] if len(order) else order
+
+
+def _components(rows: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    graph = coo_array((np.ones(len(a), dtype=bool), (a, b)), shape=(rows, rows))
+    return connected_components(graph, directed=False)[1]

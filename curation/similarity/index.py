@@ -1,0 +1,53 @@
+"""A compressed index of many vectors. The only module that imports faiss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from infra.vectors import Vectors
+
+_BLOCK = 1 << 15
+_POINTS = 64  # training vectors a cell
+_CELL = 512  # vectors a cell, about
+_PROBES = 32
+_CODE = 4  # dimensions that share a byte
+
+
+class CompressedIndex:
+    """Inverted lists of product-quantised vectors (Jégou et al., 2011), on the GPU if there is one.
+
+    Args:
+        sample: float16 `[m, dim]` to learn cells and codes from, in random order.
+        rows: how many vectors are to be added.
+    """
+
+    def __init__(self, sample: np.ndarray, rows: int, seed: int) -> None:
+        import faiss
+
+        dim = sample.shape[1]
+        cells = max(min(rows // _CELL, len(sample) // 39), 1)
+        codes = next(count for count in range(max(dim // _CODE, 1), 0, -1) if dim % count == 0)
+        bits = int(min(8, np.log2(max(len(sample) // 39, 2))))
+        index: Any = faiss.index_factory(dim, f"IVF{cells},PQ{codes}x{bits}", faiss.METRIC_INNER_PRODUCT)
+        index.cp.seed = seed
+        index.nprobe = _PROBES
+        if hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() and bits == 8:
+            index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+        index.train(sample.astype(np.float32))
+        self._index = index
+
+    def add(self, vectors: Vectors, rows: np.ndarray) -> None:
+        """Add rows; they are found by their places among them."""
+        for start in range(0, len(rows), _BLOCK):
+            self._index.add(vectors.take(rows[start : start + _BLOCK]).astype(np.float32))
+
+    def candidates(self, queries: np.ndarray, count: int) -> np.ndarray:
+        """Places that are likely among the most similar, int64 `[q, count]`; -1 where there are no more."""
+        return self._index.search(queries.astype(np.float32), count)[1]
+
+
+def sample_size(rows: int) -> int:
+    """How many vectors to learn from."""
+    return min(rows, max(_POINTS * (rows // _CELL), 1 << 14))

@@ -1,0 +1,130 @@
+"""K-means whose every decision is exact: the centroids depend on the vectors alone, not on how they are computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from curation.similarity.exact import dots, slack, widened
+from curation.similarity.tiles import Workers
+
+_BLOCK = 1024  # rows of a tile
+_LARGEST_TILE = 1 << 22  # similarities
+_SETTLED = 1e-3  # share of rows that may still change their centroid
+
+
+@dataclass(frozen=True)
+class Centroids:
+    """Float16 `[k, dim]`. With `biases`, float64 `[k]`, the nearest by Euclidean distance has the highest x·c + bias;
+    without, centroids are unit vectors and the nearest is the most similar one."""
+
+    vectors: np.ndarray
+    biases: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, means: np.ndarray, spherical: bool) -> Centroids:
+        """From means of members, float64 `[k, dim]`."""
+        if spherical:
+            norms = np.sqrt((means**2).sum(1, keepdims=True))
+            return cls((means / np.maximum(norms, 1e-12)).astype(np.float16))
+        vectors = means.astype(np.float16)
+        return cls(vectors, -0.5 * dots(vectors, vectors))
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    @property
+    def block(self) -> int:
+        """How many rows to compare with them at a time."""
+        return int(np.clip(_LARGEST_TILE // max(len(self), 1), 16, _BLOCK))
+
+    def held(self, workers: Workers) -> Any:
+        wide = widened(self.vectors)
+        if self.biases is not None:
+            wide = np.column_stack([wide, self.biases.astype(np.float32)])
+        return workers.tiles.hold(wide)
+
+    def hold(self, rows: np.ndarray, workers: Workers) -> Any:
+        """Rows as they are compared with `held`."""
+        wide = widened(rows)
+        if self.biases is not None:
+            wide = np.column_stack([wide, np.ones(len(rows), dtype=np.float32)])
+        return workers.tiles.hold(wide)
+
+    def similarity(self, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Of each row to the centroid of its label, exactly, with the bias if there are any; float64 `[m]`."""
+        found = dots(rows, self.vectors[labels])
+        return found if self.biases is None else found + self.biases[labels]
+
+    @property
+    def slack(self) -> float:
+        return slack(self.vectors.shape[1] + 1)
+
+
+def nearest(rows: np.ndarray, centroids: Centroids, workers: Workers) -> np.ndarray:
+    """The nearest centroid of each row, int64 `[m]`; of equally near ones the first.
+
+    Args:
+        rows: float16 `[m, dim]`.
+    """
+    held, step = centroids.held(workers), centroids.block
+    blocks = (rows[start : start + step] for start in range(0, len(rows), step))
+    labels = list(workers.map(lambda block: _nearest(block, centroids, held, workers), blocks))
+    return np.concatenate(labels) if labels else np.empty(0, dtype=np.int64)
+
+
+def _nearest(block: np.ndarray, centroids: Centroids, held: Any, workers: Workers) -> np.ndarray:
+    rows, labels, _ = workers.tiles.near_best(centroids.hold(block, workers), held, 2 * centroids.slack)
+    if len(rows) == len(block):
+        return labels
+    similar = centroids.similarity(block[rows], labels)  # some rows have several candidates
+    order = np.lexsort((labels, -similar, rows))
+    first = np.searchsorted(rows[order], np.arange(len(block)))
+    return labels[order][first]
+
+
+def train(
+    sample: np.ndarray, start: np.ndarray, iterations: int, workers: Workers, spherical: bool = True
+) -> Centroids:
+    """Lloyd's iterations from some rows of a sample, until next to no row changes its centroid.
+
+    Args:
+        sample: float16 `[m, dim]`.
+        start: the rows, int64 `[k]`.
+    """
+    k = len(start)
+    centroids = Centroids.of(sample[start].astype(np.float64), spherical)
+    before = np.full(len(sample), -1)
+    for _ in range(iterations):
+        labels = nearest(sample, centroids, workers)
+        if (labels != before).mean() <= _SETTLED:
+            break
+        means = sums(sample, labels, k)
+        counts = np.bincount(labels, minlength=k)
+        means /= np.maximum(counts, 1)[:, None]
+        means[counts == 0] = _strangers(sample, labels, centroids, int((counts == 0).sum()))
+        centroids, before = Centroids.of(means, spherical), labels
+    return centroids
+
+
+def sums(rows: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
+    """Sum of the rows of each label, float64 `[k, dim]`, exactly: see `exact.dots`."""
+    found = np.zeros((k, rows.shape[1]))
+    for start in range(0, len(rows), 1 << 16):
+        part = labels[start : start + (1 << 16)]
+        order = np.argsort(part, kind="stable")
+        there, first = np.unique(part[order], return_index=True)
+        found[there] += np.add.reduceat(rows[start : start + (1 << 16)][order].astype(np.float64), first, axis=0)
+    return found
+
+
+def _strangers(sample: np.ndarray, labels: np.ndarray, centroids: Centroids, count: int) -> np.ndarray:
+    """The rows least like their centroid, for centroids that have lost all of theirs, float64 `[count, dim]`."""
+    if not count:
+        return np.empty((0, sample.shape[1]))
+    similar = centroids.similarity(sample, labels)
+    if centroids.biases is not None:  # to falling distance
+        similar = similar - 0.5 * dots(sample, sample)
+    return sample[np.argsort(similar, kind="stable")[:count]].astype(np.float64)

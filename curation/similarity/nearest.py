@@ -1,0 +1,107 @@
+"""The most similar of a few vectors for each of many, and the k most similar of many for each of a few."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from curation.similarity.exact import dots, slack
+from curation.similarity.tiles import Workers
+from infra.vectors import Vectors
+
+_BLOCK = 1 << 12
+_WIDE = 1 << 14
+_SPARE = 8  # candidates beyond those wanted: so many may be closer than rounding and are still told apart
+
+
+@dataclass(frozen=True)
+class Best:
+    """Rows with the most similar one of others, exactly; float64 scores."""
+
+    rows: np.ndarray
+    others: np.ndarray
+    scores: np.ndarray
+
+
+def best_above(vectors: Vectors, rows: np.ndarray, others: Vectors, least: float, workers: Workers) -> Best:
+    """For each of `rows` the most similar of `others`, where there is one of at least that similarity.
+
+    All are compared. Of equally similar ones the first counts.
+    """
+    if not len(rows) or not len(others):
+        return Best(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0))
+    parts = [_best_of_part(vectors, rows, others, start, least, workers) for start in range(0, len(others), _WIDE)]
+    found, other, scores = (np.concatenate(each) for each in zip(*parts, strict=True))
+    order = np.lexsort((other, -scores, found))
+    found, other, scores = found[order], other[order], scores[order]
+    first = np.diff(found, prepend=-1) != 0
+    return Best(found[first], other[first], scores[first])
+
+
+def _best_of_part(
+    vectors: Vectors, rows: np.ndarray, others: Vectors, begin: int, least: float, workers: Workers
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    wanted = others.take(np.arange(begin, min(begin + _WIDE, len(others))))
+    held, doubt = workers.tiles.hold(wanted), slack(vectors.dim)
+
+    def block(start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        mine = rows[start : start + _BLOCK]
+        taken = vectors.take(mine)
+        a, b, scores = workers.tiles.near_best(workers.tiles.hold(taken), held, 2 * doubt)
+        likely = scores >= least - doubt
+        a, b = a[likely], b[likely]
+        exact = dots(taken[a], wanted[b])
+        sure = exact >= least
+        return mine[a[sure]], b[sure] + begin, exact[sure]
+
+    found = list(workers.map(block, range(0, len(rows), _BLOCK)))
+    rows_, others_, scores_ = (np.concatenate(each) for each in zip(*found, strict=True))
+    return rows_, others_, scores_
+
+
+def k_nearest(
+    queries: np.ndarray, vectors: Vectors, rows: np.ndarray, k: int, workers: Workers
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k most similar of `rows` for each query, exactly, all being compared.
+
+    Args:
+        queries: float16 `[q, dim]`.
+
+    Returns:
+        places in `rows`, int64 `[q, k]`, and similarities, float64 `[q, k]`, falling; of equal ones the first place
+        comes first. k is at most the number of rows.
+    """
+    k = min(k, len(rows))
+    parts = workers.map(
+        lambda start: _k_of_block(queries[start : start + _BLOCK], vectors, rows, k, workers),
+        range(0, len(queries), _BLOCK),
+    )
+    places, scores = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return places, scores
+
+
+def _k_of_block(
+    queries: np.ndarray, vectors: Vectors, rows: np.ndarray, k: int, workers: Workers
+) -> tuple[np.ndarray, np.ndarray]:
+    held = workers.tiles.hold(queries)
+    most = k + _SPARE
+    places: np.ndarray = np.empty((len(queries), 0), dtype=np.int64)
+    rough: np.ndarray = np.empty((len(queries), 0), dtype=np.float32)
+    for start in range(0, len(rows), _WIDE):
+        others = vectors.take(rows[start : start + _WIDE])
+        found, scores = workers.tiles.highest(held, workers.tiles.hold(others), min(most, len(others)))
+        places, rough = np.hstack([places, found + start]), np.hstack([rough, scores])
+        if places.shape[1] > most:
+            chosen = np.argpartition(-rough, most - 1, axis=1)[:, :most]
+            places, rough = (np.take_along_axis(each, chosen, axis=1) for each in (places, rough))
+    return ranked(queries, vectors, rows, places, k)
+
+
+def ranked(
+    queries: np.ndarray, vectors: Vectors, rows: np.ndarray, candidates: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k most similar of each query's candidates, places in `rows`, compared exactly."""
+    scores = np.column_stack([dots(queries, vectors.take(rows[column])) for column in candidates.T])
+    order = np.lexsort((candidates, -scores), axis=1)[:, :k]
+    return np.take_along_axis(candidates, order, axis=1), np.take_along_axis(scores, order, axis=1)

@@ -1,0 +1,109 @@
+"""All pairs of rows above a similarity, without comparing every row with every other.
+
+Rows that are alike visit the same cells. Each cell is joined by dense tiles; what a tile finds goes into a forest at
+once, so neither tiles nor pairs are kept. The work grows as rows to the power 1.5.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from curation.similarity.cells import Cells
+from curation.similarity.exact import dots, slack
+from curation.similarity.forest import Forest
+from curation.similarity.partition import Members, Partition
+from curation.similarity.tiles import Found, Tiles, Workers
+from infra.vectors import Vectors
+
+_SIDE, _WIDTH = 192, 1 << 14  # rows of a tile on its two sides
+_SAVE_SECONDS = 60.0
+_TOGETHER = 64  # cells between looks at the clock
+_VECTORS_SHARE = 0.5  # of the memory; the rest is for pairs, tiles and what is known of each row
+
+Advance = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Join:
+    """A join of rows with themselves.
+
+    Args:
+        threshold: the least similarity of a pair.
+        directory: for runs, and for what lets an interrupted join go on.
+        memory: bytes.
+    """
+
+    cells: Cells
+    threshold: float
+    workers: Workers
+    directory: Path
+    memory: int
+
+    def run(self, vectors: Vectors, rows: np.ndarray, advance: Advance = lambda count: None) -> Forest:
+        """The forest over places in `rows`, which rise."""
+        partition = Partition(self.cells, self.directory, int(self.memory * _VECTORS_SHARE))
+        partition.fill(vectors, rows, self.workers)
+        forest, done = self._begun(len(rows))
+        advance(done)
+        saved = time.monotonic()
+        for start in range(done, len(self.cells), _TOGETHER):
+            some = range(start, min(start + _TOGETHER, len(self.cells)))
+            for found in self.workers.map(lambda cell: self._cell(partition, cell), some):
+                forest.add(*found)
+            advance(len(some))
+            if time.monotonic() - saved > _SAVE_SECONDS:
+                self._save(forest, some.stop)
+                saved = time.monotonic()
+        forest.settle()
+        return forest
+
+    @property
+    def _path(self) -> Path:
+        return self.directory / "forest.npz"
+
+    def _begun(self, rows: int) -> tuple[Forest, int]:
+        if not self._path.exists():
+            return Forest(rows), 0
+        forest, facts = Forest.load(self._path)
+        return forest, facts["done"]
+
+    def _save(self, forest: Forest, done: int) -> None:
+        partial = self._path.with_suffix(".part")
+        forest.save(partial, done=done)
+        partial.replace(self._path)
+
+    def _cell(self, partition: Partition, cell: int) -> Found:
+        members = partition.members(cell)
+        parts = list(_pairs(members, bool(self.cells.crowded[cell]), self.threshold, self.workers.tiles))
+        a, b, scores = (np.concatenate(each) for each in zip(*parts, strict=True)) if parts else _NONE
+        return members.rows[a], members.rows[b], scores
+
+
+_NONE = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32))
+
+
+def _pairs(members: Members, crowded: bool, threshold: float, tiles: Tiles) -> Iterator[Found]:
+    """Pairs of places among the members; where it is crowded, only those with an owner."""
+    held = tiles.hold(members.vectors)
+    doubt = slack(members.vectors.shape[1])
+    last = members.owners if crowded else len(members.rows)
+    for top in range(0, last, _SIDE):
+        bottom = min(top + _SIDE, last)
+        for left in range(top, len(members.rows), _WIDTH):
+            rows, columns, scores = tiles.above(held[top:bottom], held[left : left + _WIDTH], threshold - doubt)
+            a, b = rows + top, columns + left
+            yield _sure(members.vectors, (a, b, scores), threshold, doubt)
+
+
+def _sure(vectors: np.ndarray, found: Found, threshold: float, doubt: float) -> Found:
+    """Each pair once, those in doubt decided exactly."""
+    a, b, scores = found
+    wanted = a < b
+    close = np.flatnonzero(wanted & (scores < threshold + doubt))
+    wanted[close] = dots(vectors[a[close]], vectors[b[close]]) >= threshold
+    return a[wanted], b[wanted], scores[wanted]

@@ -1,0 +1,126 @@
+"""Tiles of the matrix of similarities: a dense product, and at once what is wanted of it, so that no tile is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from curation.similarity.exact import widened
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+Found = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Rows of the one side and of the other, int64, and the similarities, float32, by rising row of the first."""
+_WAITING = 4  # results a thread that may wait to be taken
+
+
+class Tiles(Protocol):
+    """Where tiles are computed. Similarities are those of float32: see `exact.slack` for how far off they are."""
+
+    def hold(self, vectors: np.ndarray) -> Any:
+        """Float16 or float32 `[n, dim]` in the form that the other methods take."""
+
+    def above(self, a: Any, b: Any, cut: float) -> Found:
+        """All pairs whose similarity is at least `cut`."""
+
+    def near_best(self, a: Any, b: Any, margin: float) -> Found:
+        """For each row of `a` all rows of `b` that are at most `margin` less similar than the most similar one."""
+
+    def highest(self, a: Any, b: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each row of `a` the k most similar rows of `b` in any order, int64 `[m, k]`, and the similarities."""
+
+
+class CpuTiles:
+    """With numpy, a tile on one core."""
+
+    def hold(self, vectors: np.ndarray) -> np.ndarray:
+        return widened(vectors) if vectors.dtype == np.float16 else vectors
+
+    def above(self, a: np.ndarray, b: np.ndarray, cut: float) -> Found:
+        return self._found(a @ b.T, cut)
+
+    def near_best(self, a: np.ndarray, b: np.ndarray, margin: float) -> Found:
+        tile = a @ b.T
+        return self._found(tile, (tile.max(axis=1) - np.float32(margin))[:, None])
+
+    def highest(self, a: np.ndarray, b: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        tile = a @ b.T
+        if k == tile.shape[1]:
+            return np.broadcast_to(np.arange(k), tile.shape), tile
+        chosen = np.argpartition(tile, tile.shape[1] - k, axis=1)[:, -k:]
+        return chosen, np.take_along_axis(tile, chosen, axis=1)
+
+    def _found(self, tile: np.ndarray, cut: float | np.ndarray) -> Found:
+        places = np.flatnonzero(tile >= cut)
+        rows, columns = np.divmod(places, tile.shape[1])
+        return rows, columns, tile.ravel()[places]
+
+
+class TorchTiles:
+    """With torch, on a GPU."""
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self._torch, self._device = torch, torch.device(device)
+        assert not torch.backends.cuda.matmul.allow_tf32, "its rounding is beyond the slack"
+
+    def hold(self, vectors: np.ndarray) -> Any:
+        return self._torch.from_numpy(np.ascontiguousarray(vectors)).to(self._device).float()
+
+    def above(self, a: Any, b: Any, cut: float) -> Found:
+        return self._found(a @ b.T, cut)
+
+    def near_best(self, a: Any, b: Any, margin: float) -> Found:
+        tile = a @ b.T
+        return self._found(tile, tile.amax(dim=1, keepdim=True) - margin)
+
+    def highest(self, a: Any, b: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
+        scores, chosen = (a @ b.T).topk(k, dim=1, sorted=False)
+        return chosen.cpu().numpy(), scores.cpu().numpy()
+
+    def _found(self, tile: Any, cut: Any) -> Found:
+        rows, columns = self._torch.nonzero(tile >= cut, as_tuple=True)
+        return rows.cpu().numpy(), columns.cpu().numpy(), tile[rows, columns].cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Tiles and the threads that compute them."""
+
+    tiles: Tiles
+    threads: int
+
+    def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """Results in the order of the items; only a few wait at a time."""
+        if self.threads == 1:
+            with _one_core_a_thread():
+                yield from map(work, items)
+            return
+        with _one_core_a_thread(), ThreadPoolExecutor(self.threads) as pool:
+            waiting = iter(items)
+            while some := list(islice(waiting, self.threads * _WAITING)):
+                yield from pool.map(work, some)
+
+
+@contextmanager
+def _one_core_a_thread() -> Iterator[None]:
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, user_api="blas"):
+        yield
+
+
+def workers(threads: int) -> Workers:
+    """On the GPU, if there is one; else on as many cores."""
+    if Path("/dev/nvidiactl").exists():  # torch, which would know, takes seconds and half a gigabyte to import
+        return Workers(TorchTiles("cuda"), 1)
+    return Workers(CpuTiles(), threads)

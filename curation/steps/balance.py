@@ -1,0 +1,117 @@
+"""Balanced sampling over a hierarchy of clusters (Vo et al., arXiv 2405.15613, section 3.3; DINOv3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from curation.context import Context
+from curation.similarity.hierarchy import Level, hierarchy
+from curation.steps.config import Balance
+
+
+def balance(context: Context, step: Balance) -> Mapping[str, Any]:
+    """Draw as evenly as can be over the clusters of the highest level, within each over those below, and so on."""
+    verdicts = context.verdicts
+    rows = verdicts.in_order(verdicts.kept())
+    generator = context.generator()
+    sizes = [min(size, len(rows)) for size in step.levels]
+    members = step.members or [max(above // (2 * size), 1) for above, size in pairwise([len(rows), *sizes])]
+    levels = hierarchy(
+        context.vectors, rows, sizes, step.resamplings, members, context.workers, generator, context.advance
+    )
+    drawn = draw(levels, step.target, step.copies, generator)
+    kept = drawn > 0
+    verdicts.note(rows[kept], step.kind, "drawn", -1, np.nan)
+    verdicts.drop(rows[~kept], step.kind, "not_drawn", -1, np.nan)
+    if step.copies > 1:
+        verdicts.weight[rows[kept]] = drawn[kept]
+    clusters = flattened(levels)
+    told = [
+        {
+            "clusters": len(level.centroids),
+            "before": evenness(np.bincount(of, minlength=len(level.centroids))),
+            "after": evenness(np.bincount(of, weights=drawn, minlength=len(level.centroids))),
+            "reached_before": int((np.bincount(of, minlength=len(level.centroids)) > 0).sum()),
+            "reached_after": int((np.bincount(of, weights=drawn, minlength=len(level.centroids)) > 0).sum()),
+        }
+        for level, of in zip(levels, clusters, strict=True)
+    ]
+    return {"dropped": int((~kept).sum()), "drawn": int(drawn.sum()), "levels": told}
+
+
+def flattened(levels: list[Level]) -> list[np.ndarray]:
+    """The cluster of each row, for each level."""
+    found = [levels[0].labels]
+    for level in levels[1:]:
+        found.append(level.labels[found[-1]])
+    return found
+
+
+def draw(levels: list[Level], target: int, copies: int, generator: np.random.Generator) -> np.ndarray:
+    """How often each row is drawn, int64 `[rows]`; in all `target`, or all there is if that is less."""
+    clusters = flattened(levels)
+    quotas = shares(np.bincount(clusters[-1], minlength=len(levels[-1].centroids)) * copies, target, generator)
+    for below, level in zip(clusters[-2::-1], levels[:0:-1], strict=True):
+        sizes = np.bincount(below, minlength=len(level.labels)) * copies
+        quotas = _passed_down(quotas, level.labels, sizes, generator)
+    return _members(clusters[0], quotas, generator)
+
+
+def _passed_down(
+    quotas: np.ndarray, parents: np.ndarray, sizes: np.ndarray, generator: np.random.Generator
+) -> np.ndarray:
+    """Each cluster's quota shared out among its children."""
+    found = np.zeros(len(parents), dtype=np.int64)
+    order = np.argsort(parents, kind="stable")
+    borders = np.searchsorted(parents[order], np.arange(len(quotas) + 1))
+    for parent, quota in enumerate(quotas):
+        children = order[borders[parent] : borders[parent + 1]]
+        found[children] = shares(sizes[children], int(quota), generator)
+    return found
+
+
+def shares(sizes: np.ndarray, target: int, generator: np.random.Generator) -> np.ndarray:
+    """How many to take of groups of some sizes, int64: all of the small ones, of the others equally many.
+
+    The sum is `target` exactly, or that of the sizes if it is less; what equal shares leave over goes, one each, to
+    random groups that have more.
+    """
+    target = min(target, int(sizes.sum()))
+    low, high = 0, int(sizes.max(initial=0))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if np.minimum(sizes, middle).sum() <= target:
+            low = middle
+        else:
+            high = middle - 1
+    taken = np.minimum(sizes, low).astype(np.int64)
+    more = np.flatnonzero(sizes > low)
+    taken[generator.permutation(more)[: target - int(taken.sum())]] += 1
+    return taken
+
+
+def _members(labels: np.ndarray, quotas: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """How often each row is drawn: each of a cluster as often as the next, and random ones once more."""
+    order = np.lexsort((generator.permutation(len(labels)), labels))
+    sizes = np.bincount(labels, minlength=len(quotas))
+    place = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    whole, rest = np.divmod(quotas, np.maximum(sizes, 1))
+    drawn = np.empty(len(labels), dtype=np.int64)
+    drawn[order] = whole[labels[order]] + (place < rest[labels[order]])
+    return drawn
+
+
+def evenness(counts: np.ndarray) -> dict[str, float]:
+    """How evenly things are spread over groups: Gini coefficient (0 even), entropy over its highest value (1 even),
+    and the effective number of groups, exp(entropy)."""
+    shares_ = np.sort(counts) / max(counts.sum(), 1)
+    n = len(counts)
+    gini = float(((2 * np.arange(1, n + 1) - n - 1) * shares_).sum() / n)
+    there = shares_[shares_ > 0]
+    entropy = float(-(there * np.log(there)).sum())
+    most = float(np.log(n)) if n > 1 else 1.0
+    return {"gini": round(gini, 4), "entropy": round(entropy / most, 4), "effective": round(float(np.exp(entropy)), 1)}

@@ -1,0 +1,191 @@
+"""Settings of the curation steps. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from infra.config import Config
+
+
+class Exact(Config):
+    """Drop images whose bytes another image has."""
+
+    kind: Literal["exact"] = "exact"
+
+
+class CellSettings(Config):
+    """Which vectors are compared where comparing all would take too long."""
+
+    cells: int = Field(0, ge=0)
+    """Clusters within which vectors are compared; 0: two square roots of their number, or one for 20,000 and fewer."""
+    probes: int = Field(8, ge=1)
+    """Clusters that a vector visits at most. More find more and take longer."""
+    margin: float = Field(0.07, ge=0, le=2)
+    """It visits those whose centroid is at most this much less similar than the nearest."""
+    audit: int = Field(1000, ge=0)
+    """Random vectors that are compared with all others to measure what was missed; 0 measures nothing."""
+
+
+class NearDuplicates(CellSettings):
+    """Drop all but one image of every connected component of the similarity graph (DINOv2, appendix A)."""
+
+    kind: Literal["near_duplicates"] = "near_duplicates"
+    threshold: float = Field(0.6, gt=-1, le=1)
+    """Cosine similarity from which two images are joined."""
+    representative: Literal["resolution", "bytes", "earliest", "field"] = "resolution"
+    """Which image of a component stays: the one with most pixels, the largest file, the one whose key comes first, or
+    the one that a field of the images' .json files prefers. Ties go to the first key."""
+    field: str | None = None
+    """The field, for `field`: the highest number stays."""
+    prefer: list[str] = Field(default_factory=list)
+    """Values of the field in order of preference, licences say; others come after them."""
+    min_to_representative: float = Field(-1.0, ge=-1, le=1)
+    """Members less similar than this to the image that stays are no copies of it: they form groups of their own. It
+    undoes chains, where each image is like the next and the last is unlike the first. -1 leaves components whole."""
+
+    @model_validator(mode="after")
+    def _has_field(self) -> NearDuplicates:
+        if (self.representative == "field") != (self.field is not None):
+            raise ValueError("field and representative: field go together; give both or neither")
+        return self
+
+
+class Decontaminate(CellSettings):
+    """Drop images too much like one of an evaluation set (DINOv2, appendix A)."""
+
+    kind: Literal["decontaminate"] = "decontaminate"
+    threshold: float = Field(0.45, gt=-1, le=1)
+    """Cosine similarity from which an image counts as a leak."""
+    drop: Literal["hits", "components"] = "hits"
+    """hits: images that are like an evaluation image. components: also all that hang together with them by pairs of at
+    least the threshold. The paper can be read both ways, and both are counted."""
+    count_components: bool = True
+    """Count the components also where only hits are dropped; it takes a join of the whole corpus."""
+
+
+class Retrieve(Config):
+    """Keep only what is near a curated seed: the nearest images of each seed image (DINOv2, section 3)."""
+
+    kind: Literal["retrieve"] = "retrieve"
+    neighbours: int = Field(4, ge=1)
+    """Nearest images kept for each seed image."""
+    min_similarity: float = Field(-1.0, ge=-1, le=1)
+    """Neighbours less similar than this are not kept."""
+    distinct: bool = False
+    """Give each seed image neighbours of its own: what a more similar seed image has taken is replaced by the next."""
+    index: Literal["auto", "exact", "ivfpq"] = "auto"
+    """exact compares every seed image with every image; ivfpq finds candidates in a compressed FAISS index and compares
+    those exactly; auto: exact up to 4e11 comparisons of one dimension."""
+    audit: int = Field(200, ge=0)
+    """Seed images whose neighbours in the index are checked against the exact ones."""
+
+
+class RetrieveClusters(Config):
+    """Keep only what lies in clusters of the corpus that the curated seed falls into (DINOv2, section 3)."""
+
+    kind: Literal["retrieve_clusters"] = "retrieve_clusters"
+    clusters: int = Field(1000, ge=1)
+    """Clusters of the corpus; DINOv2 has 100,000."""
+    min_seeds: int = Field(4, ge=1)
+    """Seed images from which a cluster counts."""
+    quota: int = Field(10_000, ge=1)
+    """Images kept of each such cluster, the nearest to its centroid."""
+    most: int = Field(1_000_000, ge=1)
+    """Images kept in all; clusters with most seed images come first."""
+
+
+class SemDeDup(Config):
+    """Drop images too similar to one of the same cluster (SemDeDup, arXiv 2303.09540)."""
+
+    kind: Literal["semdedup"] = "semdedup"
+    clusters: int = Field(0, ge=0)
+    """Clusters; 0: one for each 1,000 images."""
+    eps: float = Field(0.05, ge=0, le=2)
+    """Images more similar than 1 - eps to one before them are dropped: more eps, fewer images."""
+    keep: Literal["hard", "easy"] = "hard"
+    """Which comes first: the one farther from the centroid, or the nearer."""
+
+
+class Balance(Config):
+    """Draw images evenly over concepts by hierarchical k-means (Vo et al., arXiv 2405.15613; DINOv3)."""
+
+    kind: Literal["balance"] = "balance"
+    levels: list[int] = Field(default_factory=lambda: [1000, 100], min_length=1)
+    """Clusters of each level, from the finest; DINOv3 has 200 M, 8 M, 800 k, 100 k and 25 k."""
+    target: int = Field(100_000, ge=1)
+    """Images to draw."""
+    resamplings: int = Field(10, ge=0)
+    """Times that each level's clustering is made anew on the members nearest to its centroids, which evens it out."""
+    members: list[int] = Field(default_factory=list)
+    """Members of a cluster that a resampling takes, for each level; none: half the clusters' mean size."""
+    copies: int = Field(1, ge=1)
+    """How often one image may be drawn; beyond 1 its weight says how often it was."""
+
+    @model_validator(mode="after")
+    def _levels_fall(self) -> Balance:
+        if any(above >= below for below, above in zip(self.levels, self.levels[1:], strict=False)):
+            raise ValueError(f"levels {self.levels}: each must have fewer clusters than the one before")
+        if self.members and len(self.members) != len(self.levels):
+            raise ValueError(f"members {self.members}: give one number for each of the {len(self.levels)} levels")
+        return self
+
+
+class Filter(Config):
+    """Drop images by what the index knows of them."""
+
+    kind: Literal["filter"] = "filter"
+    min_side: int = Field(0, ge=0)
+    """Pixels of the shorter side; DataComp's basic filter has 200."""
+    max_aspect: float | None = Field(None, ge=1)
+    """Longer side over shorter; DataComp's basic filter has 3."""
+    min_words: int = Field(0, ge=0)
+    """Words of the caption; DataComp's basic filter has 3. Images without a caption have none."""
+    min_characters: int = Field(0, ge=0)
+    """Characters of the caption; DataComp's basic filter has 6."""
+
+
+class Remove(Config):
+    """Drop images that are listed, whatever they look like: for those who opted out, or a source that must go."""
+
+    kind: Literal["remove"] = "remove"
+    keys: str | None = None
+    """File with one key a line."""
+    hashes: str | None = None
+    """File with one SHA-256 of an image's bytes a line."""
+    prefix: str | None = None
+    """Keys that begin so: a source."""
+
+    @model_validator(mode="after")
+    def _something(self) -> Remove:
+        if self.keys is None and self.hashes is None and self.prefix is None:
+            raise ValueError("remove needs keys, hashes or prefix; give at least one")
+        return self
+
+
+class Restore(Config):
+    """Keep again what an earlier step dropped."""
+
+    kind: Literal["restore"] = "restore"
+    reason: str
+    """Why it was dropped: near_duplicate, leak, ..."""
+    below: float = Field(1.01, ge=-1)
+    """Only what was less similar than this to what it lost against."""
+    keys: str | None = None
+    """Only keys of this file, one a line."""
+
+
+Step = Annotated[
+    Exact
+    | Filter
+    | Remove
+    | NearDuplicates
+    | Decontaminate
+    | SemDeDup
+    | Retrieve
+    | RetrieveClusters
+    | Balance
+    | Restore,
+    Field(discriminator="kind"),
+]

@@ -1,0 +1,77 @@
+"""The join of what is kept with itself, as several steps need it, with a measure of what it missed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from curation.context import Context
+from curation.similarity.audit import Recall, audit
+from curation.similarity.cells import SAMPLE, Cells, count_for
+from curation.similarity.forest import Forest
+from curation.similarity.selfjoin import Join
+from curation.steps.config import CellSettings
+
+_CURVE = 40  # thresholds of the curve
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What a join found among some rows of the corpus."""
+
+    rows: np.ndarray
+    """Of the corpus, int64 `[m]`, rising"""
+    labels: np.ndarray
+    """Component of each, int32 `[m]`"""
+    forest: Forest
+    cells: Cells
+    recall: Recall | None
+
+    def facts(self, threshold: float) -> dict[str, Any]:
+        """What the manifest tells of it."""
+        sizes = np.bincount(self.labels)
+        told: dict[str, Any] = {
+            "pairs": self.forest.pairs,
+            "components": int((sizes > 1).sum()),
+            "in_components": int(sizes[sizes > 1].sum()),
+            "largest": int(sizes.max(initial=0)),
+            "cells": len(self.cells),
+            "curve": self.curve(threshold),
+        }
+        return told | ({} if self.recall is None else {"recall": self.recall.facts()})
+
+    def curve(self, threshold: float) -> list[list[float]]:
+        """How many images each higher threshold would merge away: [threshold, images]."""
+        scores = np.sort(self.forest.edges()[2])
+        levels = np.round(np.linspace(threshold, 1.0, _CURVE + 1), 4)
+        return [[float(level), int(len(scores) - np.searchsorted(scores, level))] for level in levels]
+
+    def table(self) -> pa.Table:
+        """The forest as pairs of corpus rows: from it the components at any higher threshold follow."""
+        a, b, scores = self.forest.edges()
+        return pa.table({"row": self.rows[a], "other": self.rows[b], "similarity": scores})
+
+
+def joined(context: Context, settings: CellSettings, threshold: float) -> Joined:
+    """Join what is kept."""
+    rows = context.verdicts.kept()
+    cells = _cells(context, settings, rows)
+    join = Join(cells, threshold, context.workers, context.scratch(), context.memory)
+    forest = join.run(context.vectors, rows, lambda count: context.advance(count, note="cells"))
+    labels = forest.components()
+    recall = None
+    if settings.audit:
+        sample = np.sort(np.searchsorted(rows, context.shuffled(rows, settings.audit)))
+        recall = audit(context.vectors, rows, labels, threshold, sample, context.workers)
+    return Joined(rows, labels, forest, cells, recall)
+
+
+def _cells(context: Context, settings: CellSettings, rows: np.ndarray) -> Cells:
+    count = min(settings.cells or count_for(len(rows)), len(rows))
+    if count == 1:
+        return Cells.one(context.vectors.dim)
+    sample = context.vectors.take(context.shuffled(rows, SAMPLE * count))
+    return Cells.learn(sample, count, settings.probes, settings.margin, context.workers)

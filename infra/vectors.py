@@ -1,0 +1,68 @@
+"""Many vectors in float16 files, read in pieces so that memory is bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+_DENSE = 0.25  # share of a stretch that is wanted from which it is read whole
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Rows of some `.npy` files, or of arrays in memory: float16 `[n, dim]` one after another."""
+
+    parts: Sequence[Path | np.ndarray]
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        return [len(self._part(number)) for number in range(len(self.parts))]
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(self._lengths)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self.parts else 0
+
+    @cached_property
+    def dim(self) -> int:
+        return int(self._part(0).shape[1])
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Some rows, in their order; float16 `[m, dim]`."""
+        found = np.empty((len(rows), self.dim), dtype=np.float16)
+        if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():
+            return self._stretch(int(rows[0]), int(rows[-1]) + 1, found)
+        part = np.searchsorted(self._ends, rows, side="right")
+        for number in np.unique(part):
+            wanted = np.flatnonzero(part == number)
+            found[wanted] = self._some(int(number), rows[wanted] - self._begin(int(number)))
+        return found
+
+    def _stretch(self, start: int, stop: int, found: np.ndarray) -> np.ndarray:
+        for number, length in enumerate(self._lengths):
+            begin = self._begin(number)
+            low, high = max(start, begin), min(stop, begin + length)
+            if low < high:
+                found[low - start : high - start] = self._part(number)[low - begin : high - begin]
+        return found
+
+    def _some(self, number: int, places: np.ndarray) -> np.ndarray:
+        low, high = int(places.min()), int(places.max()) + 1
+        stretch = self._part(number)[low:high]
+        if len(places) > _DENSE * len(stretch):
+            stretch = np.array(stretch)
+        return stretch[places - low]
+
+    def _begin(self, number: int) -> int:
+        return int(self._ends[number]) - self._lengths[number]
+
+    def _part(self, number: int) -> np.ndarray:
+        part = self.parts[number]
+        # Mapped anew each time: pages that stay mapped would count as memory of this process.
+        return part if isinstance(part, np.ndarray) else np.load(part, mmap_mode="r", allow_pickle=False)

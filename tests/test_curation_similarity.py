@@ -1,0 +1,274 @@
+"""Joins, clusters and neighbours against brute force; and that nothing depends on how they are computed."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.stats import binomtest
+from sklearn.cluster import KMeans
+
+from curation.similarity.audit import audit, wilson
+from curation.similarity.cells import Cells
+from curation.similarity.exact import dots, slack, widened
+from curation.similarity.forest import Forest
+from curation.similarity.index import CompressedIndex
+from curation.similarity.kmeans import Centroids, nearest, train
+from curation.similarity.nearest import best_above, k_nearest, ranked
+from curation.similarity.selfjoin import Join
+from curation.similarity.tiles import CpuTiles, TorchTiles, Workers
+from infra.vectors import Vectors
+from tests.pools import halved, planted, unit
+
+ONE = Workers(CpuTiles(), 1)
+WAYS = [ONE, Workers(CpuTiles(), 3), Workers(TorchTiles("cpu"), 1)]
+
+
+def similarities(vectors: np.ndarray) -> np.ndarray:
+    wide = vectors.astype(np.float64)
+    return wide @ wide.T
+
+
+def labels_of(similar: np.ndarray) -> np.ndarray:
+    return connected_components(coo_array(similar), directed=False)[1]
+
+
+def same_groups(a: np.ndarray, b: np.ndarray) -> bool:
+    pairs = np.unique(np.stack([a, b]), axis=1)
+    return pairs.shape[1] == len(np.unique(a)) == len(np.unique(b))
+
+
+@given(st.lists(st.floats(-1, 1, width=16), min_size=3, max_size=300))
+def test_float16_widens_exactly(values: list[float]) -> None:
+    array = np.array([values], dtype=np.float16)
+    np.testing.assert_array_equal(widened(array), array.astype(np.float32))
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10_000), st.sampled_from([2, 64, 1024]))
+def test_inner_products_are_exact_and_float32_is_within_the_slack(seed: int, dim: int) -> None:
+    a, b = unit(seed, 5, dim), unit(seed + 1, 5, dim)
+    for x, y, found in zip(a, b, dots(a, b), strict=True):
+        true = sum((Fraction(float(p)) * Fraction(float(q)) for p, q in zip(x, y, strict=True)), Fraction(0))
+        assert Fraction(float(found)) == true
+        assert abs(float(np.dot(x.astype(np.float32), y.astype(np.float32))) - true) <= slack(dim)
+
+
+def test_vectors_of_several_files_are_one(tmp_path: Path) -> None:
+    whole = unit(0, 50, 8)
+    for number, part in enumerate(np.split(whole, [7, 7, 30])):
+        np.save(tmp_path / f"{number}.npy", part)
+    vectors = Vectors([tmp_path / f"{number}.npy" for number in range(4)])
+    assert len(vectors) == 50
+    assert vectors.dim == 8
+    for rows in ([3, 49, 6, 7, 7, 29], range(5, 40), [], [12]):
+        np.testing.assert_array_equal(vectors.take(np.array(rows, dtype=np.int64)), whole[list(rows)])
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data())
+def test_the_forest_tells_the_components_at_every_threshold(data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, 12))
+    row = st.integers(0, n - 1)
+    pairs = data.draw(st.lists(st.tuples(row, row, st.integers(60, 100)), max_size=60))
+    pairs = [(min(a, b), max(a, b), score / 100) for a, b, score in pairs if a != b]
+    forest = Forest(n)
+    similar = np.zeros((n, n))
+    known: dict[tuple[int, int], float] = {}
+    for a, b, score in pairs:
+        score = known.setdefault((a, b), score)  # a pair that is met twice has one similarity
+        forest.add(*(np.array([each]) for each in (a, b)), np.array([score], dtype=np.float32))
+        similar[a, b] = max(similar[a, b], score)
+        if data.draw(st.booleans()):
+            forest.settle()
+    a, b, scores = forest.edges()
+    assert len(a) <= max(n - 1, 0)
+    for threshold in (0.6, 0.75, 0.9, 1.0):
+        chosen = scores >= threshold - 1e-6
+        graph = coo_array((np.ones(chosen.sum()), (a[chosen], b[chosen])), shape=(n, n))
+        assert same_groups(connected_components(graph, directed=False)[1], labels_of(similar >= threshold))
+
+
+def test_halving_leaves_the_same_forest(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    a, b = np.unique(np.sort(rng.integers(0, 200, (2, 4000)), axis=0), axis=1)
+    scores = rng.uniform(0.6, 1, len(a)).astype(np.float32)
+    found = []
+    for few in (1 << 17, 100):
+        monkeypatch.setattr("curation.similarity.forest._FEW", few)
+        forest = Forest(200)
+        forest.add(a[a < b], b[a < b], scores[a < b])
+        found.append(forest.edges())
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_forest_is_read_as_it_was_saved(tmp_path: Path) -> None:
+    forest = Forest(5)
+    forest.add(np.array([0, 1]), np.array([1, 4]), np.array([0.7, 0.9], dtype=np.float32))
+    forest.save(tmp_path / "forest.npz", done=7)
+    again, facts = Forest.load(tmp_path / "forest.npz")
+    assert facts == {"done": 7}
+    assert again.pairs == 2
+    assert same_groups(again.components(), forest.components())
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10_000), st.integers(2, 60), st.floats(0.3, 0.99))
+def test_one_cell_joins_as_brute_force(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, n: int, threshold: float
+) -> None:
+    vectors = unit(seed, n)
+    join = Join(Cells.one(4), threshold, ONE, tmp_path_factory.mktemp("join"), 1 << 30)
+    found = join.run(Vectors([vectors]), np.arange(n)).components()
+    assert same_groups(found, labels_of(similarities(vectors) >= threshold))
+
+
+@pytest.mark.parametrize("way", WAYS, ids=["one thread", "three threads", "torch"])
+def test_pairs_of_exactly_the_threshold_are_in(tmp_path: Path, way: Workers) -> None:
+    """However the product is rounded: the threshold is the similarity of some pair, or the next number above it."""
+    vectors = planted(0, 400, 256)
+    true = similarities(vectors)[np.triu_indices(400, 1)]
+    for score in np.sort(true[true > 0.6])[::9]:
+        for threshold in (score, np.nextafter(score, 2)):
+            forest = Join(Cells.one(256), float(threshold), way, tmp_path, 1 << 30).run(
+                Vectors([vectors]), np.arange(400)
+            )
+            assert forest.pairs == (true >= threshold).sum()
+
+
+def test_a_join_by_cells_misses_little_and_says_how_much(tmp_path: Path) -> None:
+    vectors = planted(1, 6000, 64, concepts=30)
+    source, rows = Vectors([vectors]), np.arange(6000)
+    cells = Cells.learn(source.take(np.random.default_rng(0).permutation(6000)[:1600]), 80, 8, 0.07, ONE)
+    labels = Join(cells, 0.6, ONE, tmp_path, 1 << 30).run(source, rows).components()
+    true = labels_of(similarities(vectors) >= 0.6)
+    removed, should = 6000 - len(np.unique(labels)), 6000 - len(np.unique(true))
+    assert 0.97 * should <= removed <= should
+    finer = np.unique(np.stack([labels, true]), axis=1)
+    assert finer.shape[1] == len(np.unique(labels))  # nothing is joined that should not be
+    recall = audit(source, rows, labels, 0.6, np.arange(0, 6000, 2), ONE)
+    exact = audit(source, rows, true, 0.6, np.arange(0, 6000, 2), ONE)
+    assert exact.value == 1.0
+    assert exact.pairs == exact.pairs_connected == ((similarities(vectors) >= 0.6)[::2].sum() - 3000)
+    low, high = recall.interval()
+    assert low <= recall.value <= high
+    assert recall.value > 0.97
+
+
+def test_a_join_does_not_depend_on_threads_memory_device_or_the_order_of_rows(tmp_path: Path) -> None:
+    vectors = planted(2, 3000, 32, concepts=20)
+    sample = vectors[np.random.default_rng(0).permutation(3000)[:800]]
+    learned = [Cells.learn(sample, 40, 6, 0.1, way) for way in WAYS]
+    for other in learned[1:]:
+        np.testing.assert_array_equal(learned[0].centroids.vectors, other.centroids.vectors)
+        np.testing.assert_array_equal(learned[0].crowded, other.crowded)
+    outcomes = []
+    for number, (way, memory) in enumerate([(ONE, 1 << 30), (WAYS[1], 1 << 16), (WAYS[2], 1 << 18)]):
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        forest = Join(learned[0], 0.6, way, folder, memory).run(Vectors([vectors]), np.arange(3000))
+        assert bool(list(folder.glob("run-*.npy"))) == (number > 0)
+        outcomes.append(forest.edges())
+    for a, b, _ in outcomes[1:]:
+        np.testing.assert_array_equal(a, outcomes[0][0])
+        np.testing.assert_array_equal(b, outcomes[0][1])
+    order = np.random.default_rng(1).permutation(3000)
+    turned = Join(learned[0], 0.6, ONE, tmp_path, 1 << 30).run(Vectors([vectors[order]]), np.arange(3000)).components()
+    straight = Join(learned[0], 0.6, ONE, tmp_path, 1 << 30).run(Vectors([vectors]), np.arange(3000)).components()
+    assert same_groups(turned, straight[order])
+
+
+def test_an_interrupted_join_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = Vectors([planted(3, 2000, 16)])
+    cells = Cells.learn(vectors.take(np.arange(600)), 200, 4, 0.1, ONE)
+    whole = Join(cells, 0.8, ONE, tmp_path, 1 << 30).run(vectors, np.arange(2000))
+    monkeypatch.setattr("curation.similarity.selfjoin._SAVE_SECONDS", 0.0)
+    done = []
+
+    def stop(count: int) -> None:
+        done.append(count)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Join(cells, 0.8, ONE, tmp_path, 1 << 30).run(vectors, np.arange(2000), stop)
+    again: list[int] = []
+    forest = Join(cells, 0.8, ONE, tmp_path, 1 << 30).run(vectors, np.arange(2000), again.append)
+    assert again[0] == 64
+    for mine, other in zip(forest.edges(), whole.edges(), strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+@pytest.mark.parametrize("spherical", [True, False])
+def test_the_nearest_centroid_is_that_of_brute_force(spherical: bool) -> None:
+    rows = halved(np.random.default_rng(0).normal(size=(500, 16)))
+    means = np.random.default_rng(1).normal(size=(40, 16)) * 0.2
+    centroids = Centroids.of(means, spherical)
+    stored = centroids.vectors.astype(np.float64)
+    distances = ((rows.astype(np.float64)[:, None] - stored) ** 2).sum(-1)
+    scores = rows.astype(np.float64) @ stored.T
+    expected = scores.argmax(1) if spherical else distances.argmin(1)
+    for way in WAYS:
+        np.testing.assert_array_equal(nearest(rows, centroids, way), expected)
+
+
+def test_centroids_of_equal_rows_are_told_apart_by_their_number() -> None:
+    twice = Centroids(np.repeat(unit(0, 5, 8), 2, axis=0))
+    for way in WAYS:
+        assert (nearest(unit(1, 50, 8), twice, way) % 2 == 0).all()
+
+
+def test_kmeans_is_about_as_good_as_that_of_scikit_learn() -> None:
+    vectors = planted(4, 3000, 32, concepts=50)
+    centroids = train(vectors, np.arange(60), 30, ONE, spherical=False)
+    labels = nearest(vectors, centroids, ONE)
+    ours = ((vectors.astype(np.float64) - centroids.vectors[labels]) ** 2).sum()
+    theirs = KMeans(60, init="random", n_init=1, random_state=0).fit(vectors.astype(np.float64)).inertia_
+    assert ours < 1.03 * theirs
+
+
+def test_a_centroid_that_loses_its_members_gets_others() -> None:
+    sample = np.concatenate([np.repeat(unit(0, 1, 8), 50, axis=0), unit(1, 50, 8)])
+    centroids = train(sample, np.arange(10), 20, ONE)
+    assert len(np.unique(nearest(sample, centroids, ONE))) == 10
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 1000), st.integers(1, 50), st.integers(1, 30))
+def test_neighbours_are_those_of_brute_force(seed: int, n: int, k: int) -> None:
+    bank, queries = unit(seed, n, 8), unit(seed + 1, 7, 8)
+    scores = queries.astype(np.float64) @ bank.T.astype(np.float64)
+    expected = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    for way in WAYS:
+        places, found = k_nearest(queries, Vectors([bank]), np.arange(n), k, way)
+        np.testing.assert_array_equal(places, expected)
+        np.testing.assert_array_equal(found, np.take_along_axis(scores, expected, axis=1))
+    best = best_above(Vectors([queries]), np.arange(7), Vectors([bank]), 0.3, ONE)
+    above = np.flatnonzero(scores.max(1) >= 0.3)
+    np.testing.assert_array_equal(best.rows, above)
+    np.testing.assert_array_equal(best.others, scores.argmax(1)[above])
+
+
+def test_the_compressed_index_finds_most_neighbours() -> None:
+    bank, queries = planted(5, 5000, 32, concepts=100), planted(5, 5000, 32, concepts=100)[:200]
+    rows = np.arange(len(bank))
+    index = CompressedIndex(bank[np.random.default_rng(0).permutation(5000)], len(rows), 0)
+    index.add(Vectors([bank]), rows)
+    found, _ = ranked(queries, Vectors([bank]), rows, np.maximum(index.candidates(queries, 64), 0), 8)
+    true, _ = k_nearest(queries, Vectors([bank]), rows, 8, ONE)
+    hits = np.mean([len(np.intersect1d(a, b)) / 8 for a, b in zip(found, true, strict=True)])
+    assert hits > 0.9
+
+
+@given(st.integers(1, 500), st.data())
+def test_the_interval_is_wilsons(trials: int, data: st.DataObject) -> None:
+    hits = data.draw(st.integers(0, trials))
+    expected = binomtest(hits, trials).proportion_ci(0.95, method="wilson")
+    np.testing.assert_allclose(wilson(hits, trials), (expected.low, expected.high), atol=1e-6)
