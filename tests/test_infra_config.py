@@ -27,7 +27,7 @@ def test_an_unknown_key_is_named_with_those_allowed() -> None:
 
 def test_an_unknown_key_in_a_list_of_kinds_is_named_with_those_of_its_kind() -> None:
     text = message(CurateSettings, {"steps": [{"kind": "retrieve", "treshold": 1}]})
-    assert "allowed here: kind, min_similarity, neighbours" in text
+    assert "allowed here: audit, distinct, index, kind, min_similarity, neighbours" in text
 
 
 def test_an_unknown_kind_names_the_kinds() -> None:

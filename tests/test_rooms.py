@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("infra", "pretrain", "curation", "distill", "eval", "flows")
 BEHIND_ONE_MODULE = {
     "deepspeed": {"pretrain/sharding/zero.py"},
-    "faiss": {"curation/neighbours.py"},
+    "faiss": {"curation/similarity/index.py"},
     "xformers": {"pretrain/models/attention.py"},
 }
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from curation.similarity.exact import widened
 
@@ -101,22 +102,18 @@ class Workers:
 
     def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Results in the order of the items; only a few wait at a time."""
-        if self.threads == 1:
-            with _one_core_a_thread():
+        with self._libraries.limit(limits=1, user_api="blas"):  # of a thread each, not of all cores
+            if self.threads == 1:
                 yield from map(work, items)
-            return
-        with _one_core_a_thread(), ThreadPoolExecutor(self.threads) as pool:
-            waiting = iter(items)
-            while some := list(islice(waiting, self.threads * _WAITING)):
-                yield from pool.map(work, some)
+                return
+            with ThreadPoolExecutor(self.threads) as pool:
+                waiting = iter(items)
+                while some := list(islice(waiting, self.threads * _WAITING)):
+                    yield from pool.map(work, some)
 
-
-@contextmanager
-def _one_core_a_thread() -> Iterator[None]:
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(1, user_api="blas"):
-        yield
+    @cached_property
+    def _libraries(self) -> ThreadpoolController:
+        return ThreadpoolController()  # it looks through all that is loaded, which takes a while
 
 
 def workers(threads: int) -> Workers:

@@ -1,0 +1,37 @@
+"""Measures in processes of their own: CPU-seconds and peak memory of nothing else."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from infra import memory
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one call took."""
+
+    result: Any
+    cpu_seconds: float
+    peak_gb: float
+    """Of memory, with what was there before"""
+
+
+def measured(work: Callable[..., Any], prepare: Callable[[], tuple[Any, ...]]) -> Measured:
+    """Call `work(*prepare())` in a process of one thread; `prepare` is not measured."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # before the libraries of the new process look
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measured, (work, prepare))
+
+
+def _measured(work: Callable[..., Any], prepare: Callable[[], tuple[Any, ...]]) -> Measured:
+    arguments = prepare()
+    memory.forget_peak()
+    started = time.process_time()
+    result = work(*arguments)
+    return Measured(result, time.process_time() - started, memory.peak_gb())

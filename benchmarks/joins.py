@@ -1,0 +1,92 @@
+"""Ways to find all near-duplicates of many vectors: Fovea's, and those that others would use. One thread each."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+THRESHOLD = 0.6
+_BLOCK = 2048
+_NEIGHBOURS = 64
+_CELLS = 1024
+
+
+def removed(rows: int, pairs: Iterator[tuple[np.ndarray, np.ndarray]]) -> int:
+    """How many rows are merged away if one of each component stays."""
+    a, b = (np.concatenate(each) for each in zip(*pairs, strict=True))
+    graph = coo_array((np.ones(len(a), dtype=bool), (a, b)), shape=(rows, rows))
+    return int(rows - connected_components(graph, directed=False)[0])
+
+
+def exact(vectors: np.ndarray) -> int:
+    """All pairs by dense products of blocks, half of the matrix."""
+
+    def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for top in range(0, len(vectors), _BLOCK):
+            for left in range(top, len(vectors), _BLOCK):
+                tile = vectors[top : top + _BLOCK] @ vectors[left : left + _BLOCK].T
+                rows, columns = np.divmod(np.flatnonzero(tile >= THRESHOLD), tile.shape[1])
+                yield rows + top, columns + left
+
+    return removed(len(vectors), pairs())
+
+
+def ivf_range(vectors: np.ndarray, probes: int) -> int:
+    """FAISS inverted lists, range search."""
+    import faiss
+
+    index: Any = faiss.index_factory(vectors.shape[1], f"IVF{_CELLS},Flat", faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors[np.random.default_rng(0).permutation(len(vectors))[: 64 * _CELLS]])
+    index.add(vectors)
+    index.nprobe = probes
+
+    def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, len(vectors), 8192):
+            limits, _, found = index.range_search(vectors[start : start + 8192], THRESHOLD)
+            yield np.repeat(np.arange(len(limits) - 1) + start, np.diff(limits).astype(np.int64)), found
+
+    return removed(len(vectors), pairs())
+
+
+def hnsw(vectors: np.ndarray, links: int = 16) -> int:
+    """FAISS graph, 64 neighbours of each row."""
+    import faiss
+
+    index: Any = faiss.IndexHNSWFlat(vectors.shape[1], links, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efSearch = _NEIGHBOURS
+    index.add(vectors)
+    similar, found = index.search(vectors, _NEIGHBOURS)
+    rows, columns = np.nonzero(similar >= THRESHOLD)
+    return removed(len(vectors), iter([(rows, found[rows, columns])]))
+
+
+def scikit_learn(vectors: np.ndarray) -> int:
+    """scikit-learn's neighbours within a radius, by brute force."""
+    from sklearn.neighbors import NearestNeighbors
+
+    radius = float(np.sqrt(2 - 2 * THRESHOLD))
+    graph = NearestNeighbors(algorithm="brute").fit(vectors).radius_neighbors_graph(vectors, radius)
+    return int(len(vectors) - connected_components(graph, directed=False)[0])
+
+
+def fovea(vectors: np.ndarray, threads: int = 1, memory: int = 4 << 30) -> int:
+    """Fovea's join by cells."""
+    from curation.similarity.cells import SAMPLE, Cells, count_for
+    from curation.similarity.selfjoin import Join
+    from curation.similarity.tiles import CpuTiles, Workers
+    from curation.steps.config import NearDuplicates
+    from infra.vectors import Vectors
+
+    settings, workers = NearDuplicates(), Workers(CpuTiles(), threads)
+    source, count = Vectors([vectors]), count_for(len(vectors))
+    sample = source.take(np.random.default_rng(0).permutation(len(vectors))[: SAMPLE * count])
+    cells = Cells.learn(sample, count, settings.probes, settings.margin, workers)
+    with tempfile.TemporaryDirectory() as folder:
+        forest = Join(cells, THRESHOLD, workers, Path(folder), memory).run(source, np.arange(len(vectors)))
+    return len(forest.edges()[0])
