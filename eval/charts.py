@@ -48,6 +48,54 @@ def accuracies(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return _png(figure)
 
 
+def curve(points: Sequence[Sequence[float]], label: str, at: float | None) -> bytes:
+    """How many images a step drops at each setting; the chosen one is marked."""
+    figure = _figure(4.4, 2.4)
+    axes = figure.add_subplot(1, 1, 1)
+    axes.plot([x for x, _ in points], [y for _, y in points], color=_SERIES[0], linewidth=1.6)
+    _marked(axes, at)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(label, fontsize=8, color=INK)
+    axes.set_ylabel("images", fontsize=8, color=INK)
+    _plain(axes)
+    return _png(figure)
+
+
+def histogram(bins: Sequence[Sequence[float]], label: str, at: float | None) -> bytes:
+    """Counts by their bins' lower borders, on a logarithmic scale."""
+    figure = _figure(4.4, 2.4)
+    axes = figure.add_subplot(1, 1, 1)
+    width = bins[1][0] - bins[0][0] if len(bins) > 1 else 0.01
+    axes.bar([x for x, _ in bins], [y for _, y in bins], width=width, align="edge", color=_SERIES[0])
+    axes.set_yscale("symlog", linthresh=1)
+    _marked(axes, at)
+    axes.set_xlabel(label, fontsize=8, color=INK)
+    axes.set_ylabel("images", fontsize=8, color=INK)
+    _plain(axes)
+    return _png(figure)
+
+
+def evenness(levels: Sequence[Mapping[str, Any]]) -> bytes:
+    """The effective share of each level's clusters, before and after."""
+    figure = _figure(4.4, 2.4)
+    axes = figure.add_subplot(1, 1, 1)
+    for number, when in enumerate(("before", "after")):
+        places = [place + 0.42 * number for place in range(len(levels))]
+        shares = [level[when]["effective"] / level["clusters"] for level in levels]
+        axes.bar(places, shares, width=0.4, color=_SERIES[number], label=when)
+    axes.set_xticks([place + 0.21 for place in range(len(levels))], [f"{level['clusters']:,}" for level in levels])
+    axes.set_xlabel("clusters of the level", fontsize=8, color=INK)
+    axes.set_ylabel("effective share", fontsize=8, color=INK)
+    axes.legend(fontsize=7, frameon=False)
+    _plain(axes)
+    return _png(figure)
+
+
+def _marked(axes: Any, at: float | None) -> None:
+    if at is not None:
+        axes.axvline(at, color=_SERIES[1], linewidth=1.2, linestyle="--")
+
+
 def _smooth(values: Sequence[float]) -> list[float]:
     """Exponential moving average over about a twentieth of the curve."""
     keep = 1 - 1 / max(1.0, len(values) / 20)

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from eval import charts
 from eval.config import ReportConfig
-from eval.gallery import data_uri, galleries
+from eval.exhibits import Exhibits
+from eval.gallery import data_uri
+from eval.rendering import rendered
+from eval.steps import steps
 from infra.artifacts import Artifact, Plan, find, produce
 from infra.errors import UserError
 from infra.lineage import Ancestor, ancestors
 from infra.progress import progress
 from pretrain import telemetry
 
-VERSION = 1
+VERSION = 2
 PAGE = "index.html"
 
 
@@ -60,12 +60,13 @@ def report(config: ReportConfig) -> Artifact:
 
 
 def _write(config: ReportConfig, artifacts: Mapping[str, Artifact], directory: Path) -> Mapping[str, Any]:
-    sections: dict[str, Any] = {"funnel": funnel(artifacts), "galleries": [], "curves": [], "scores": []}
+    sections: dict[str, Any] = {"funnel": funnel(artifacts), "galleries": [], "curves": [], "scores": [], "steps": []}
     with progress("report", len(artifacts)) as advance:
         for name, artifact in artifacts.items():
             kind = artifact.manifest.kind
             if kind == "selection":
-                sections["galleries"] += galleries(artifact, config.gallery)
+                sections["steps"].append(steps(name, artifact))
+                sections["galleries"] += Exhibits(artifact, config.gallery).galleries()
             elif kind == "checkpoint":
                 sections["curves"].append(_curves(name, artifact))
             elif kind == "report":
@@ -118,12 +119,6 @@ def _scores(name: str, artifact: Artifact) -> list[dict[str, Any]]:
 def render(
     config: ReportConfig, sections: Mapping[str, Any], lineage: list[Ancestor], artifacts: Mapping[str, Artifact]
 ) -> str:
-    """The HTML. Everything that came from data is escaped."""
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = resources.files("eval").joinpath("templates/run.html.jinja").read_text(encoding="utf-8")
+    """The HTML."""
     names = {artifact.id: name for name, artifact in artifacts.items()}
-    return environment.from_string(template).render(
-        title=config.title, facts=config.facts, lineage=lineage, names=names, **sections
-    )
+    return rendered("run", title=config.title, facts=config.facts, lineage=lineage, names=names, **sections)

@@ -102,6 +102,23 @@ def curate(file: File = None, /, *, config: Annotated[CurateConfig, Flags]) -> N
     _made(curation.run(config))
 
 
+@app.command(sort_key=3)
+def why(key: str, /, *, selection: str, page: Path | None = None) -> None:
+    """Why an image was kept or dropped, what it lost to and what it stands for.
+
+    Args:
+        key: the image's key, as selection.parquet and the corpus's index have it.
+        selection: URL of the selection.
+        page: HTML file to write the same to, with pictures.
+    """
+    from eval.why import why, write_page
+
+    story = why(selection, key)
+    print(story.text())
+    if page is not None:
+        write_page(story, page)
+
+
 @app.command(sort_key=4)
 def materialize(file: File = None, /, *, config: Annotated[MaterializeConfig, Flags]) -> None:
     """A selection to a corpus of its own, byte for byte."""

@@ -25,7 +25,6 @@ def balance(context: Context, step: Balance) -> Mapping[str, Any]:
     )
     drawn = draw(levels, step.target, step.copies, generator)
     kept = drawn > 0
-    verdicts.note(rows[kept], step.kind, "drawn", -1, np.nan)
     verdicts.drop(rows[~kept], step.kind, "not_drawn", -1, np.nan)
     if step.copies > 1:
         verdicts.weight[rows[kept]] = drawn[kept]

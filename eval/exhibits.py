@@ -1,0 +1,169 @@
+"""Galleries of a selection: what curation joined, dropped and kept, and what it was least sure of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from eval.gallery import Gallery, Picture, Shelf
+from infra.artifacts import Artifact, find
+from infra.selections import Selection
+
+_GROUP = 5  # pictures of a group
+
+
+@dataclass
+class Exhibits:
+    """The galleries of one selection.
+
+    Args:
+        count: groups of a gallery.
+    """
+
+    artifact: Artifact
+    count: int
+
+    def __post_init__(self) -> None:
+        self.ledger = Selection.open(self.artifact.url).ledger
+        self.corpus = self.artifact.manifest.inputs["corpus"].url
+        self.shelf = Shelf()
+
+    def galleries(self) -> list[Gallery]:
+        """Of each step those that it has something to show for."""
+        found: list[Gallery] = []
+        for number, step in enumerate(self.artifact.metrics["steps"]):
+            found += _OF[step["step"]](self, number, step) if step["step"] in _OF else []
+        return [gallery for gallery in found if gallery.groups]
+
+    def duplicates(self, number: int, step: dict[str, Any]) -> list[Gallery]:
+        """Groups from the most to the least certain, each with the image that stays in front."""
+        rows = self._because("near_duplicate")
+        winners = rows["winner"].combine_chunks().dictionary_encode()
+        codes, scores = winners.indices.to_numpy(), rows["score"].to_numpy()
+        least = np.full(len(winners.dictionary), np.inf)
+        np.minimum.at(least, codes, scores)
+        groups = [
+            self._group(winners.dictionary[int(code)].as_py(), rows.take(np.flatnonzero(codes == code)))
+            for code in _spread(np.argsort(-least, kind="stable"), self.count)
+        ]
+        note = f"{len(least)} groups, from the most to the least alike. The first stays; numbers are cosines to it."
+        return [Gallery("Near-duplicates", note, groups), self._worst(step), self._borderline_pairs(number)]
+
+    def _group(self, winner: str, losers: pa.Table) -> list[Picture]:
+        rows = losers.sort_by([("score", "descending")]).slice(0, _GROUP - 1).to_pylist()
+        return [self._mine(winner, "stays", "kept"), *(self._dropped(row) for row in rows)]
+
+    def _worst(self, step: dict[str, Any]) -> Gallery:
+        """The components whose members are least like what stands for them."""
+        groups = []
+        for each in step["worst"][: self.count]:
+            (row,) = self.ledger.filter(pc.equal(self.ledger["key"], each["key"])).to_pylist()
+            if row["winner"] is not None:
+                size = f"of {each['images']}"
+                groups.append([self._mine(row["winner"], size, "kept"), self._dropped(row)])
+        return Gallery("Worst components", "Each with its member least like the image that stays.", groups)
+
+    def _borderline_pairs(self, number: int) -> Gallery:
+        """The pairs just above the threshold, without which components would fall apart."""
+        pairs = pq.read_table(self.artifact.local_file(f"step-{number:02d}-pairs.parquet"))
+        groups = [
+            [self._row(pair["row"], f"{pair['similarity']:.3f}"), self._row(pair["other"], "")]
+            for pair in pairs.sort_by([("similarity", "ascending")]).slice(0, self.count).to_pylist()
+        ]
+        return Gallery("Borderline pairs", "The least similar pairs that were joined.", groups)
+
+    def leaks(self, number: int, step: dict[str, Any]) -> list[Gallery]:
+        """Leaks from the most to the least certain, and what lies on both sides of the threshold."""
+        found = self._because("leak")
+        rows = found.take(_spread(np.argsort(-found["score"].to_numpy(), kind="stable"), self.count)).to_pylist()
+        note = f"{len(found)} pool images too much like an evaluation image, from the most to the least alike."
+        groups = list(self._beside(rows, self._corpora_of("evaluation_"), "test", "dropped"))
+        return [Gallery("Leaks from the evaluation sets", note, groups), *self._borderline_leaks(number, step)]
+
+    def _borderline_leaks(self, number: int, step: dict[str, Any]) -> Iterator[Gallery]:
+        threshold = self.artifact.manifest.config["steps"][number]["threshold"]
+        for name in step["sets"]:
+            near = pq.read_table(self.artifact.local_file(f"step-{number:02d}-{name}.parquet"))
+            distance = np.abs(near["similarity"].to_numpy() - threshold)
+            (test,) = self._corpora_of(name)
+            groups = []
+            for hit in near.take(np.argsort(distance, kind="stable")[: self.count]).to_pylist():
+                mark = "dropped" if hit["similarity"] >= threshold else "kept"
+                picture = self.shelf.picture_of_row(test, hit["evaluation_row"], "test", "reference")
+                groups.append([picture, self._row(hit["row"], f"{hit['similarity']:.3f}", mark)])
+            yield Gallery(f"Borderline leaks, {name}", f"Pairs on both sides of {threshold:g}.", groups)
+
+    def retrieved(self, number: int, step: dict[str, Any]) -> list[Gallery]:
+        """What the seed brought in, and what it left."""
+        near, far = (self._because(reason) for reason in ("retrieved", "not_retrieved"))
+        kept, lost = (
+            rows.take(_spread(np.argsort(-rows["score"].to_numpy(), kind="stable"), self.count)).to_pylist()
+            for rows in (near, far)
+        )
+        seed = self._corpora_of("curated")
+        return [
+            Gallery(
+                "Retrieved",
+                f"{len(near)} pool images near the seed, each behind the seed image that brought it in.",
+                list(self._beside(kept, seed, "seed", "kept")),
+            ),
+            Gallery(
+                "Not retrieved",
+                f"{len(far)} pool images that no seed image has among its nearest, behind the one most like them.",
+                list(self._beside(lost, seed, "seed", "dropped")),
+            ),
+        ]
+
+    def _beside(
+        self, rows: Sequence[dict[str, Any]], urls: list[str], caption: str, mark: str
+    ) -> Iterator[list[Picture]]:
+        """Images behind what they were compared with, where that is known."""
+        for row in rows:
+            shown = [self._mine(row["key"], f"{row['score']:.3f}", mark)]
+            holder = self.shelf.holder(urls, row["winner"]) if row["winner"] is not None else None
+            if holder is not None:
+                shown.insert(0, self.shelf.picture(holder, row["winner"], caption, "reference"))
+            yield shown
+
+    def _because(self, reason: str) -> pa.Table:
+        return self.ledger.filter(pc.equal(self.ledger["reason"], reason))
+
+    def _corpora_of(self, role: str) -> list[str]:
+        """URLs of the corpora whose embeddings the selection compared with."""
+        return corpora_of(self.artifact, role)
+
+    def _mine(self, key: str, caption: str, mark: str) -> Picture:
+        return self.shelf.picture(self.corpus, key, caption, mark)
+
+    def _row(self, row: int, caption: str, mark: str = "") -> Picture:
+        return self.shelf.picture_of_row(self.corpus, row, caption, mark)
+
+    def _dropped(self, row: dict[str, Any]) -> Picture:
+        return self._mine(row["key"], f"{row['score']:.3f}", "dropped")
+
+
+_OF = {
+    "near_duplicates": Exhibits.duplicates,
+    "decontaminate": Exhibits.leaks,
+    "retrieve": Exhibits.retrieved,
+}
+
+
+def corpora_of(artifact: Artifact, role: str) -> list[str]:
+    """URLs of the corpora whose embeddings a selection read in a role."""
+    urls = []
+    for name, each in artifact.manifest.inputs.items():
+        if name.startswith(role) and (embedded := find(each.url)) is not None:
+            urls.append(embedded.manifest.inputs["corpus"].url)
+    return urls
+
+
+def _spread(items: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` items, evenly spread over their order."""
+    return items[np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).astype(int))]

@@ -1,0 +1,78 @@
+"""The part of the page that tells of a curation's steps: what each took, found and may have missed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from eval import charts
+from eval.gallery import data_uri
+from infra.artifacts import Artifact
+
+
+@dataclass(frozen=True)
+class Told:
+    """One step, in a table's row."""
+
+    name: str
+    kept: int
+    dropped: int
+    seconds: float
+    cpu_seconds: float
+    peak_gb: float
+    recall: str
+    details: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of one selection, and their charts as data URIs with headings."""
+
+    name: str
+    rows: list[Told]
+    charts: list[tuple[str, str]]
+
+
+def steps(name: str, artifact: Artifact) -> Steps:
+    """What a selection's manifest tells of its steps."""
+    rows, drawn = [], []
+    for number, step in enumerate(artifact.metrics["steps"]):
+        settings = artifact.manifest.config["steps"][number]
+        rows.append(_told(step))
+        drawn += _charts(step, settings)
+    return Steps(name, rows, [(title, data_uri(picture, "image/png")) for title, picture in drawn])
+
+
+def _told(step: dict[str, Any]) -> Told:
+    details = {
+        key.replace("_", " "): f"{value:,}" for key, value in step.items() if key in _DETAILS and isinstance(value, int)
+    }
+    for name, facts in step.get("sets", {}).items():
+        details[name] = f"{facts['leaks']:,} leaks, {facts.get('collateral', 0):,} more in their components"
+    common = (step["seconds"], step["cpu_seconds"], step["peak_gb"])
+    return Told(step["step"].replace("_", " "), step["kept"], step.get("dropped", 0), *common, _recall(step), details)
+
+
+_DETAILS = ("components", "largest", "groups_split_off", "neighbours", "collisions", "missing", "clusters", "drawn")
+
+
+def _recall(step: dict[str, Any]) -> str:
+    """Measured on a sample, with its interval."""
+    found = step.get("recall")
+    if found is None and isinstance(step.get("components"), dict):
+        found = step["components"].get("recall")
+    return "" if found is None else f"{found['value']:.4f} ({found['low']:.4f} – {found['high']:.4f})"
+
+
+def _charts(step: dict[str, Any], settings: dict[str, Any]) -> list[tuple[str, bytes]]:
+    name, drawn = step["step"].replace("_", " "), []
+    if "curve" in step:
+        at = settings.get("threshold", settings.get("eps"))
+        label = "cosine similarity" if "threshold" in settings else "eps"
+        drawn.append((f"{name}: images dropped at each {label}", charts.curve(step["curve"], label, at)))
+    for reference, facts in step.get("sets", {}).items():
+        title = f"{name}: images by their likeness to {reference}"
+        drawn.append((title, charts.histogram(facts["histogram"], "cosine similarity", settings["threshold"])))
+    if "levels" in step:
+        drawn.append((f"{name}: evenness over clusters", charts.evenness(step["levels"])))
+    return drawn

@@ -1,0 +1,100 @@
+"""Why an image was kept or dropped: its verdict, what it lost to, and what it stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from eval.exhibits import corpora_of
+from eval.gallery import Picture, Shelf
+from eval.rendering import rendered
+from infra.artifacts import Artifact
+from infra.errors import UserError
+from infra.selections import Selection
+
+_COMPARED = {"leak": "evaluation_", "retrieved": "curated", "not_retrieved": "curated"}
+_MOST = 24  # companions shown
+
+
+@dataclass(frozen=True)
+class Step:
+    """One verdict on the way from an image to what is kept in its place."""
+
+    key: str
+    text: str
+    picture: Picture
+
+
+@dataclass(frozen=True)
+class Story:
+    """All that a selection tells of one image."""
+
+    key: str
+    trail: list[Step]
+    companions: list[Picture]
+    count: int
+    """Images that are the same to the selection, this one among them"""
+
+    def text(self) -> str:
+        """For the terminal."""
+        return "\n".join(f"{'  ' * depth}{step.key}: {step.text}" for depth, step in enumerate(self.trail))
+
+
+def why(url: str, key: str) -> Story:
+    """Tell of one image of a selection's corpus.
+
+    Raises:
+        UserError: the corpus has no such key.
+    """
+    selection, shelf = Selection.open(url), Shelf()
+    corpus = selection.artifact.manifest.inputs["corpus"].url
+    trail: list[Step] = []
+    row = _verdict(selection, key)
+    if row is None:
+        raise UserError(f"{key}: no image of {corpus} has this key; see the column key of its index.parquet")
+    told = row
+    while row is not None and row["key"] not in [step.key for step in trail]:
+        mark = "kept" if row["keep"] else "dropped"
+        trail.append(Step(row["key"], _told(row), shelf.picture(corpus, row["key"], row["key"], mark)))
+        role = _COMPARED.get(row["reason"])
+        if row["winner"] is None:
+            break
+        if role is not None:
+            trail += _reference(selection.artifact, role, row["winner"], shelf)
+            break
+        row = _verdict(selection, row["winner"])
+    same = selection.ledger.filter(pc.equal(selection.ledger["cluster"], told["cluster"]))
+    pictures = [
+        shelf.picture(corpus, each["key"], each["key"], "kept" if each["keep"] else "dropped")
+        for each in same.slice(0, _MOST).to_pylist()
+    ]
+    return Story(key, trail, pictures if len(same) > 1 else [], len(same))
+
+
+def _verdict(selection: Selection, key: str) -> dict[str, Any] | None:
+    rows = selection.ledger.filter(pc.equal(selection.ledger["key"], key)).to_pylist()
+    return rows[0] if rows else None
+
+
+def _told(row: dict[str, Any]) -> str:
+    verdict = "kept" if row["keep"] else "dropped"
+    by = f" by the step {row['step']}: {row['reason'].replace('_', ' ')}" if row["step"] else ""
+    against = f", {row['score']:.4f} against {row['winner']}" if row["winner"] is not None else ""
+    stands = f"; stands for {row['weight']:g} images" if row["keep"] and row["weight"] > 1 else ""
+    return f"{verdict}{by}{against}{stands}"
+
+
+def _reference(artifact: Artifact, role: str, key: str, shelf: Shelf) -> list[Step]:
+    urls = corpora_of(artifact, role)
+    holder = shelf.holder(urls, key)
+    if holder is None:
+        return []
+    return [Step(key, f"an image of {holder}", shelf.picture(holder, key, key, "reference"))]
+
+
+def write_page(story: Story, path: Path) -> None:
+    """One self-contained HTML page; everything that came from data is escaped."""
+    path.write_text(rendered("why", story=story), encoding="utf-8")

@@ -1,0 +1,99 @@
+"""The pages that tell of a curation: every step's numbers and galleries, and one image's story."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval.config import ReportConfig
+from eval.exhibits import Exhibits
+from eval.page import PAGE, report
+from eval.why import why, write_page
+from flows.cli import main
+from infra.artifacts import Artifact
+from infra.errors import UserError
+from tests.pools import curated, planted, pool
+
+STEPS: list[dict[str, Any]] = [
+    {"kind": "exact"},
+    {"kind": "near_duplicates", "threshold": 0.8},
+    {"kind": "decontaminate", "threshold": 0.8},
+    {"kind": "semdedup", "clusters": 3, "eps": 0.1},
+    {"kind": "retrieve", "neighbours": 10},
+    {"kind": "balance", "levels": [20, 5], "target": 40},
+]
+
+
+@pytest.fixture(scope="module")
+def selection(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = tmp_path_factory.mktemp("selection")
+    target = pool(folder, planted(8, 300, 16), "<b>k")
+    test, seed = pool(folder, planted(8, 20, 16), "t"), pool(folder, planted(9, 30, 16), "s")
+    return curated(folder, target, *STEPS, evaluation=[test.embeddings], curated=seed.embeddings)[0]
+
+
+def ledger(selection: Artifact) -> list[dict[str, Any]]:
+    from infra.selections import Selection
+
+    return Selection.open(selection.url).ledger.to_pylist()
+
+
+def test_the_page_tells_of_every_step(selection: Artifact, tmp_path: Path) -> None:
+    config = ReportConfig(artifacts={"curate": selection.url}, gallery=6, out=str(tmp_path / "page"))
+    html = (Path(report(config).url) / PAGE).read_text()
+    for step in selection.metrics["steps"]:
+        assert f"<td>{step['step'].replace('_', ' ')}</td>" in html
+        assert f'<td class="number">{step["kept"]:,}</td>' in html
+    for title in ("Near-duplicates", "Worst components", "Borderline pairs", "Leaks", "Retrieved", "Not retrieved"):
+        assert f"<h3>{title}" in html
+    assert html.count('style="width: 340px"') == 4  # two curves, a histogram, evenness
+    assert "<b>k" not in html
+    assert not re.search(r'(src|href)="(?!data:|#)', html)
+
+
+def test_galleries_show_what_the_ledger_says(selection: Artifact) -> None:
+    rows = ledger(selection)
+    shown = {gallery.title: gallery for gallery in Exhibits(selection, 1000).galleries()}
+    winners = {row["winner"] for row in rows if row["reason"] == "near_duplicate"}
+    assert len(shown["Near-duplicates"].groups) == len(winners)
+    leaks = [row for row in rows if row["reason"] == "leak"]
+    assert [group[1].caption for group in shown["Leaks from the evaluation sets"].groups] == [
+        f"{row['score']:.3f}" for row in sorted(leaks, key=lambda row: -row["score"])
+    ]
+    (borderline,) = (gallery for title, gallery in shown.items() if title.startswith("Borderline leaks"))
+    for group in borderline.groups:
+        if group[1].caption != "0.800":  # rounded
+            assert group[1].mark == ("dropped" if float(group[1].caption) >= 0.8 else "kept")
+
+
+def test_why_follows_an_image_to_what_is_kept_or_compared(selection: Artifact, tmp_path: Path) -> None:
+    rows = {row["key"]: row for row in ledger(selection)}
+    for row in rows.values():
+        story = why(selection.url, row["key"])
+        assert story.trail[0].key == row["key"]
+        if row["reason"] == "near_duplicate":
+            assert story.trail[1].key == row["winner"]
+            same = [key for key, other in rows.items() if other["cluster"] == row["cluster"]]
+            assert story.count == len(same) > 1
+        if row["reason"] == "leak":
+            assert "an image of" in story.trail[1].text
+            assert story.trail[1].picture.mark == "reference"
+    lost = next(key for key, row in rows.items() if row["reason"] == "near_duplicate")
+    write_page(why(selection.url, lost), tmp_path / "why.html")
+    html = (tmp_path / "why.html").read_text()
+    assert "<b>k" not in html
+    assert html.count("data:image/webp") >= 3
+    with pytest.raises(UserError, match="nobody: no image of"):
+        why(selection.url, "nobody")
+
+
+def test_the_command_tells_it_in_words(selection: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+    lost = next(row for row in ledger(selection) if row["reason"] == "near_duplicate")
+    with pytest.raises(SystemExit, match="0"):
+        main(["why", lost["key"], "--selection", selection.url])
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{lost['key']}: dropped by the step near_duplicates: near duplicate, {lost['score']:.4f}")
+    assert second.startswith(f"  {lost['winner']}: ")
