@@ -106,7 +106,8 @@ class Context:
     workers: Workers
     step: int = 0
     """Number of the step that works"""
-    advance: Callable[..., None] = lambda *arguments, **named: None
+    reach: Callable[[float], None] = lambda share: None
+    """Shows how much of the step is done, of 1"""
 
     @classmethod
     def begin(cls, config: CurateConfig, inputs: Inputs, directory: Path) -> Context:

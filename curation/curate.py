@@ -98,11 +98,19 @@ def _apply(step: Step, context: Context) -> dict[str, Any]:
     """Do one step; return what it tells, with what it left and what it took."""
     started, cpu = time.monotonic(), time.process_time()
     memory.forget_peak()
-    with progress(step.kind.replace("_", " "), None) as advance:
-        context.advance = advance
+    images, done = int(context.verdicts.keep.sum()), 0
+    with progress(step.kind.replace("_", " "), images) as advance:
+
+        def reach(share: float) -> None:
+            nonlocal done
+            more = min(int(share * images), images) - done
+            advance(more)
+            done += more
+
+        context.reach = reach
         told = _STEPS[step.kind](context, step)
         kept = int(context.verdicts.keep.sum())
-        advance(0, note=f"{kept} kept")
+        advance(images - done, note=f"{kept} kept")
     took = {"seconds": round(time.monotonic() - started, 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
     return {"step": step.kind, "kept": kept, **told, **took, "peak_gb": memory.peak_gb()}
 

@@ -35,7 +35,7 @@ def hierarchy(
     members: Sequence[int],
     workers: Workers,
     generator: np.random.Generator,
-    advance: Callable[[], object] = lambda: None,
+    reach: Callable[[float], object] = lambda share: None,
 ) -> list[Level]:
     """Cluster rows, then the centroids, and so on.
 
@@ -50,7 +50,7 @@ def hierarchy(
         levels.append(level)
         vectors = Vectors([level.centroids.vectors])
         rows = np.arange(len(vectors))
-        advance()
+        reach(len(levels) / len(sizes))
     return levels
 
 

@@ -25,8 +25,6 @@ _SAVE_SECONDS = 60.0
 _TOGETHER = 64  # cells between looks at the clock
 _VECTORS_SHARE = 0.5  # of the memory; the rest is for pairs, tiles and what is known of each row
 
-Advance = Callable[..., None]
-
 
 @dataclass(frozen=True)
 class Join:
@@ -44,18 +42,18 @@ class Join:
     directory: Path
     memory: int
 
-    def run(self, vectors: Vectors, rows: np.ndarray, advance: Advance = lambda count: None) -> Forest:
-        """The forest over places in `rows`, which rise."""
+    def run(self, vectors: Vectors, rows: np.ndarray, reach: Callable[[int], object] = lambda done: None) -> Forest:
+        """The forest over places in `rows`, which rise; `reach` is told how many cells are done."""
         partition = Partition(self.cells, self.directory, int(self.memory * _VECTORS_SHARE))
         partition.fill(vectors, rows, self.workers)
         forest, done = self._begun(len(rows))
-        advance(done)
+        reach(done)
         saved = time.monotonic()
         for start in range(done, len(self.cells), _TOGETHER):
             some = range(start, min(start + _TOGETHER, len(self.cells)))
             for found in self.workers.map(lambda cell: self._cell(partition, cell), some):
                 forest.add(*found)
-            advance(len(some))
+            reach(some.stop)
             if time.monotonic() - saved > _SAVE_SECONDS:
                 self._save(forest, some.stop)
                 saved = time.monotonic()

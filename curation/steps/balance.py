@@ -21,7 +21,7 @@ def balance(context: Context, step: Balance) -> Mapping[str, Any]:
     sizes = [min(size, len(rows)) for size in step.levels]
     members = step.members or [max(above // (2 * size), 1) for above, size in pairwise([len(rows), *sizes])]
     levels = hierarchy(
-        context.vectors, rows, sizes, step.resamplings, members, context.workers, generator, context.advance
+        context.vectors, rows, sizes, step.resamplings, members, context.workers, generator, context.reach
     )
     drawn = draw(levels, step.target, step.copies, generator)
     kept = drawn > 0

@@ -60,7 +60,7 @@ def joined(context: Context, settings: CellSettings, threshold: float) -> Joined
     rows = context.verdicts.kept()
     cells = _cells(context, settings, rows)
     join = Join(cells, threshold, context.workers, context.scratch(), context.memory)
-    forest = join.run(context.vectors, rows, lambda count: context.advance(count, note="cells"))
+    forest = join.run(context.vectors, rows, lambda done: context.reach(done / len(cells)))
     labels = forest.components()
     recall = None
     if settings.audit:
