@@ -102,8 +102,8 @@ class CurateSettings(Config):
     """Steps, in order; each sees what the ones before it kept."""
 
     steps: list[Step] = Field(default_factory=_default_steps, min_length=1)
-    """Any of exact, filter, remove, near_duplicates, decontaminate, semdedup, retrieve, retrieve_clusters, balance,
-    restore."""
+    """Any of exact, perceptual, filter, looks, remove, near_duplicates, decontaminate, semdedup, retrieve,
+    retrieve_clusters, balance, restore."""
     seed: int = Field(0, ge=0)
     """Seed of everything random in them."""
     memory_gb: float = Field(4.0, gt=0)

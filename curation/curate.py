@@ -19,6 +19,7 @@ from curation.steps.exact import exact
 from curation.steps.listed import remove, restore
 from curation.steps.metadata import filter_metadata
 from curation.steps.near_duplicates import near_duplicates
+from curation.steps.perceptual import filter_looks, perceptual
 from curation.steps.retrieve import retrieve
 from curation.steps.retrieve_clusters import retrieve_clusters
 from curation.steps.semdedup import semdedup
@@ -36,7 +37,9 @@ _MATERIALIZE_VERSION = 1
 _STATE = "verdicts.npz"  # after the last finished step, while others are to come
 _STEPS: dict[str, Callable[[Context, Any], Mapping[str, Any]]] = {
     "exact": exact,
+    "perceptual": perceptual,
     "filter": filter_metadata,
+    "looks": filter_looks,
     "remove": remove,
     "near_duplicates": near_duplicates,
     "decontaminate": decontaminate,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from curation import run
 from curation.config import CurateConfig
@@ -52,7 +54,7 @@ class Pool:
     """URLs of a corpus and its embeddings."""
 
     corpus: str
-    embeddings: str
+    embeddings: str | None
     keys: list[str]
 
 
@@ -94,6 +96,24 @@ def _write_corpus(directory: Path, keys: Sequence[str], rows: Sequence[Mapping[s
         writer.add(key, members, "png", facts | {"sha256": hashlib.sha256(members["png"]).hexdigest()} | row)
     writer.finish()
     return {"images": len(keys)}
+
+
+def written(folder: Path, images: Sequence[bytes]) -> Pool:
+    """Write a corpus of given images, without embeddings."""
+    keys = [f"k{i:04d}" for i in range(len(images))]
+
+    def write(directory: Path) -> Mapping[str, Any]:
+        writer = CorpusWriter(directory, 1 << 20)
+        for key, image in zip(keys, images, strict=True):
+            width, height = Image.open(io.BytesIO(image)).size
+            facts = {"width": width, "height": height, "label": None, "caption": None}
+            writer.add(key, {"img": image}, "img", facts | {"sha256": hashlib.sha256(image).hexdigest()})
+        writer.finish()
+        return {"images": len(keys)}
+
+    identity = hashlib.sha256(b"".join(images)).hexdigest()
+    corpus = produce(Plan("corpus", "test", 1, {"identity": identity}), str(folder / "corpus"), write)
+    return Pool(corpus.url, None, keys)
 
 
 def _write_embeddings(directory: Path, keys: Sequence[str], vectors: np.ndarray) -> Mapping[str, Any]:

@@ -15,6 +15,28 @@ class Exact(Config):
     kind: Literal["exact"] = "exact"
 
 
+class Perceptual(Config):
+    """Drop all but the largest of images that look the same at a glance: whose perceptual hashes hang together."""
+
+    kind: Literal["perceptual"] = "perceptual"
+    hash: Literal["dct", "pca"] = "dct"
+    """dct: the signs of low frequencies; pca: on which side of the mean an image lies along principal components."""
+    radius: int = Field(4, ge=0, le=31)
+    """Bits of 64 in which two hashes may differ; the work grows quickly beyond 7."""
+    min_entropy: float = Field(3.0, ge=0, le=8)
+    """Bits of the grey values below which an image has too little on it for its hash to mean anything."""
+
+
+class LooksFilter(Config):
+    """Drop images with next to nothing on them."""
+
+    kind: Literal["looks"] = "looks"
+    min_entropy: float = Field(1.0, ge=0, le=8)
+    """Bits of the grey values: 0 for one colour."""
+    min_sharpness: float = Field(0.0, ge=0)
+    """Standard deviation of the Laplacian in grey values of 0 to 255; below about 3 an image is blurred."""
+
+
 class CellSettings(Config):
     """Which vectors are compared where comparing all would take too long."""
 
@@ -178,7 +200,9 @@ class Restore(Config):
 
 Step = Annotated[
     Exact
+    | Perceptual
     | Filter
+    | LooksFilter
     | Remove
     | NearDuplicates
     | Decontaminate

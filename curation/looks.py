@@ -1,0 +1,160 @@
+"""What a small picture of each image tells: perceptual hashes, and whether there is anything to be seen on it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from curation.similarity.tiles import Workers
+from infra.corpora import Corpus, Unusable
+from infra.files import remove_unused
+from pretrain.data.decode import ImageRejected, decoded, open_image
+
+VERSION = 1
+SIDE = 32  # of the small picture, in pixels
+_FREQUENCIES = 8
+_DECODE_SIDE = 128  # pixels of the shorter side below which no decoder is asked to shrink
+_BLOCK = 1024  # images of a file
+SCHEMA = pa.schema(
+    [
+        ("phash", pa.uint64()),  # null, as all, where the image cannot be decoded
+        ("entropy", pa.float32()),  # of the grey values, in bits: 0 for one colour, 8 at most
+        ("sharpness", pa.float32()),  # standard deviation of the Laplacian, in grey values of 0 to 255
+        ("small", pa.binary(SIDE * SIDE)),  # the small picture, uint8
+    ]
+)
+
+
+class Looks:
+    """The looks of a corpus, each image decoded once, at the smallest scale that will do.
+
+    Finished parts are kept, so that an interrupted pass goes on and a later one finds them.
+
+    Args:
+        directory: where they are kept.
+    """
+
+    def __init__(self, corpus: Corpus, directory: Path) -> None:
+        self.corpus = corpus
+        self._folder = directory / f"{corpus.artifact.id}-{VERSION}"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        os.utime(self._folder)
+        remove_unused(directory)
+
+    def table(self, workers: Workers, reach: Callable[[float], object], columns: list[str]) -> pa.Table:
+        """Some columns, a row an image; what is not there yet is made."""
+        starts = range(0, len(self.corpus), _BLOCK)
+        for number, _ in enumerate(workers.map(self._make, starts)):
+            reach((number + 1) / len(starts))
+        return pa.concat_tables([pq.read_table(self._path(start), columns=columns) for start in starts])
+
+    def _path(self, start: int) -> Path:
+        return self._folder / f"{start:010d}.parquet"
+
+    def _make(self, start: int) -> None:
+        if self._path(start).exists():
+            return
+        rows = range(start, min(start + _BLOCK, len(self.corpus)))
+        table = look(list(self._pictures(rows)))
+        descriptor, partial = tempfile.mkstemp(dir=self._folder, prefix=".")
+        os.close(descriptor)
+        pq.write_table(table, partial)
+        os.replace(partial, self._path(start))
+
+    def _pictures(self, rows: range) -> Iterator[np.ndarray | None]:
+        for image in self.corpus.read_images(rows):
+            yield None if isinstance(image, Unusable) else grey(image)
+
+
+def grey(data: bytes) -> np.ndarray | None:
+    """An encoded image in grey, uint8 `[height, width]`, at a reduced scale where that is cheaper; None if it cannot
+    be decoded."""
+    try:
+        image = open_image(data)
+        shrink = max(min(image.size) // _DECODE_SIDE, 1)
+        return np.asarray(decoded(image, shrink).convert("L"))
+    except ImageRejected:
+        return None
+
+
+def look(pictures: list[np.ndarray | None]) -> pa.Table:
+    """The looks of some pictures in grey, with the columns of `SCHEMA`."""
+    there = np.array([picture is not None for picture in pictures])
+    seen = [picture for picture in pictures if picture is not None]
+    small = np.zeros((len(pictures), SIDE, SIDE), dtype=np.uint8)
+    entropy, sharpness = np.zeros(len(pictures)), np.zeros(len(pictures))
+    if seen:
+        small[there] = [_shrunk(picture) for picture in seen]
+        entropy[there] = [_entropy(picture) for picture in seen]
+        sharpness[there] = [_sharpness(picture) for picture in seen]
+    raw = [each.tobytes() for each in small]
+    columns = (phash(small), entropy.astype(np.float32), sharpness.astype(np.float32), pa.array(raw, SCHEMA.types[3]))
+    return pa.table([_where(pa.array(column), there) for column in columns], schema=SCHEMA)
+
+
+def _where(column: pa.Array, there: np.ndarray) -> pa.Array:
+    import pyarrow.compute as pc
+
+    return pc.if_else(pa.array(there), column, None)
+
+
+def _shrunk(picture: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BOX))
+
+
+def _entropy(picture: np.ndarray) -> float:
+    shares = np.bincount(picture.ravel(), minlength=256) / picture.size
+    return float(-(shares[shares > 0] * np.log2(shares[shares > 0])).sum())
+
+
+def _sharpness(picture: np.ndarray) -> float:
+    if min(picture.shape) < 3:
+        return 0.0
+    wide = picture.astype(np.float32)
+    inner = wide[:-2, 1:-1] + wide[2:, 1:-1] + wide[1:-1, :-2] + wide[1:-1, 2:] - 4 * wide[1:-1, 1:-1]
+    return float(inner.std())
+
+
+def phash(small: np.ndarray) -> np.ndarray:
+    """64-bit perceptual hashes of small pictures, uint8 `[n, 32, 32]`; uint64 `[n]`.
+
+    Which of the 8 by 8 lowest frequencies of the discrete cosine transform are above their median, the mean apart
+    (Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions, 2010).
+    """
+    transform = _cosines()
+    low = (transform @ small.astype(np.float64) @ transform.T).reshape(len(small), -1)
+    median = np.median(low[:, 1:], axis=1, keepdims=True)
+    return np.packbits(low > median, axis=1).view(">u8").astype(np.uint64).ravel()
+
+
+@cache
+def _cosines() -> np.ndarray:
+    from scipy.fft import dct
+
+    return dct(np.eye(SIDE), axis=0, norm="ortho")[:_FREQUENCIES]
+
+
+def pca_hash(small: np.ndarray, sample: np.ndarray) -> np.ndarray:
+    """64-bit hashes of small pictures, uint8 `[n, 1024]`: on which side of the mean they lie along each of the 64
+    principal components of a sample; uint64 `[n]`.
+
+    DINOv2 names a "PCA hash" without saying what it is; this is one reading of it.
+    """
+    wide = sample.astype(np.float64)
+    wide -= wide.mean(axis=1, keepdims=True)  # brightness is no property of the picture
+    mean = wide.mean(axis=0)
+    _, components = np.linalg.eigh((wide - mean).T @ (wide - mean))
+    bits = []
+    for start in range(0, len(small), _BLOCK):
+        block = small[start : start + _BLOCK].astype(np.float64)
+        block -= block.mean(axis=1, keepdims=True)
+        bits.append((block - mean) @ components[:, -64:] > 0)
+    return np.packbits(np.concatenate(bits), axis=1).view(">u8").astype(np.uint64).ravel()

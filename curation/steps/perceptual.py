@@ -1,0 +1,78 @@
+"""Copies by perceptual hash: what looks the same at a glance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from curation.context import Context
+from curation.looks import SIDE, Looks, pca_hash
+from curation.similarity.forest import Forest
+from curation.similarity.hamming import pairs_within
+from curation.steps.config import LooksFilter, Perceptual
+from infra.artifacts import cache_directory
+
+_SAMPLE = 20_000  # pictures that principal components are learned from
+_BITS = 64
+
+
+def perceptual(context: Context, step: Perceptual) -> Mapping[str, Any]:
+    """Of images that hang together by hashes with few different bits, keep the largest."""
+    verdicts = context.verdicts
+    looks = _looks(context, ["phash", "entropy", "small"])
+    entropy = looks["entropy"].to_numpy(zero_copy_only=False)
+    rows = np.flatnonzero(verdicts.keep & (entropy >= step.min_entropy))  # NaN, where there is no picture, is not
+    hashes = _hashes(context, looks, rows, step)
+    different, place = np.unique(hashes, return_inverse=True)
+    forest = Forest(len(different))
+    for a, b, bits in pairs_within(different, step.radius):
+        forest.add(a, b, 1 - bits.astype(np.float32) / _BITS)
+    component = forest.components()[place]
+    table = context.corpus.table
+    pixels = table["width"].to_numpy().astype(np.int64) * table["height"].to_numpy()
+    order = np.lexsort((verdicts.ranks[rows], -pixels[rows], component))
+    rows, component, hashes = rows[order], component[order], hashes[order]
+    begins = np.diff(component, prepend=-1) != 0
+    winner = np.flatnonzero(begins)[np.cumsum(begins) - 1]
+    losers = np.flatnonzero(~begins)
+    likeness = 1 - np.bitwise_count(hashes[losers] ^ hashes[winner[losers]]) / _BITS
+    verdicts.merge(rows[losers], rows[winner[losers]], step.kind, "perceptual_duplicate", likeness)
+    return {
+        "dropped": len(losers),
+        "different_hashes": len(different),
+        "not_hashed": int(verdicts.keep.sum()) - int(begins.sum()),
+    }
+
+
+def _hashes(context: Context, looks: pa.Table, rows: np.ndarray, step: Perceptual) -> np.ndarray:
+    if step.hash == "dct":
+        return looks["phash"].take(pa.array(rows)).to_numpy()
+    sample = _pictures(looks, context.shuffled(rows, _SAMPLE))
+    return pca_hash(_pictures(looks, rows), sample)
+
+
+def _pictures(looks: pa.Table, rows: np.ndarray) -> np.ndarray:
+    raw = b"".join(looks["small"].take(pa.array(rows)).to_pylist())
+    return np.frombuffer(raw, dtype=np.uint8).reshape(len(rows), SIDE * SIDE)
+
+
+def filter_looks(context: Context, step: LooksFilter) -> Mapping[str, Any]:
+    """Drop images on which there is next to nothing to be seen; of several reasons the first."""
+    looks = _looks(context, ["entropy", "sharpness"])
+    told = {}
+    for reason, name, least in (("blank", "entropy", step.min_entropy), ("blurred", "sharpness", step.min_sharpness)):
+        value = looks[name].to_numpy(zero_copy_only=False)
+        rows = np.flatnonzero(context.verdicts.keep & (value < least))
+        context.verdicts.drop(rows, step.kind, reason, -1, value[rows])
+        told[reason] = len(rows)
+    broken = np.flatnonzero(context.verdicts.keep & np.isnan(looks["entropy"].to_numpy(zero_copy_only=False)))
+    context.verdicts.drop(broken, step.kind, "undecodable", -1, np.nan)
+    told["undecodable"] = len(broken)
+    return {"dropped": sum(told.values()), **told}
+
+
+def _looks(context: Context, columns: list[str]) -> pa.Table:
+    return Looks(context.corpus, cache_directory() / "looks").table(context.workers, context.reach, columns)
