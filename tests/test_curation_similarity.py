@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from curation.similarity.tiles import CpuTiles, TorchTiles, Workers
 from infra.vectors import Vectors
 from tests.pools import halved, planted, unit
 
+ROOT = Path(__file__).parents[1]
 ONE = Workers(CpuTiles(), 1)
 WAYS = [ONE, Workers(CpuTiles(), 3), Workers(TorchTiles("cpu"), 1)]
 
@@ -270,3 +274,24 @@ def test_the_interval_is_wilsons(trials: int, data: st.DataObject) -> None:
     hits = data.draw(st.integers(0, trials))
     expected = binomtest(hits, trials).proportion_ci(0.95, method="wilson")
     np.testing.assert_allclose(wilson(hits, trials), (expected.low, expected.high), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_join_keeps_to_its_memory(tmp_path: Path) -> None:
+    """Vectors of 205 MB, under a limit of 128 MB beyond what the libraries take; without care they do not fit in."""
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((400_000, 256), dtype=np.float32)
+    vectors[1::50] = vectors[::50] + 0.2 * rng.standard_normal((8000, 256), dtype=np.float32)
+    np.save(tmp_path / "vectors.npy", (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16))
+
+    def joined(memory: int, limit: int) -> subprocess.CompletedProcess[str]:
+        script = [sys.executable, "-m", "tests.memory_program", str(tmp_path / "vectors.npy"), str(memory), str(limit)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            script, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    within = joined(128 << 20, 128 << 20)
+    assert within.returncode == 0, within.stderr
+    assert int(within.stdout.split()[0]) > 7900
+    assert "MemoryError" in joined(4 << 30, 128 << 20).stderr

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
-_LEAST = 1 << 22  # pairs that wait at least before the forest is made anew
+PAIR_BYTES = 120  # of memory, while the forest is made
 _FEW = 1 << 17  # pairs that are not worth halving
 
 
@@ -20,10 +20,11 @@ class Forest:
 
     Args:
         rows: how many there are.
+        waiting: how many pairs may wait before the forest is made anew; a pair takes about `PAIR_BYTES` then.
     """
 
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
+    def __init__(self, rows: int, waiting: int = 1 << 22) -> None:
+        self.rows, self._most = rows, waiting
         self._a, self._b = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         self._scores = np.empty(0, dtype=np.float32)
         self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -36,7 +37,7 @@ class Forest:
         self._waiting.append((a, b, scores))
         self._count += len(a)
         self.pairs += len(a)
-        if self._count > max(_LEAST, len(self._a) // 2):
+        if self._count > max(self._most, len(self._a) // 2):
             self.settle()
 
     def settle(self) -> None:
@@ -65,11 +66,11 @@ class Forest:
             np.savez(file, a=a, b=b, scores=scores, rows=self.rows, pairs=self.pairs, **facts)  # type: ignore[arg-type]
 
     @classmethod
-    def load(cls, path: Path) -> tuple[Forest, dict[str, int]]:
+    def load(cls, path: Path, waiting: int = 1 << 22) -> tuple[Forest, dict[str, int]]:
         """A saved forest, and the numbers beside it."""
         with np.load(path, allow_pickle=False) as file:
             content = dict(file)
-        forest = cls(int(content.pop("rows")))
+        forest = cls(int(content.pop("rows")), waiting)
         forest.pairs = int(content.pop("pairs"))
         forest._a, forest._b, forest._scores = (content.pop(name) for name in ("a", "b", "scores"))
         return forest, {name: int(value) for name, value in content.items()}

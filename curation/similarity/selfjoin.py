@@ -15,7 +15,7 @@ import numpy as np
 
 from curation.similarity.cells import Cells
 from curation.similarity.exact import dots, slack
-from curation.similarity.forest import Forest
+from curation.similarity.forest import PAIR_BYTES, Forest
 from curation.similarity.partition import Members, Partition
 from curation.similarity.tiles import Found, Tiles, Workers
 from infra.vectors import Vectors
@@ -23,7 +23,7 @@ from infra.vectors import Vectors
 _SIDE, _WIDTH = 192, 1 << 14  # rows of a tile on its two sides
 _SAVE_SECONDS = 60.0
 _TOGETHER = 64  # cells between looks at the clock
-_VECTORS_SHARE = 0.5  # of the memory; the rest is for pairs, tiles and what is known of each row
+_VECTORS_SHARE, _PAIRS_SHARE = 0.4, 0.2  # of the memory; the rest is for tiles and what is known of each row
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,10 @@ class Join:
         return self.directory / "forest.npz"
 
     def _begun(self, rows: int) -> tuple[Forest, int]:
+        waiting = int(self.memory * _PAIRS_SHARE / PAIR_BYTES)
         if not self._path.exists():
-            return Forest(rows), 0
-        forest, facts = Forest.load(self._path)
+            return Forest(rows, waiting), 0
+        forest, facts = Forest.load(self._path, waiting)
         return forest, facts["done"]
 
     def _save(self, forest: Forest, done: int) -> None:
