@@ -269,6 +269,21 @@ def test_the_compressed_index_finds_most_neighbours() -> None:
     assert hits > 0.9
 
 
+def test_zero_vectors_are_like_nothing_and_cost_nothing(tmp_path: Path) -> None:
+    """All cells and all other vectors would be as near to them as any."""
+    vectors = planted(6, 3000, 32)
+    vectors[::2] = 0
+    vectors[4] = -0.0
+    source, there = Vectors([vectors]), np.arange(1, 3000, 2)
+    cells = Cells.learn(vectors[there][:400], 40, 8, 0.1, ONE)
+    visits = cells.visits(vectors, ONE)
+    assert (visits.rows % 2 == 1).all()
+    labels = Join(cells, 0.6, ONE, tmp_path, 1 << 30).run(source, np.arange(3000)).components()
+    assert np.bincount(labels)[labels[::2]].max() == 1
+    assert len(best_above(source, np.arange(3000), source, -1.0, ONE).rows) == 1500
+    np.testing.assert_array_equal(nearest(vectors, cells.centroids, ONE)[::2], 0)
+
+
 @given(st.integers(1, 500), st.data())
 def test_the_interval_is_wilsons(trials: int, data: st.DataObject) -> None:
     hits = data.draw(st.integers(0, trials))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from curation.similarity.exact import dots, slack
+from curation.similarity.exact import of_pairs, slack
 from curation.similarity.tiles import Workers
 from infra.vectors import Vectors
 
@@ -72,7 +72,7 @@ def audit(
     def block(start: int) -> tuple[np.ndarray, np.ndarray]:
         others = vectors.take(rows[start : start + _BLOCK])
         a, b, scores = tiles.above(held, tiles.hold(others), threshold - doubt)
-        sure = (scores >= threshold + doubt) | (dots(wanted[a], others[b]) >= threshold)
+        sure = (scores >= threshold + doubt) | (of_pairs(wanted, others, a, b) >= threshold)
         sure &= sample[a] != b + start
         return a[sure], b[sure] + start
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from curation.similarity.exact import blank
 from curation.similarity.kmeans import Centroids, train
 from curation.similarity.tiles import Workers
 
@@ -61,10 +62,16 @@ class Cells:
             return Visits(everyone, np.zeros(len(rows), dtype=np.int64), np.ones(len(rows), dtype=bool))
         held, step = self.centroids.held(workers), self.centroids.block
         starts = range(0, len(rows), step)
-        parts = list(workers.map(lambda start: self._visits(rows[start : start + step], held, workers), starts))
+        parts = list(workers.map(lambda start: self._of_block(rows[start : start + step], held, workers), starts))
         joined = [np.concatenate([getattr(part, name) for part in parts]) for name in ("cells", "owners")]
         places = np.concatenate([part.rows + start for part, start in zip(parts, starts, strict=True)])
         return Visits(places, *joined)
+
+    def _of_block(self, block: np.ndarray, held: Any, workers: Workers) -> Visits:
+        """Zero vectors, which are like nothing, visit nothing: every cell would be as near."""
+        there = np.flatnonzero(~blank(block))
+        found = self._visits(block[there], held, workers)
+        return Visits(there[found.rows], found.cells, found.owners)
 
     def _visits(self, block: np.ndarray, held: Any, workers: Workers) -> Visits:
         doubt = 2 * self.centroids.slack
@@ -76,7 +83,7 @@ class Cells:
         rank = np.arange(len(rows)) - begin[rows]
         unsure = self._unsure(rows, similar, rank, begin, doubt)[rows]
         if unsure.any():
-            similar[unsure] = self.centroids.similarity(block[rows[unsure]], cells[unsure])
+            similar[unsure] = self.centroids.similarities(block, rows[unsure], cells[unsure])
             order = np.lexsort((cells, -similar, rows))
             cells, similar = cells[order], similar[order]
         chosen = (similar[begin[rows]] - similar <= self.margin) & (rank < self.probes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 _UNIT = 2.0**-24  # of float32: half the distance from 1 to the next number
+_BLOCK = 1 << 13  # rows at a time
 _LONGEST = 1.1  # the length that rounding to float16 may give a unit vector, squared and then some
 
 
@@ -14,7 +15,26 @@ def dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     They are exact: entries are multiples of 2^-24, so products are of 2^-48, and every partial sum of vectors of about
     unit length has less than 53 bits.
     """
-    return np.einsum("ij,ij->i", widened(a).astype(np.float64), widened(b).astype(np.float64))
+    found = np.empty(len(a))
+    for start in range(0, len(a), _BLOCK):
+        some = slice(start, start + _BLOCK)
+        found[some] = np.einsum("ij,ij->i", widened(a[some]).astype(np.float64), widened(b[some]).astype(np.float64))
+    return found
+
+
+def of_pairs(a: np.ndarray, b: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Inner products of rows of `a` and rows of `b`, without gathering all of them at once; float64 `[pairs]`."""
+    found = np.empty(len(first))
+    for start in range(0, len(first), _BLOCK):
+        some = slice(start, start + _BLOCK)
+        found[some] = dots(a[first[some]], b[second[some]])
+    return found
+
+
+def blank(vectors: np.ndarray) -> np.ndarray:
+    """Which rows of a float16 array are zero, as those of images with nothing on them may be: they are like nothing."""
+    there: np.ndarray = np.ascontiguousarray(vectors).view(np.uint16) & 0x7FFF  # without the sign of zero
+    return np.logical_not(there.any(axis=1))
 
 
 def slack(dim: int) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from curation.similarity.exact import dots, slack, widened
+from curation.similarity.exact import blank, dots, of_pairs, slack, widened
 from curation.similarity.tiles import Workers
 
 _BLOCK = 1024  # rows of a tile
@@ -55,7 +55,11 @@ class Centroids:
 
     def similarity(self, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Of each row to the centroid of its label, exactly, with the bias if there are any; float64 `[m]`."""
-        found = dots(rows, self.vectors[labels])
+        return self.similarities(rows, np.arange(len(rows)), labels)
+
+    def similarities(self, rows: np.ndarray, places: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """The same of pairs of a row and a label; float64 `[pairs]`."""
+        found = of_pairs(rows, self.vectors, places, labels)
         return found if self.biases is None else found + self.biases[labels]
 
     @property
@@ -76,10 +80,17 @@ def nearest(rows: np.ndarray, centroids: Centroids, workers: Workers) -> np.ndar
 
 
 def _nearest(block: np.ndarray, centroids: Centroids, held: Any, workers: Workers) -> np.ndarray:
+    nothing = blank(block)
+    found = np.full(len(block), 0 if centroids.biases is None else int(np.argmax(centroids.biases)))
+    found[~nothing] = _most_similar(block[~nothing], centroids, held, workers)
+    return found
+
+
+def _most_similar(block: np.ndarray, centroids: Centroids, held: Any, workers: Workers) -> np.ndarray:
     rows, labels, _ = workers.tiles.near_best(centroids.hold(block, workers), held, 2 * centroids.slack)
     if len(rows) == len(block):
         return labels
-    similar = centroids.similarity(block[rows], labels)  # some rows have several candidates
+    similar = centroids.similarities(block, rows, labels)  # some rows have several candidates
     order = np.lexsort((labels, -similar, rows))
     first = np.searchsorted(rows[order], np.arange(len(block)))
     return labels[order][first]

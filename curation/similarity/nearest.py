@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from curation.similarity.exact import dots, slack
+from curation.similarity.exact import blank, dots, of_pairs, slack
 from curation.similarity.tiles import Workers
 from infra.vectors import Vectors
 
@@ -27,7 +27,7 @@ class Best:
 def best_above(vectors: Vectors, rows: np.ndarray, others: Vectors, least: float, workers: Workers) -> Best:
     """For each of `rows` the most similar of `others`, where there is one of at least that similarity.
 
-    All are compared. Of equally similar ones the first counts.
+    All are compared. Of equally similar ones the first counts. A zero vector is like nothing.
     """
     if not len(rows) or not len(others):
         return Best(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0))
@@ -48,10 +48,11 @@ def _best_of_part(
     def block(start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         mine = rows[start : start + _BLOCK]
         taken = vectors.take(mine)
+        mine, taken = mine[~blank(taken)], taken[~blank(taken)]
         a, b, scores = workers.tiles.near_best(workers.tiles.hold(taken), held, 2 * doubt)
         likely = scores >= least - doubt
         a, b = a[likely], b[likely]
-        exact = dots(taken[a], wanted[b])
+        exact = of_pairs(taken, wanted, a, b)
         sure = exact >= least
         return mine[a[sure]], b[sure] + begin, exact[sure]
 

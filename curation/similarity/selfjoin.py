@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from curation.similarity.cells import Cells
-from curation.similarity.exact import dots, slack
+from curation.similarity.exact import of_pairs, slack
 from curation.similarity.forest import PAIR_BYTES, Forest
 from curation.similarity.partition import Members, Partition
 from curation.similarity.tiles import Found, Tiles, Workers
@@ -104,5 +104,5 @@ def _sure(vectors: np.ndarray, found: Found, threshold: float, doubt: float) -> 
     a, b, scores = found
     wanted = a < b
     close = np.flatnonzero(wanted & (scores < threshold + doubt))
-    wanted[close] = dots(vectors[a[close]], vectors[b[close]]) >= threshold
+    wanted[close] = of_pairs(vectors, vectors, a[close], b[close]) >= threshold
     return a[wanted], b[wanted], scores[wanted]
