@@ -41,9 +41,25 @@ class Exhibits:
             found += _OF[step["step"]](self, number, step) if step["step"] in _OF else []
         return [gallery for gallery in found if gallery.groups]
 
-    def duplicates(self, number: int, step: dict[str, Any]) -> list[Gallery]:
-        """Groups from the most to the least certain, each with the image that stays in front."""
-        rows = self._because("near_duplicate")
+    def near_duplicates(self, number: int, step: dict[str, Any]) -> list[Gallery]:
+        """What was joined, and where the join was least sure."""
+        return [
+            self._duplicates("Near-duplicates", "near_duplicate"),
+            self._worst(step),
+            self._borderline_pairs(number),
+        ]
+
+    def perceptual(self, number: int, step: dict[str, Any]) -> list[Gallery]:
+        """What looked the same."""
+        return [self._duplicates("Perceptual duplicates", "perceptual_duplicate")]
+
+    def semdedup(self, number: int, step: dict[str, Any]) -> list[Gallery]:
+        """What meant the same."""
+        return [self._duplicates("Same meaning", "same_meaning")]
+
+    def _duplicates(self, title: str, reason: str) -> Gallery:
+        """Groups from the most to the least certain, each with the image that they lost to in front."""
+        rows = self._because(reason)
         winners = rows["winner"].combine_chunks().dictionary_encode()
         codes, scores = winners.indices.to_numpy(), rows["score"].to_numpy()
         least = np.full(len(winners.dictionary), np.inf)
@@ -52,12 +68,14 @@ class Exhibits:
             self._group(winners.dictionary[int(code)].as_py(), rows.take(np.flatnonzero(codes == code)))
             for code in _spread(np.argsort(-least, kind="stable"), self.count)
         ]
-        note = f"{len(least)} groups, from the most to the least alike. The first stays; numbers are cosines to it."
-        return [Gallery("Near-duplicates", note, groups), self._worst(step), self._borderline_pairs(number)]
+        note = f"{len(least)} groups, from the most to the least alike; numbers are similarities to the first of each."
+        return Gallery(title, note, groups)
 
     def _group(self, winner: str, losers: pa.Table) -> list[Picture]:
         rows = losers.sort_by([("score", "descending")]).slice(0, _GROUP - 1).to_pylist()
-        return [self._mine(winner, "stays", "kept"), *(self._dropped(row) for row in rows)]
+        (first,) = self.ledger.filter(pc.equal(self.ledger["key"], winner)).to_pylist()
+        shown = self._mine(winner, "stays", "kept") if first["keep"] else self._mine(winner, "", "dropped")
+        return [shown, *(self._dropped(row) for row in rows)]
 
     def _worst(self, step: dict[str, Any]) -> Gallery:
         """The components whose members are least like what stands for them."""
@@ -149,7 +167,9 @@ class Exhibits:
 
 
 _OF = {
-    "near_duplicates": Exhibits.duplicates,
+    "perceptual": Exhibits.perceptual,
+    "near_duplicates": Exhibits.near_duplicates,
+    "semdedup": Exhibits.semdedup,
     "decontaminate": Exhibits.leaks,
     "retrieve": Exhibits.retrieved,
 }

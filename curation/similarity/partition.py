@@ -88,10 +88,11 @@ class Partition:
 
     def _spilled(self, held: np.ndarray, order: np.ndarray) -> Path:
         path = self.directory / f"run-{len(self._runs):05d}.npy"
-        file = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(len(order), held.shape[1]))
-        for start in range(0, len(order), _BLOCK):
-            file[start : start + _BLOCK] = held[order[start : start + _BLOCK]]
-        file.flush()
+        header = {"descr": "<f2", "fortran_order": False, "shape": (len(order), held.shape[1])}
+        with path.open("wb") as file:  # written, not mapped: mapped pages would count as memory until they are on disk
+            np.lib.format.write_array_header_1_0(file, header)
+            for start in range(0, len(order), _BLOCK):
+                file.write(held[order[start : start + _BLOCK]].tobytes())
         return path
 
     def sizes(self) -> np.ndarray:
