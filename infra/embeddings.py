@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,24 +52,19 @@ class Embeddings:
             raise UserError(f"{self.artifact.url}: embeds other images than {owner}; embed that corpus again")
 
 
-def write(directory: Path, keys: pa.ChunkedArray, parts: Iterable[np.ndarray]) -> int:
-    """Write unit vectors part by part; return their dimension."""
-    dim = 0
-    for number, part in enumerate(parts):
-        norms = np.linalg.norm(part, axis=1, keepdims=True)
-        np.save(directory / f"part-{number:05d}.npy", (part / np.maximum(norms, 1e-12)).astype(np.float16))
-        dim = part.shape[1]
+def write_keys(directory: Path, keys: pa.ChunkedArray) -> None:
+    """Say whose vectors the parts hold, in their order."""
     pq.write_table(pa.table({"key": keys}), directory / KEYS)
-    return dim
 
 
-def regroup(batches: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
-    """Join small pieces into parts of at least `rows` rows; the last may be shorter."""
-    waiting: list[np.ndarray] = []
-    for batch in batches:
-        waiting.append(batch)
-        if sum(map(len, waiting)) >= rows:
-            yield np.concatenate(waiting)
-            waiting = []
-    if waiting:
-        yield np.concatenate(waiting)
+def part_path(directory: Path, number: int) -> Path:
+    return directory / f"part-{number:05d}.npy"
+
+
+def write_part(directory: Path, number: int, vectors: np.ndarray) -> None:
+    """Write vectors `[n, dim]`, set to unit length, as one part; it is there when it is whole."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    partial = directory / f".part-{number:05d}"
+    with partial.open("wb") as file:
+        np.save(file, (vectors / np.maximum(norms, 1e-12)).astype(np.float16))
+    partial.replace(part_path(directory, number))

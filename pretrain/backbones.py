@@ -15,7 +15,7 @@ from torch import Tensor
 
 from infra.artifacts import Input
 from infra.errors import UserError
-from infra.hashing import hash_file
+from infra.hashing import hash_file, hash_json
 from pretrain.checkpoints import Checkpoint
 from pretrain.config import BackboneConfig, CheckpointBackbone, OfficialBackbone, OpenClipBackbone, PixelDescriptor
 from pretrain.models.official import from_official
@@ -44,7 +44,11 @@ def load(config: BackboneConfig) -> Backbone:
         return CheckpointedViT.open(config)
     if isinstance(config, OfficialBackbone):
         return CheckpointedViT.from_official(config)
-    return OpenClip(config)
+    if isinstance(config, OpenClipBackbone):
+        return OpenClip(config)
+    from pretrain import foreign
+
+    return foreign.load(config)
 
 
 def identity(config: BackboneConfig) -> tuple[dict[str, Any], dict[str, Input]]:
@@ -52,11 +56,19 @@ def identity(config: BackboneConfig) -> tuple[dict[str, Any], dict[str, Input]]:
     settings = config.model_dump(mode="json", exclude={"url", "checkpoint"})
     if isinstance(config, CheckpointBackbone):
         return settings, {"backbone": Checkpoint.open(config.url).artifact.as_input()}
-    if isinstance(config, OpenClipBackbone | OfficialBackbone):
-        if not Path(config.checkpoint).is_file():
-            raise UserError(f"{config.checkpoint}: no such file; give the path of a checkpoint")
-        return settings, {"backbone": Input(id=hash_file(Path(config.checkpoint)), url=config.checkpoint)}
-    return settings, {}
+    if isinstance(config, PixelDescriptor):
+        return settings, {}
+    return settings, {"backbone": Input(id=_identity(Path(config.checkpoint)), url=config.checkpoint)}
+
+
+def _identity(path: Path) -> str:
+    """A hash of a checkpoint's bytes: of a file, or of all files of a folder."""
+    if path.is_dir():
+        files = sorted(each for each in path.rglob("*") if each.is_file())
+        return hash_json([[each.relative_to(path).as_posix(), hash_file(each)] for each in files])
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the path of a checkpoint")
+    return hash_file(path)
 
 
 def default_device() -> torch.device:

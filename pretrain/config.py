@@ -347,13 +347,52 @@ class OpenClipBackbone(Config):
 
     kind: Literal["open_clip"] = "open_clip"
     model: str
-    """open_clip's model name."""
+    """The model's name in its library."""
     checkpoint: str
     """Path of its weights on this machine."""
 
 
+class TimmBackbone(Config):
+    """A model of timm, without its classifier; its preprocessing is timm's."""
+
+    kind: Literal["timm"] = "timm"
+    model: str
+    """The model's name in its library."""
+    checkpoint: str
+    """Path of its weights on this machine."""
+
+
+class TransformersBackbone(Config):
+    """A vision model of transformers, as `save_pretrained` left it with its image processor."""
+
+    kind: Literal["transformers"] = "transformers"
+    checkpoint: str
+    """Path of its weights on this machine."""
+
+
+class TorchScriptBackbone(Config):
+    """A TorchScript module from images to vectors, as copy-detection networks like SSCD (288 pixels) are given out."""
+
+    kind: Literal["torchscript"] = "torchscript"
+    checkpoint: str
+    """Path of its weights on this machine."""
+    input_size: int = Field(224, ge=8)
+    """Side in pixels that images are brought to; a multiple of the patch size."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Mean of each channel that is subtracted, values 0 to 1."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Standard deviation of each channel that is divided by."""
+
+
 BackboneConfig = Annotated[
-    PixelDescriptor | CheckpointBackbone | OfficialBackbone | OpenClipBackbone, Field(discriminator="kind")
+    PixelDescriptor
+    | CheckpointBackbone
+    | OfficialBackbone
+    | OpenClipBackbone
+    | TimmBackbone
+    | TransformersBackbone
+    | TorchScriptBackbone,
+    Field(discriminator="kind"),
 ]
 
 

@@ -15,26 +15,29 @@ from pretrain.data.decode import decode_rgb
 
 
 class _Images(Dataset[torch.Tensor]):
-    def __init__(self, corpus: Corpus, backbone: Backbone) -> None:
-        self.corpus, self.backbone = corpus, backbone
+    def __init__(self, corpus: Corpus, backbone: Backbone, rows: range) -> None:
+        self.corpus, self.backbone, self.rows = corpus, backbone, rows
 
     def __len__(self) -> int:
-        return len(self.corpus)
+        return len(self.rows)
 
-    def __getitem__(self, row: int) -> torch.Tensor:
-        return torch.as_tensor(np.array(self.backbone.preprocess(decode_rgb(self.corpus.read_image(row)))))
+    def __getitem__(self, place: int) -> torch.Tensor:
+        image = decode_rgb(self.corpus.read_image(self.rows[place]))
+        return torch.as_tensor(np.array(self.backbone.preprocess(image)))
 
 
-def stream(backbone: Backbone, corpus: Corpus, batch: int, title: str, shown: bool = True) -> Iterator[np.ndarray]:
-    """Features of consecutive rows, float32 `[<= batch, dim]` at a time; memory does not grow with the corpus."""
-    loader = DataLoader(_Images(corpus, backbone), batch_size=batch)
-    with progress(title, len(corpus), shown=shown) as advance:
-        for images in loader:
-            yield backbone.features(images).numpy()
-            advance(len(images))
+def of_rows(backbone: Backbone, corpus: Corpus, rows: range, batch: int) -> Iterator[np.ndarray]:
+    """Features of some rows, float32 `[<= batch, dim]` at a time."""
+    for images in DataLoader(_Images(corpus, backbone, rows), batch_size=batch):
+        yield backbone.features(images).numpy()
 
 
 def extract(backbone: Backbone, corpus: Corpus, batch: int, title: str, shown: bool = True) -> np.ndarray:
     """Features of a whole corpus, float32 `[n, dim]`, each vector set to unit length."""
-    features = np.concatenate(list(stream(backbone, corpus, batch, title, shown)))
+    found = []
+    with progress(title, len(corpus), shown=shown) as advance:
+        for features in of_rows(backbone, corpus, range(len(corpus)), batch):
+            found.append(features)
+            advance(len(features))
+    features = np.concatenate(found)
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)

@@ -119,7 +119,7 @@ def written(folder: Path, images: Sequence[bytes]) -> Pool:
 def _write_embeddings(directory: Path, keys: Sequence[str], vectors: np.ndarray) -> Mapping[str, Any]:
     import pyarrow as pa
 
-    embeddings.write(directory, pa.chunked_array([pa.array(keys)]), [])
+    embeddings.write_keys(directory, pa.chunked_array([pa.array(keys)]))
     middle = len(vectors) // 2
     for number, part in enumerate((vectors[:middle], vectors[middle:])):  # as they are: written anew they would round
         np.save(directory / f"part-{number:05d}.npy", part)

@@ -10,10 +10,18 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from infra.errors import UserError
 from pretrain.backbones import center_crop, identity, load
-from pretrain.config import OfficialBackbone, OpenClipBackbone, PixelDescriptor
+from pretrain.config import (
+    OfficialBackbone,
+    OpenClipBackbone,
+    PixelDescriptor,
+    TimmBackbone,
+    TorchScriptBackbone,
+    TransformersBackbone,
+)
 from pretrain.features import extract
 from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.official import to_official
@@ -106,3 +114,64 @@ def test_a_checkpoint_that_is_none_is_one_line(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "y.pth")
     with pytest.raises(UserError, match=r"y\.pth: has no cls_token"):
         load(OfficialBackbone(checkpoint=str(tmp_path / "y.pth")))
+
+
+def test_a_timm_model_embeds_as_timm_does(tmp_path: Path) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=7).eval()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "model.pt")
+    corpus = ingested(image_folder(tmp_path / "images", 3), tmp_path / "corpus")
+    model.reset_classifier(0)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    with torch.inference_mode():
+        expected = F.normalize(model(torch.stack([transform(picture(i)) for i in range(3)])))
+    for file in ("model.safetensors", "model.pt"):
+        config = TimmBackbone(model="test_vit", checkpoint=str(tmp_path / file))
+        np.testing.assert_allclose(extract(load(config), corpus, 2, "embed"), expected, atol=1e-5)
+    with pytest.raises(UserError, match="no_such_model"):
+        load(TimmBackbone(model="no_such_model", checkpoint=str(tmp_path / "model.pt")))
+    with pytest.raises(UserError, match="is it of another model"):
+        load(TimmBackbone(model="test_resnet", checkpoint=str(tmp_path / "model.pt")))
+
+
+def test_a_transformers_folder_embeds_as_transformers_does(tmp_path: Path) -> None:
+    from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
+
+    torch.manual_seed(0)
+    settings = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    model = Dinov2Model(settings).eval()
+    processor = ViTImageProcessor(size={"height": 28, "width": 28})
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    corpus = ingested(image_folder(tmp_path / "images", 3), tmp_path / "corpus")
+    config = TransformersBackbone(checkpoint=str(tmp_path / "model"))
+    pixels = processor([picture(i) for i in range(3)], return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        expected = F.normalize(model(pixels).pooler_output)
+    np.testing.assert_allclose(extract(load(config), corpus, 2, "embed"), expected, atol=1e-5)
+    before = identity(config)[1]["backbone"].id
+    (tmp_path / "model" / "note.txt").write_text("changed")
+    assert identity(config)[1]["backbone"].id != before
+    with pytest.raises(UserError, match="no such folder"):
+        load(TransformersBackbone(checkpoint=str(tmp_path / "nowhere")))
+
+
+def test_a_torchscript_module_embeds_normalised_images(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 8, stride=8), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    torch.jit.script(module).save(str(tmp_path / "module.pt"))
+    corpus = ingested(image_folder(tmp_path / "images", 3), tmp_path / "corpus")
+    config = TorchScriptBackbone(checkpoint=str(tmp_path / "module.pt"), input_size=32)
+    pixels = torch.stack([torch.from_numpy(np.array(center_crop(picture(i), 32))) for i in range(3)])
+    normal = (pixels.permute(0, 3, 1, 2) / 255 - torch.tensor(config.mean).view(3, 1, 1)) / torch.tensor(
+        config.std
+    ).view(3, 1, 1)
+    with torch.inference_mode():
+        expected = F.normalize(module(normal))
+    np.testing.assert_allclose(extract(load(config), corpus, 2, "embed"), expected, atol=1e-5)
+    (tmp_path / "module.pt").write_bytes(b"not a module")
+    with pytest.raises(UserError, match="not a TorchScript module"):
+        load(config)

@@ -1,0 +1,121 @@
+"""Backbones of other libraries: timm, transformers, TorchScript."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from infra.errors import UserError
+from pretrain.backbones import Backbone, center_crop, default_device
+from pretrain.config import TimmBackbone, TorchScriptBackbone, TransformersBackbone
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def load(config: TimmBackbone | TransformersBackbone | TorchScriptBackbone) -> Backbone:
+    """Load a backbone onto the GPU, if there is one.
+
+    Raises:
+        UserError: the weights are missing or do not fit, or the library is not installed.
+    """
+    if isinstance(config, TimmBackbone):
+        return Timm(config)
+    if isinstance(config, TransformersBackbone):
+        return Transformers(config)
+    return TorchScript(config)
+
+
+class Timm:
+    """The pooled features of a timm model."""
+
+    def __init__(self, config: TimmBackbone) -> None:
+        import timm
+
+        try:
+            model = timm.create_model(config.model, pretrained=False, num_classes=0)
+        except RuntimeError as error:
+            raise UserError(f"model: {config.model}: {error}; timm.list_models() has the names") from None
+        _fill(model, config.checkpoint)
+        self.model = model.requires_grad_(False).eval().to(default_device())
+        self._preprocess: Any = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        return self._preprocess(image)
+
+    @torch.inference_mode()
+    def features(self, batch: Tensor) -> Tensor:
+        return self.model(batch.to(default_device())).float().cpu()
+
+
+def _fill(model: nn.Module, path: str) -> None:
+    """Load weights; a classifier among them is left out."""
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.endswith(".safetensors"):
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state.get("model", state))
+        missing = model.load_state_dict(state, strict=False).missing_keys
+    except (OSError, RuntimeError, UnpicklingError, EOFError, SafetensorError, AttributeError) as error:
+        raise UserError(f"{path}: not weights of this model: {error}".splitlines()[0]) from None
+    if missing:
+        raise UserError(f"{path}: has no weights {', '.join(missing[:3])}; is it of another model?")
+
+
+class Transformers:
+    """The pooled output of a transformers vision model; of one that does not pool, its first token."""
+
+    def __init__(self, config: TransformersBackbone) -> None:
+        try:
+            from transformers import AutoImageProcessor, AutoModel
+        except ImportError:
+            raise UserError("backbone: kind transformers needs its package; pip install transformers") from None
+        if not Path(config.checkpoint).is_dir():
+            raise UserError(f"{config.checkpoint}: no such folder; give what save_pretrained wrote")
+        try:
+            model = AutoModel.from_pretrained(config.checkpoint, local_files_only=True, use_safetensors=True)
+            self._processor: Any = AutoImageProcessor.from_pretrained(config.checkpoint, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{config.checkpoint}: not a model of transformers: {error}".splitlines()[0]) from None
+        self.model = getattr(model, "vision_model", model).requires_grad_(False).eval().to(default_device())
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        return self._processor(image, return_tensors="pt")["pixel_values"][0]
+
+    @torch.inference_mode()
+    def features(self, batch: Tensor) -> Tensor:
+        found = self.model(pixel_values=batch.to(default_device()))
+        pooled = getattr(found, "pooler_output", None)
+        return (found.last_hidden_state[:, 0] if pooled is None else pooled).flatten(1).float().cpu()
+
+
+class TorchScript:
+    """What a TorchScript module makes of normalised images."""
+
+    def __init__(self, config: TorchScriptBackbone) -> None:
+        try:
+            module = torch.jit.load(config.checkpoint, map_location=default_device())
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{config.checkpoint}: not a TorchScript module: {error}".splitlines()[0]) from None
+        self.module = module.eval()
+        self.side = config.input_size
+        self.mean, self.std = (torch.tensor(each).view(1, 3, 1, 1) for each in (config.mean, config.std))
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        return center_crop(image, self.side)
+
+    @torch.inference_mode()
+    def features(self, batch: Tensor) -> Tensor:
+        pixels = (batch.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        return self.module(pixels.to(default_device())).float().cpu()
