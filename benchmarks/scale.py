@@ -29,7 +29,7 @@ _AUDITED = 500
 
 
 def measure() -> Sequence[Row]:
-    count = int(os.environ.get("ROWS", "10000000"))
+    count = max(int(os.environ.get("ROWS", "10000000")), _PART)
     with tempfile.TemporaryDirectory() as folder:
         return _measure(count, Path(folder))
 

@@ -118,7 +118,7 @@ class CurateConfig(CurateSettings):
     corpus: str
     """URL of the corpus to choose from."""
     embeddings: str | None = None
-    """URL of its embeddings; only `exact` does without."""
+    """URL of its embeddings, for the steps that compare vectors."""
     evaluation: list[str] = Field(default_factory=list)
     """URLs of the embeddings of evaluation sets, for `decontaminate`."""
     curated: str | None = None

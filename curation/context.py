@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation.config import CurateConfig
-from curation.similarity.tiles import Workers, workers
+from curation.similarity.tiles import CpuTiles, Workers, workers
 from curation.verdicts import Verdicts
 from infra.artifacts import Input
 from infra.corpora import Corpus
@@ -22,7 +22,7 @@ from infra.errors import UserError
 from infra.selections import Selection
 from infra.vectors import Vectors
 
-SCRATCH = "scratch"
+SCRATCH = ".scratch"
 _NEEDS = {
     "embeddings": ("near_duplicates", "decontaminate", "semdedup", "retrieve", "retrieve_clusters", "balance"),
     "evaluation": ("decontaminate",),
@@ -104,6 +104,9 @@ class Context:
     memory: int
     seed: int
     workers: Workers
+    """What compares vectors"""
+    cores: Workers
+    """What does everything else: a thread a core"""
     step: int = 0
     """Number of the step that works"""
     reach: Callable[[float], None] = lambda share: None
@@ -115,7 +118,8 @@ class Context:
         verdicts = Verdicts.after(inputs.selection) if inputs.selection else Verdicts.initial(keys)
         threads = config.workers or len(os.sched_getaffinity(0))
         memory = int(config.memory_gb * (1 << 30))
-        context = cls(inputs, verdicts, directory, memory, config.seed, workers(threads))
+        cores = Workers(CpuTiles(), threads)
+        context = cls(inputs, verdicts, directory, memory, config.seed, workers(threads), cores)
         context._number_references()
         return context
 
@@ -148,7 +152,7 @@ class Context:
 
     def scratch(self) -> Path:
         """A folder for what the step needs until it ends; what an interrupted attempt left there is still there."""
-        folder = self.directory / SCRATCH
+        folder = self.directory / SCRATCH / f"{self.step:02d}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -156,11 +160,11 @@ class Context:
         """Keep a table of the step in the artifact."""
         pq.write_table(table, self.directory / f"step-{self.step:02d}-{name}.parquet")
 
-    def shuffled(self, rows: np.ndarray, count: int) -> np.ndarray:
+    def shuffled(self, rows: np.ndarray, count: int, purpose: str = "") -> np.ndarray:
         """At most `count` of some rows, drawn and in an order that depend on their keys alone."""
         rows = self.verdicts.in_order(rows)
-        return rows[self.generator().permutation(len(rows))[:count]]
+        return rows[self.generator(purpose).permutation(len(rows))[:count]]
 
-    def generator(self) -> np.random.Generator:
-        """Of the step's random numbers, always from their beginning."""
-        return np.random.Generator(np.random.Philox([self.seed, self.step]))
+    def generator(self, purpose: str = "") -> np.random.Generator:
+        """Of the step's random numbers for a purpose, always from their beginning."""
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, self.step, *purpose.encode()])))

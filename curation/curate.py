@@ -34,7 +34,7 @@ from infra.shards import CorpusWriter
 
 VERSION = 2
 _MATERIALIZE_VERSION = 1
-_STATE = "verdicts.npz"  # after the last finished step, while others are to come
+_STATE = ".verdicts.npz"  # after the last finished step, while others are to come
 _STEPS: dict[str, Callable[[Context, Any], Mapping[str, Any]]] = {
     "exact": exact,
     "perceptual": perceptual,
@@ -85,16 +85,22 @@ def _select(config: CurateConfig, inputs: Inputs, directory: Path) -> Mapping[st
     facts = context.verdicts.restore(state) if state.exists() else []
     for number, step in enumerate(config.steps):
         if number >= len(facts):
+            _forget_other_scratch(directory, number)
             context.step = number
             facts.append(_apply(step, context))
             if not facts[-1]["kept"]:
                 raise UserError(f"{config.corpus}: the step {step.kind} leaves no image; loosen it")
             context.verdicts.save(state, facts)
-            shutil.rmtree(directory / SCRATCH, ignore_errors=True)
     selections.write(directory, context.verdicts.ledger())
-    state.unlink()
     funnel = [{"step": "input", "kept": before}, *({"step": each["step"], "kept": each["kept"]} for each in facts)]
     return {"images": len(context.corpus), "kept": facts[-1]["kept"], "funnel": funnel, "steps": facts}
+
+
+def _forget_other_scratch(directory: Path, number: int) -> None:
+    """Remove what earlier steps needed; an interrupted attempt at this one may go on from its own."""
+    for folder in (directory / SCRATCH).glob("*"):
+        if folder.name != f"{number:02d}":
+            shutil.rmtree(folder)
 
 
 def _apply(step: Step, context: Context) -> dict[str, Any]:

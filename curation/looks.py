@@ -70,8 +70,9 @@ class Looks:
         os.replace(partial, self._path(start))
 
     def _pictures(self, rows: range) -> Iterator[np.ndarray | None]:
-        for image in self.corpus.read_images(rows):
-            yield None if isinstance(image, Unusable) else grey(image)
+        for row, image in zip(rows, self.corpus.read_images(rows), strict=True):
+            # What is kept must not hang on a shard that was damaged for a while: this says so and stops.
+            yield grey(self.corpus.read_image(row) if isinstance(image, Unusable) else image)
 
 
 def grey(data: bytes) -> np.ndarray | None:

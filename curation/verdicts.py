@@ -17,7 +17,10 @@ from infra.selections import SCHEMA, Selection
 KEPT = "kept"
 CORPUS = 0
 """Number of the corpus itself among what images are compared with."""
+MERGES = ("exact_duplicate", "perceptual_duplicate", "near_duplicate")
+"""Reasons of those that another stands for"""
 _NOBODY = -1
+_ROWS = 1 << 20
 
 
 @dataclass
@@ -82,15 +85,25 @@ class Verdicts:
         state.keep = ledger["keep"].to_numpy().copy()
         state.score, state.weight = (ledger[name].to_numpy().copy() for name in ("score", "weight"))
         for name, names in (("step", state.steps), ("reason", state.reasons)):
-            found = ledger[name].combine_chunks().dictionary_encode()
+            found = ledger[name].cast(pa.large_string()).combine_chunks().dictionary_encode()
             numbers = np.array([names.number(word) for word in found.dictionary.to_pylist()], dtype=np.int8)
             setattr(state, name, numbers[found.indices.to_numpy()])
-        state.representative = np.argsort(state.ranks)[ledger["cluster"].to_numpy()]
-        winners = ledger["winner"].combine_chunks().dictionary_encode()
+        winners = ledger["winner"].cast(pa.large_string()).combine_chunks().dictionary_encode()
         state.references.append(pa.chunked_array([winners.dictionary]))  # whatever they were compared with
         state.winner = pc.fill_null(winners.indices, _NOBODY).to_numpy().astype(np.int64)
         state.source = np.where(state.winner == _NOBODY, CORPUS, len(state.references) - 1).astype(np.int8)
+        state.representative = np.argsort(state.ranks)[ledger["cluster"].to_numpy()]
+        state._recall_merges(winners.dictionary)
         return state
+
+    def _recall_merges(self, winners: pa.Array) -> None:
+        """Say again who each row lost to directly; the ledger's cluster tells only who stands for it in the end."""
+        merged = np.isin(
+            self.reason, [self.reasons.number(reason) for reason in MERGES if reason in self.reasons.words]
+        )
+        rows = pc.fill_null(pc.index_in(winners, self.keys.cast(winners.type)), _NOBODY).to_numpy()
+        direct = rows[self.winner[merged]]
+        self.representative[merged] = np.where(direct >= 0, direct, self.representative[merged])
 
     @cached_property
     def ranks(self) -> np.ndarray:
@@ -136,15 +149,21 @@ class Verdicts:
 
     def ledger(self) -> pa.Table:
         """The columns of a selection."""
+        clusters = self.ranks[self.last_representatives()]
+        starts = range(0, len(self.keys), _ROWS)
+        return pa.concat_tables([self._some(slice(start, start + _ROWS), clusters) for start in starts])
+
+    def _some(self, rows: slice, clusters: np.ndarray) -> pa.Table:
+        """Few enough rows for Arrow's strings, which have room for 2 GiB in an array."""
         columns = {
-            "key": self.keys,
-            "keep": pa.array(self.keep),
-            "step": self.steps.column(self.step),
-            "reason": self.reasons.column(self.reason),
-            "winner": self._winners(),
-            "score": pa.array(self.score),
-            "cluster": pa.array(self.ranks[self.last_representatives()]),
-            "weight": pa.array(self.weight),
+            "key": self.keys.slice(rows.start, _ROWS),
+            "keep": pa.array(self.keep[rows]),
+            "step": self.steps.column(self.step[rows]),
+            "reason": self.reasons.column(self.reason[rows]),
+            "winner": self._winners(rows),
+            "score": pa.array(self.score[rows]),
+            "cluster": pa.array(clusters[rows]),
+            "weight": pa.array(self.weight[rows]),
         }
         return pa.table(columns).select(SCHEMA.names).cast(SCHEMA)
 
@@ -157,14 +176,14 @@ class Verdicts:
                 return found
             found = further
 
-    def _winners(self) -> pa.Array:
-        column = pa.nulls(len(self.keys), pa.string())
+    def _winners(self, rows: slice) -> pa.Array:
+        winner, source = self.winner[rows], self.source[rows]
+        column = pa.nulls(len(winner), pa.string())
         for number, keys in enumerate(self.references):
-            there = (self.source == number) & (self.winner != _NOBODY)
+            there = (source == number) & (winner != _NOBODY)
             if there.any():
-                column = pc.replace_with_mask(
-                    column, pa.array(there), keys.take(pa.array(self.winner[there])).combine_chunks()
-                )
+                names = keys.take(pa.array(winner[there])).combine_chunks().cast(pa.string())
+                column = pc.replace_with_mask(column, pa.array(there), names)
         return column
 
     def save(self, path: Path, facts: list[dict[str, Any]]) -> None:

@@ -36,10 +36,11 @@ class Exhibits:
 
     def galleries(self) -> list[Gallery]:
         """Of each step those that it has something to show for."""
-        found: list[Gallery] = []
+        found: dict[str, Gallery] = {}
         for number, step in enumerate(self.artifact.metrics["steps"]):
-            found += _OF[step["step"]](self, number, step) if step["step"] in _OF else []
-        return [gallery for gallery in found if gallery.groups]
+            if step["step"] in _OF:  # of two steps of one kind the last: the ledger does not tell them apart
+                found |= {gallery.title: gallery for gallery in _OF[step["step"]](self, number, step)}
+        return [gallery for gallery in found.values() if gallery.groups]
 
     def near_duplicates(self, number: int, step: dict[str, Any]) -> list[Gallery]:
         """What was joined, and where the join was least sure."""
@@ -97,25 +98,32 @@ class Exhibits:
         return Gallery("Borderline pairs", "The least similar pairs that were joined.", groups)
 
     def leaks(self, number: int, step: dict[str, Any]) -> list[Gallery]:
-        """Leaks from the most to the least certain, and what lies on both sides of the threshold."""
-        found = self._because("leak")
-        rows = found.take(_spread(np.argsort(-found["score"].to_numpy(), kind="stable"), self.count)).to_pylist()
-        note = f"{len(found)} pool images too much like an evaluation image, from the most to the least alike."
-        groups = list(self._beside(rows, self._corpora_of("evaluation_"), "test", "dropped"))
-        return [Gallery("Leaks from the evaluation sets", note, groups), *self._borderline_leaks(number, step)]
-
-    def _borderline_leaks(self, number: int, step: dict[str, Any]) -> Iterator[Gallery]:
+        """Of each evaluation set leaks from the most to the least certain, and both sides of the threshold."""
         threshold = self.artifact.manifest.config["steps"][number]["threshold"]
-        for name in step["sets"]:
+        found: list[Gallery] = []
+        for name, facts in step["sets"].items():
             near = pq.read_table(self.artifact.local_file(f"step-{number:02d}-{name}.parquet"))
-            distance = np.abs(near["similarity"].to_numpy() - threshold)
-            (test,) = self._corpora_of(name)
-            groups = []
-            for hit in near.take(np.argsort(distance, kind="stable")[: self.count]).to_pylist():
-                mark = "dropped" if hit["similarity"] >= threshold else "kept"
-                picture = self.shelf.picture_of_row(test, hit["evaluation_row"], "test", "reference")
-                groups.append([picture, self._row(hit["row"], f"{hit['similarity']:.3f}", mark)])
-            yield Gallery(f"Borderline leaks, {name}", f"Pairs on both sides of {threshold:g}.", groups)
+            similar = near["similarity"].to_numpy()
+            order = np.argsort(-similar, kind="stable")
+            certain = _spread(order[similar[order] >= threshold], self.count)
+            doubtful = np.argsort(np.abs(similar - threshold), kind="stable")[: self.count]
+            note = f"{facts['leaks']} pool images too much like an evaluation image, from the most to the least alike."
+            found.append(Gallery(f"Leaks from {name}", note, self._hits(name, near.take(certain), threshold)))
+            note = f"Pairs on both sides of {threshold:g}."
+            found.append(Gallery(f"Borderline leaks, {name}", note, self._hits(name, near.take(doubtful), threshold)))
+        return found
+
+    def _hits(self, name: str, near: pa.Table, threshold: float) -> list[list[Picture]]:
+        """Pool images behind the evaluation image they are like."""
+        test = next(iter(corpora_of(self.artifact, name)), None)
+        groups = []
+        for hit in near.to_pylist():
+            mark = "dropped" if hit["similarity"] >= threshold else "kept"
+            shown = [self._row(hit["row"], f"{hit['similarity']:.3f}", mark)]
+            if test is not None:
+                shown.insert(0, self.shelf.picture_of_row(test, hit["evaluation_row"], "test", "reference"))
+            groups.append(shown)
+        return groups
 
     def retrieved(self, number: int, step: dict[str, Any]) -> list[Gallery]:
         """What the seed brought in, and what it left."""
@@ -124,7 +132,7 @@ class Exhibits:
             rows.take(_spread(np.argsort(-rows["score"].to_numpy(), kind="stable"), self.count)).to_pylist()
             for rows in (near, far)
         )
-        seed = self._corpora_of("curated")
+        seed = corpora_of(self.artifact, "curated")
         return [
             Gallery(
                 "Retrieved",
@@ -152,10 +160,6 @@ class Exhibits:
     def _because(self, reason: str) -> pa.Table:
         return self.ledger.filter(pc.equal(self.ledger["reason"], reason))
 
-    def _corpora_of(self, role: str) -> list[str]:
-        """URLs of the corpora whose embeddings the selection compared with."""
-        return corpora_of(self.artifact, role)
-
     def _mine(self, key: str, caption: str, mark: str) -> Picture:
         return self.shelf.picture(self.corpus, key, caption, mark)
 
@@ -175,11 +179,13 @@ _OF = {
 }
 
 
-def corpora_of(artifact: Artifact, role: str) -> list[str]:
-    """URLs of the corpora whose embeddings a selection read in a role."""
+def corpora_of(artifact: Artifact, *roles: str) -> list[str]:
+    """URLs of the corpora whose embeddings a selection read in some roles, where they still are."""
     urls = []
-    for name, each in artifact.manifest.inputs.items():
-        if name.startswith(role) and (embedded := find(each.url)) is not None:
+    for role in roles:
+        each = artifact.manifest.inputs.get(role)
+        embedded = None if each is None else find(each.url)
+        if embedded is not None:
             urls.append(embedded.manifest.inputs["corpus"].url)
     return urls
 

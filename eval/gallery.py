@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from infra.corpora import Corpus
-from pretrain.data.decode import decode_rgb
+from pretrain.data.decode import ImageRejected, decode_rgb
 
 _SIDE = 96
 
@@ -53,7 +53,11 @@ class Shelf:
         return self.picture_of_row(url, self._row(url, key), caption, mark)
 
     def picture_of_row(self, url: str, row: int, caption: str, mark: str) -> Picture:
-        return Picture(thumbnail(decode_rgb(self.corpus(url).read_image(row))), caption, mark)
+        try:
+            image = decode_rgb(self.corpus(url).read_image(row))
+        except ImageRejected:
+            image = Image.new("RGB", (_SIDE, _SIDE), "lightgrey")
+        return Picture(thumbnail(image), caption, mark)
 
     def _row(self, url: str, key: str) -> int:
         return int(pc.index(self.corpus(url).table["key"], key).as_py())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ import pyarrow.compute as pc
 from eval.exhibits import corpora_of
 from eval.gallery import Picture, Shelf
 from eval.rendering import rendered
-from infra.artifacts import Artifact
+from infra.artifacts import Artifact, find
 from infra.errors import UserError
 from infra.selections import Selection
 
-_COMPARED = {"leak": "evaluation_", "retrieved": "curated", "not_retrieved": "curated"}
+_COMPARED = {"leak": "evaluation_", "restored": "evaluation_", "retrieved": "curated", "not_retrieved": "curated"}
 _MOST = 24  # companions shown
 
 
@@ -40,7 +41,8 @@ class Story:
 
     def text(self) -> str:
         """For the terminal."""
-        return "\n".join(f"{'  ' * depth}{step.key}: {step.text}" for depth, step in enumerate(self.trail))
+        lines = (f"{'  ' * depth}{step.key}: {step.text}" for depth, step in enumerate(self.trail))
+        return "\n".join("".join(each if each.isprintable() else "\ufffd" for each in line) for line in lines)
 
 
 def why(url: str, key: str) -> Story:
@@ -62,7 +64,7 @@ def why(url: str, key: str) -> Story:
         role = _COMPARED.get(row["reason"])
         if row["winner"] is None:
             break
-        if role is not None:
+        if role is not None and (row["reason"] != "restored" or _verdict(selection, row["winner"]) is None):
             trail += _reference(selection.artifact, role, row["winner"], shelf)
             break
         row = _verdict(selection, row["winner"])
@@ -82,17 +84,21 @@ def _verdict(selection: Selection, key: str) -> dict[str, Any] | None:
 def _told(row: dict[str, Any]) -> str:
     verdict = "kept" if row["keep"] else "dropped"
     by = f" by the step {row['step']}: {row['reason'].replace('_', ' ')}" if row["step"] else ""
-    against = f", {row['score']:.4f} against {row['winner']}" if row["winner"] is not None else ""
+    score = "" if math.isnan(row["score"]) else f"{row['score']:.4f} "
+    against = f", {score}against {row['winner']}" if row["winner"] is not None else ""
     stands = f"; stands for {row['weight']:g} images" if row["keep"] and row["weight"] > 1 else ""
     return f"{verdict}{by}{against}{stands}"
 
 
 def _reference(artifact: Artifact, role: str, key: str, shelf: Shelf) -> list[Step]:
-    urls = corpora_of(artifact, role)
-    holder = shelf.holder(urls, key)
-    if holder is None:
-        return []
-    return [Step(key, f"an image of {holder}", shelf.picture(holder, key, key, "reference"))]
+    """The image of another corpus that one was compared with, by this selection or one it went on from."""
+    names = [name for name in artifact.manifest.inputs if name.startswith(role)]
+    holder = shelf.holder(corpora_of(artifact, *names), key)
+    if holder is not None:
+        return [Step(key, f"an image of {holder}", shelf.picture(holder, key, key, "reference"))]
+    earlier = artifact.manifest.inputs.get("selection")
+    before = None if earlier is None else find(earlier.url)
+    return [] if before is None else _reference(before, role, key, shelf)
 
 
 def write_page(story: Story, path: Path) -> None:

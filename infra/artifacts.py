@@ -202,7 +202,8 @@ def produce(plan: Plan, out: str, write: Callable[[Path], Mapping[str, Any]], ke
     Args:
         plan: what decides the artifact's id.
         out: the URL to write to; may hold `{id}`.
-        write: fills a local directory and returns the artifact's metrics.
+        write: fills a local directory and returns the artifact's metrics. What it leaves there under a name that begins
+            with a dot is not part of the artifact.
         keep_work: hand `write` what an interrupted attempt left in the directory, so that it can go on from there.
 
     Raises:
@@ -222,7 +223,7 @@ def produce(plan: Plan, out: str, write: Callable[[Path], Mapping[str, Any]], ke
             _discard_debris(work)
         metrics = write(work)
         artifact = _commit(plan, url, work, metrics)
-        (work / _MARK).unlink()
+        _forget_hidden(work)
     if not storage.is_local(url):
         shutil.rmtree(work)
     return artifact
@@ -287,6 +288,14 @@ def _lock(mark: IO[str], work: Path) -> None:
     raise UserError(f"{work}: another process is making this artifact; wait for it or stop it")
 
 
+def _forget_hidden(work: Path) -> None:
+    """Remove what only the making needed, the mark last."""
+    for path in work.iterdir():
+        if path.name.startswith(".") and path.name != _MARK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (work / _MARK).unlink()
+
+
 def _discard_debris(work: Path) -> None:
     """Remove what an attempt that did not finish left behind."""
     for path in work.iterdir():
@@ -297,7 +306,10 @@ def _discard_debris(work: Path) -> None:
 
 
 def _commit(plan: Plan, url: str, work: Path, metrics: Mapping[str, Any]) -> Artifact:
-    paths = sorted(path for path in work.rglob("*") if path.is_file() and path.name != _MARK)
+    hidden = [path for path in work.iterdir() if path.name.startswith(".")]  # what only the making needed
+    paths = sorted(
+        path for path in work.rglob("*") if path.is_file() and not any(path.is_relative_to(each) for each in hidden)
+    )
     files = [
         File(path=path.relative_to(work).as_posix(), bytes=path.stat().st_size, sha256=hash_file(path))
         for path in paths

@@ -62,7 +62,13 @@ def part_path(directory: Path, number: int) -> Path:
 
 
 def write_part(directory: Path, number: int, vectors: np.ndarray) -> None:
-    """Write vectors `[n, dim]`, set to unit length, as one part; it is there when it is whole."""
+    """Write vectors `[n, dim]`, set to unit length, as one part; it is there when it is whole.
+
+    Raises:
+        UserError: they are not all finite.
+    """
+    if not np.isfinite(vectors).all():
+        raise UserError("the backbone gives vectors that are not finite; are its weights whole?")
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     partial = directory / f".part-{number:05d}"
     with partial.open("wb") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +18,8 @@ def forget_peak() -> None:
 
 def peak_gb() -> float:
     """The most resident memory since `forget_peak`, in GiB; where there is no /proc, since the process began."""
-    with suppress(OSError):
+    with suppress(OSError, StopIteration):
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return round(int(line.split()[1]) / (1 << 20), 3)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20), 3)
+    unit = 1 if sys.platform == "darwin" else 1 << 10  # bytes
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / (1 << 30), 3)

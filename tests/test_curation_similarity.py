@@ -161,9 +161,11 @@ def test_a_join_by_cells_misses_little_and_says_how_much(tmp_path: Path) -> None
     exact = audit(source, rows, true, 0.6, np.arange(0, 6000, 2), ONE)
     assert exact.value == 1.0
     assert exact.pairs == exact.pairs_connected == ((similarities(vectors) >= 0.6)[::2].sum() - 3000)
-    low, high = recall.interval()
-    assert low <= recall.value <= high
     assert recall.value > 0.97
+    low, high = recall.interval()
+    assert low < recall.value < high
+    found = [labels[a] == labels[b] for a, b in zip(*np.nonzero(np.triu(similarities(vectors) >= 0.6, 1)), strict=True)]
+    assert recall.pairs_connected / recall.pairs == pytest.approx(np.mean(found), abs=0.01)
 
 
 def test_a_join_does_not_depend_on_threads_memory_device_or_the_order_of_rows(tmp_path: Path) -> None:
@@ -256,6 +258,56 @@ def test_neighbours_are_those_of_brute_force(seed: int, n: int, k: int) -> None:
     above = np.flatnonzero(scores.max(1) >= 0.3)
     np.testing.assert_array_equal(best.rows, above)
     np.testing.assert_array_equal(best.others, scores.argmax(1)[above])
+
+
+def test_of_many_equal_neighbours_the_first_count() -> None:
+    bank, queries = unit(0, 3000, 16), unit(1, 3, 16)
+    bank[500:700] = queries[0]
+    for way in WAYS:
+        places, scores = k_nearest(queries, Vectors([bank]), np.arange(3000), 20, way)
+        np.testing.assert_array_equal(places[0], np.arange(500, 520))
+        assert (np.diff(scores) <= 0).all()
+        nothing, _ = k_nearest(np.zeros((1, 16), dtype=np.float16), Vectors([bank]), np.arange(3000), 5, way)
+        assert (nothing == -1).all()
+
+
+def test_a_join_where_all_are_alike_keeps_few_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("curation.similarity.selfjoin._MOST_PAIRS", 1000)
+    most = []
+    add = Forest.add
+
+    def counted(self: Forest, a: np.ndarray, b: np.ndarray, scores: np.ndarray) -> None:
+        if self.rows == 900:
+            most.append(len(a))
+        add(self, a, b, scores)
+
+    vectors = planted(0, 900, 16)
+    vectors[:500] = vectors[0]
+    expected = labels_of(similarities(vectors) >= 0.7)
+    join = Join(Cells.one(16), 0.7, ONE, tmp_path, 1 << 30)
+    monkeypatch.setattr(Forest, "add", counted)
+    assert same_groups(join.run(Vectors([vectors]), np.arange(900)).components(), expected)
+    assert min(most) < 2000  # what the cell hands on; 125,000 pairs are alike
+
+
+def test_what_another_join_left_is_not_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, rows = Vectors([planted(3, 2000, 16)]), np.arange(2000)
+    cells = Cells.learn(vectors.take(np.arange(600)), 200, 4, 0.1, ONE)
+    whole = Join(cells, 0.95, ONE, tmp_path / "x", 1 << 30)
+    (tmp_path / "x").mkdir()
+    expected = whole.run(vectors, rows).edges()
+    monkeypatch.setattr("curation.similarity.selfjoin._SAVE_SECONDS", -1.0)
+
+    def stop(done: int) -> None:
+        if done == 128:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Join(cells, 0.8, ONE, tmp_path, 1 << 30).run(vectors, rows, stop)
+    assert (tmp_path / "forest.npz").exists()
+    found = Join(cells, 0.95, ONE, tmp_path, 1 << 30).run(vectors, rows).edges()
+    np.testing.assert_array_equal(found[2], expected[2])
+    assert not (tmp_path / "forest.npz").exists()
 
 
 def test_the_compressed_index_finds_most_neighbours() -> None:

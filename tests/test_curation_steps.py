@@ -19,6 +19,7 @@ from curation.curate import materialize
 from curation.embed import embed
 from curation.scoring import score_embedded, score_known_leaks
 from curation.steps.balance import evenness, shares
+from curation.verdicts import Verdicts
 from infra.corpora import Corpus
 from infra.errors import UserError
 from pretrain.config import PixelDescriptor
@@ -151,7 +152,7 @@ def test_leaks_are_those_of_brute_force_in_both_readings(tmp_path: Path) -> None
             assert sum(count for _, count in facts["histogram"]) == (score >= 0.65).sum()
 
 
-def test_retrieval_keeps_the_neighbours_of_brute_force(tmp_path: Path) -> None:
+def test_retrieval_keeps_the_neighbours_of_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, seed = unit(5, 60), unit(6, 9)
     target, curated_seed = pool(tmp_path, vectors), pool(tmp_path, seed, "s")
     nearest = np.argsort(-similarities(seed, vectors), axis=1, kind="stable")[:, :5]
@@ -170,6 +171,7 @@ def test_retrieval_keeps_the_neighbours_of_brute_force(tmp_path: Path) -> None:
     assert told["collisions"] == 0
     assert kept(ledger).sum() == 27 - told["missing"] >= 25
 
+    monkeypatch.setattr("curation.steps.retrieve._INDEXED", 1)
     indexed, ledger = curated(tmp_path, target, {**step, "index": "ivfpq"}, curated=curated_seed.embeddings)
     assert indexed.metrics["steps"][0]["recall"]["value"] > 0.8
 
@@ -201,6 +203,46 @@ def test_semdedup_drops_what_brute_force_drops_and_any_eps_can_follow(tmp_path: 
     assert dict(map(tuple, artifact.metrics["steps"][0]["curve"]))[0.2] == len(expected)
     mean = vectors.astype(np.float64).mean(0)
     assert np.corrcoef(np.arange(200), similarities(vectors[order], mean[None])[:, 0])[0, 1] > 0.9
+
+
+def test_semdedup_of_large_clusters_is_that_of_brute_force(tmp_path: Path) -> None:
+    vectors = planted(3, 1300, 8)
+    vectors[100:140] = vectors[100]
+    artifact, _ = curated(tmp_path, pool(tmp_path, vectors), {"kind": "semdedup", "clusters": 1})
+    scores = pq.read_table(artifact.local_file("step-00-scores.parquet")).to_pydict()
+    order = np.array(scores["row"])
+    similar = np.tril(similarities(vectors[order], vectors[order]), -1) - 2 * np.triu(np.ones((1300, 1300)))
+    np.testing.assert_array_equal(scores["other"][1:], order[similar[1:].argmax(1)])
+
+
+def test_a_leak_that_is_the_image_itself_is_in_the_histogram(tmp_path: Path) -> None:
+    vectors = planted(5, 200, 256)
+    target, test = pool(tmp_path, vectors), pool(tmp_path, vectors[:60], "t")
+    artifact, _ = curated(tmp_path, target, {"kind": "decontaminate", "threshold": 0.93}, evaluation=[test.embeddings])
+    facts = artifact.metrics["steps"][0]["sets"]["evaluation_0"]
+    assert sum(count for edge, count in facts["histogram"] if edge >= 0.93) == facts["leaks"] >= 60
+
+
+def test_a_killed_step_leaves_nothing_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between saving the verdicts of a step and removing what the step needed."""
+    vectors = planted(8, 600, 16)
+    steps = [{"kind": "near_duplicates", "threshold": value, "cells": 12} for value in (0.9, 0.7)]
+    target = pool(tmp_path, vectors)
+    _, whole = curated(tmp_path, target, *steps)
+    monkeypatch.setattr("curation.similarity.selfjoin._SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("pathlib.Path.unlink", lambda *arguments, **named: None)
+    save = Verdicts.save
+
+    def killed(*arguments: Any) -> None:
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Verdicts, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        curated(tmp_path / "run", pool(tmp_path, vectors), *steps)
+    assert list((tmp_path / "run").rglob("forest.npz"))
+    monkeypatch.undo()
+    assert curated(tmp_path / "run", pool(tmp_path, vectors), *steps)[1] == whole
 
 
 def test_a_balanced_draw_is_more_even_than_the_pool_and_reaches_rare_concepts(tmp_path: Path) -> None:
@@ -259,9 +301,10 @@ def test_what_is_listed_goes_and_what_was_dropped_may_come_back(tmp_path: Path) 
     vectors = halved(np.repeat(unit(0, 4, 8).astype(float), 3, axis=0) + 0.2 * unit(1, 12, 8))
     target = pool(tmp_path, vectors, rows=[{"sha256": digest(i)} for i in range(12)])
     (tmp_path / "keys.txt").write_text("k0003\n\nk0004\nunknown\n")
-    (tmp_path / "hashes.txt").write_text(f"{digest(11)}\n")
+    (tmp_path / "hashes.txt").write_bytes(b"\xef\xbb\xbf" + f"{digest(11).upper()}\r\n{digest(99)}\n".encode())
     gone = {"kind": "remove", "keys": str(tmp_path / "keys.txt"), "hashes": str(tmp_path / "hashes.txt")}
-    _, ledger = curated(tmp_path, target, gone, {"kind": "remove", "prefix": "k000"})
+    artifact, ledger = curated(tmp_path, target, gone, {"kind": "remove", "prefix": "k000"})
+    assert artifact.metrics["steps"][0]["unknown_lines"] == 2
     assert np.flatnonzero(kept(ledger)).tolist() == [10]
     near = {"kind": "near_duplicates", "threshold": 0.8}
     artifact, ledger = curated(tmp_path, target, near, {"kind": "restore", "reason": "near_duplicate", "below": 0.99})
@@ -273,6 +316,16 @@ def test_what_is_listed_goes_and_what_was_dropped_may_come_back(tmp_path: Path) 
     assert sum(row["weight"] for row in ledger if row["keep"]) == 12
     with pytest.raises(UserError, match="reasons here are near_duplicate"):
         curated(tmp_path, target, near, {"kind": "restore", "reason": "leaks"})
+    first, _ = curated(tmp_path, target, near)
+    _, later = curated(
+        tmp_path, target, {"kind": "restore", "reason": "near_duplicate", "below": 0.99}, selection=first.url
+    )
+    assert [row["cluster"] for row in later] == [row["cluster"] for row in ledger]
+    assert [row["weight"] for row in later if row["keep"]] == [row["weight"] for row in ledger if row["keep"]]
+    (tmp_path / "hashes.txt").write_text("nonsense")
+    with pytest.raises(UserError, match="not a SHA-256"):
+        curated(tmp_path, target, gone)
+    (tmp_path / "hashes.txt").write_text("")
     (tmp_path / "keys.txt").write_text("k0005\n")  # another content is another selection
     assert curated(tmp_path, target, gone)[1][5]["reason"] == "removed"
 
@@ -282,6 +335,7 @@ EVERYTHING: list[dict[str, Any]] = [
     {"kind": "near_duplicates", "threshold": 0.8, "cells": 12, "probes": 4},
     {"kind": "decontaminate", "threshold": 0.8, "drop": "components"},
     {"kind": "semdedup", "clusters": 5, "eps": 0.3},
+    {"kind": "retrieve_clusters", "clusters": 6, "min_seeds": 1, "quota": 90, "most": 330},
     {"kind": "retrieve", "neighbours": 20},
     {"kind": "balance", "levels": [20, 5], "target": 60},
 ]
@@ -295,6 +349,7 @@ def everything(folder: Path, vectors: np.ndarray, keys: list[str], **settings: A
 
 def test_verdicts_do_not_depend_on_order_threads_or_memory(tmp_path: Path) -> None:
     vectors = planted(8, 600, 16)
+    vectors[300:420] = vectors[300]  # equally similar to everything
     keys = [f"k{i:04d}" for i in range(600)]
     base = everything(tmp_path / "base", vectors, keys)
     assert everything(tmp_path / "small", vectors, keys, memory_gb=1e-5, workers=3) == base

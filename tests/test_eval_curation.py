@@ -60,7 +60,7 @@ def test_galleries_show_what_the_ledger_says(selection: Artifact) -> None:
     winners = {row["winner"] for row in rows if row["reason"] == "near_duplicate"}
     assert len(shown["Near-duplicates"].groups) == len(winners)
     leaks = [row for row in rows if row["reason"] == "leak"]
-    assert [group[1].caption for group in shown["Leaks from the evaluation sets"].groups] == [
+    assert [group[1].caption for group in shown["Leaks from evaluation_0"].groups] == [
         f"{row['score']:.3f}" for row in sorted(leaks, key=lambda row: -row["score"])
     ]
     (borderline,) = (gallery for title, gallery in shown.items() if title.startswith("Borderline leaks"))

@@ -17,8 +17,8 @@ _Z = 1.959964  # of 95 %
 
 @dataclass(frozen=True)
 class Recall:
-    """Of the sampled rows that have a counterpart, how many the join connected with one. Of how many rows that should
-    be merged away are, this is an estimate from below: a row may also be reached through another."""
+    """Of the sampled rows that have a counterpart, how many the join connected with one; and of the pairs of such rows
+    how many it connected. A component that fell into parts of more than one image shows in the pairs alone."""
 
     sampled: int
     with_counterpart: int
@@ -69,14 +69,17 @@ def audit(
     tiles, wanted = workers.tiles, vectors.take(rows[sample])
     held, doubt = tiles.hold(wanted), slack(vectors.dim)
 
-    def block(start: int) -> tuple[np.ndarray, np.ndarray]:
+    def block(start: int) -> tuple[np.ndarray, np.ndarray, int, int]:
         others = vectors.take(rows[start : start + _BLOCK])
         a, b, scores = tiles.above(held, tiles.hold(others), threshold - doubt)
-        sure = (scores >= threshold + doubt) | (of_pairs(wanted, others, a, b) >= threshold)
-        sure &= sample[a] != b + start
-        return a[sure], b[sure] + start
+        near = sample[a] != b + start
+        close = np.flatnonzero(near & (scores < threshold + doubt))
+        near[close] = of_pairs(wanted, others, a[close], b[close]) >= threshold
+        a, b = a[near], b[near] + start
+        met = labels[sample[a]] == labels[b]
+        return np.unique(a), np.unique(a[met]), len(a), int(met.sum())
 
     found = list(workers.map(block, range(0, len(rows), _BLOCK)))
-    a, b = (np.concatenate(each) for each in zip(*found, strict=True))
-    met = labels[sample[a]] == labels[b]
-    return Recall(len(sample), len(np.unique(a)), len(np.unique(a[met])), len(a), int(met.sum()))
+    there, met, pairs, connected = zip(*found, strict=True)
+    rows_there, rows_met = (len(np.unique(np.concatenate(each))) for each in (there, met))
+    return Recall(len(sample), rows_there, rows_met, sum(pairs), sum(connected))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,20 +99,6 @@ class Cells:
         found[rows[edge]] = True
         found[rows[1:][swap]] = True
         return found
-
-    def save(self, path: Path) -> None:
-        np.savez(
-            path,
-            centroids=self.centroids.vectors,
-            crowded=self.crowded,
-            rule=np.array([self.probes, self.margin]),
-        )
-
-    @classmethod
-    def load(cls, path: Path) -> Cells:
-        with np.load(path, allow_pickle=False) as file:
-            probes, margin = file["rule"].tolist()
-            return cls(Centroids(file["centroids"]), file["crowded"], int(probes), margin)
 
 
 def count_for(rows: int) -> int:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from curation.similarity.exact import blank, dots, of_pairs, slack
-from curation.similarity.tiles import Workers
+from curation.similarity.tiles import Tiles, Workers
 from infra.vectors import Vectors
 
 _BLOCK = 1 << 12
-_WIDE = 1 << 14
-_SPARE = 8  # candidates beyond those wanted: so many may be closer than rounding and are still told apart
+_QUERIES = 1 << 9
+_WIDE = 1 << 13
+_SPARE = 8  # candidates beyond those wanted: so many may be as similar as the last without a second look
 
 
 @dataclass(frozen=True)
@@ -71,38 +72,74 @@ def k_nearest(
 
     Returns:
         places in `rows`, int64 `[q, k]`, and similarities, float64 `[q, k]`, falling; of equal ones the first place
-        comes first. k is at most the number of rows.
+        comes first. k is at most the number of rows. A zero vector, which is like nothing, has places -1.
     """
-    k = min(k, len(rows))
-    parts = workers.map(
-        lambda start: _k_of_block(queries[start : start + _BLOCK], vectors, rows, k, workers),
-        range(0, len(queries), _BLOCK),
+    k, starts = min(k, len(rows)), range(0, len(queries), _QUERIES)
+    found = list(
+        workers.map(
+            lambda start: _k_of_block(queries[start : start + _QUERIES], vectors, rows, k, workers.tiles), starts
+        )
     )
-    places, scores = (np.concatenate(each) for each in zip(*parts, strict=True))
+    places, scores = (np.concatenate(each) for each in zip(*found, strict=True))
+    nothing = blank(queries)
+    places[nothing], scores[nothing] = -1, -np.inf
     return places, scores
 
 
 def _k_of_block(
-    queries: np.ndarray, vectors: Vectors, rows: np.ndarray, k: int, workers: Workers
+    queries: np.ndarray, vectors: Vectors, rows: np.ndarray, k: int, tiles: Tiles
 ) -> tuple[np.ndarray, np.ndarray]:
-    held = workers.tiles.hold(queries)
-    most = k + _SPARE
-    places: np.ndarray = np.empty((len(queries), 0), dtype=np.int64)
+    """The rough k-th similarity tells which rows may be among the k; these are compared exactly."""
+    held, doubt = tiles.hold(queries), slack(vectors.dim)
     rough: np.ndarray = np.empty((len(queries), 0), dtype=np.float32)
+    places: np.ndarray = np.empty((len(queries), 0), dtype=np.int64)
+    most = k + _SPARE
     for start in range(0, len(rows), _WIDE):
-        others = vectors.take(rows[start : start + _WIDE])
-        found, scores = workers.tiles.highest(held, workers.tiles.hold(others), min(most, len(others)))
+        others = tiles.hold(vectors.take(rows[start : start + _WIDE]))
+        found, scores = tiles.highest(held, others, min(most, len(others)))
         places, rough = np.hstack([places, found + start]), np.hstack([rough, scores])
         if places.shape[1] > most:
             chosen = np.argpartition(-rough, most - 1, axis=1)[:, :most]
             places, rough = (np.take_along_axis(each, chosen, axis=1) for each in (places, rough))
-    return ranked(queries, vectors, rows, places, k)
+    found, exact = ranked(queries, vectors, rows, places, k)
+    if places.shape[1] < len(
+        rows
+    ):  # what was passed over is at most as similar as the least of these, but for rounding
+        tied = np.flatnonzero((exact[:, -1] <= rough.min(axis=1) + 2 * doubt) & ~blank(queries))
+        for query in tied.tolist():
+            found[query], exact[query] = _k_with_ties(queries[query], vectors, rows, k, exact[query, -1], tiles)
+    return found, exact
+
+
+def _k_with_ties(
+    query: np.ndarray, vectors: Vectors, rows: np.ndarray, k: int, least: float, tiles: Tiles
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k most similar rows of one query, of which many are as similar as the last: at least `least`."""
+    held, doubt = tiles.hold(query[None]), slack(vectors.dim)
+    places: np.ndarray = np.empty(0, dtype=np.int64)
+    scores: np.ndarray = np.empty(0)
+    for start in range(0, len(rows), _WIDE):
+        others = vectors.take(rows[start : start + _WIDE])
+        zero, near, _ = tiles.above(held, tiles.hold(others), least - doubt)
+        places = np.concatenate([places, near + start])
+        scores = np.concatenate([scores, of_pairs(query[None], others, zero, near)])
+        order = np.lexsort((places, -scores))[:k]
+        places, scores = places[order], scores[order]
+    return places, scores
 
 
 def ranked(
     queries: np.ndarray, vectors: Vectors, rows: np.ndarray, candidates: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k most similar of each query's candidates, places in `rows`, compared exactly."""
-    scores = np.column_stack([dots(queries, vectors.take(rows[column])) for column in candidates.T])
+    """The k most similar of each query's candidates, places in `rows` (-1 for none), compared exactly."""
+    scores = np.column_stack([dots(queries, vectors.take(rows[np.maximum(column, 0)])) for column in candidates.T])
+    scores[candidates < 0] = -np.inf
     order = np.lexsort((candidates, -scores), axis=1)[:, :k]
     return np.take_along_axis(candidates, order, axis=1), np.take_along_axis(scores, order, axis=1)
+
+
+def similarities(vectors: Vectors, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Of pairs of rows, exactly; float64 `[m]`."""
+    starts = range(0, len(rows), _BLOCK)
+    parts = [dots(*(vectors.take(each[start : start + _BLOCK]) for each in (rows, others))) for start in starts]
+    return np.concatenate(parts) if parts else np.empty(0)

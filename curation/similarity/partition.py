@@ -13,6 +13,7 @@ from curation.similarity.tiles import Workers
 from infra.vectors import Vectors
 
 _BLOCK = 1 << 14  # rows read at a time
+_VISIT_BYTES = 30  # of a visit while a run is sorted; few rows visit as many cells as they may
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Partition:
 
     def fill(self, vectors: Vectors, rows: np.ndarray, workers: Workers) -> Partition:
         """Sort some rows of `vectors`, rising, by the cells they visit."""
-        size = max(int(self.most // (2 * vectors.dim)), 1)
+        size = max(int(self.most // (2 * vectors.dim + _VISIT_BYTES * self.cells.probes)), 1)
         for first in range(0, len(rows), size):
             self._add(vectors, rows[first : first + size], first, workers, alone=size >= len(rows))
         return self

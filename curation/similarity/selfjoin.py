@@ -6,9 +6,11 @@ once, so neither tiles nor pairs are kept. The work grows as rows to the power 1
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,8 @@ from curation.similarity.partition import Members, Partition
 from curation.similarity.tiles import Found, Tiles, Workers
 from infra.vectors import Vectors
 
-_SIDE, _WIDTH = 192, 1 << 14  # rows of a tile on its two sides
+_SIDE, _WIDTH = 192, 1 << 12  # rows of a tile on its two sides
+_MOST_PAIRS = 1 << 20  # of a cell that are held
 _SAVE_SECONDS = 60.0
 _TOGETHER = 64  # cells between looks at the clock
 _VECTORS_SHARE, _PAIRS_SHARE = 0.4, 0.2  # of the memory; the rest is for tiles and what is known of each row
@@ -58,6 +61,7 @@ class Join:
                 self._save(forest, some.stop)
                 saved = time.monotonic()
         forest.settle()
+        self._path.unlink(missing_ok=True)
         return forest
 
     @property
@@ -65,20 +69,36 @@ class Join:
         return self.directory / "forest.npz"
 
     def _begun(self, rows: int) -> tuple[Forest, int]:
+        """What an interrupted attempt at the same join has left, and how many cells it had done."""
         waiting = int(self.memory * _PAIRS_SHARE / PAIR_BYTES)
-        if not self._path.exists():
-            return Forest(rows, waiting), 0
-        forest, facts = Forest.load(self._path, waiting)
-        return forest, facts["done"]
+        if self._path.exists():
+            forest, facts = Forest.load(self._path, waiting)
+            if forest.rows == rows and facts["of"] == self._identity:
+                return forest, facts["done"]
+        return Forest(rows, waiting), 0
 
     def _save(self, forest: Forest, done: int) -> None:
         partial = self._path.with_suffix(".part")
-        forest.save(partial, done=done)
+        forest.save(partial, done=done, of=self._identity)
         partial.replace(self._path)
 
+    @cached_property
+    def _identity(self) -> int:
+        content = self.cells.centroids.vectors.tobytes() + self.cells.crowded.tobytes()
+        rule = repr((self.threshold, self.cells.probes, self.cells.margin)).encode()
+        return int.from_bytes(hashlib.sha256(content + rule).digest()[:7], "big")
+
     def _cell(self, partition: Partition, cell: int) -> Found:
+        """The pairs of a cell; of one where all are alike a forest of them, since they would be too many."""
         members = partition.members(cell)
-        parts = list(_pairs(members, bool(self.cells.crowded[cell]), self.threshold, self.workers.tiles))
+        parts: list[Found] = []
+        for found in _pairs(members, bool(self.cells.crowded[cell]), self.threshold, self.workers.tiles):
+            parts.append(found)
+            if sum(len(each[0]) for each in parts) > _MOST_PAIRS:
+                forest = Forest(len(members.rows))
+                for each in parts:
+                    forest.add(*each)
+                parts = [forest.edges()]
         a, b, scores = (np.concatenate(each) for each in zip(*parts, strict=True)) if parts else _NONE
         return members.rows[a], members.rows[b], scores
 

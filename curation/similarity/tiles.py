@@ -72,7 +72,7 @@ class TorchTiles:
         import torch
 
         self._torch, self._device = torch, torch.device(device)
-        assert not torch.backends.cuda.matmul.allow_tf32, "its rounding is beyond the slack"
+        torch.backends.cuda.matmul.allow_tf32 = False  # its rounding is beyond the slack
 
     def hold(self, vectors: np.ndarray) -> Any:
         return self._torch.from_numpy(np.ascontiguousarray(vectors)).to(self._device).float()
@@ -118,6 +118,9 @@ class Workers:
 
 def workers(threads: int) -> Workers:
     """On the GPU, if there is one; else on as many cores."""
-    if Path("/dev/nvidiactl").exists():  # torch, which would know, takes seconds and half a gigabyte to import
-        return Workers(TorchTiles("cuda"), 1)
+    if Path("/dev/nvidiactl").exists():  # only then torch, which takes seconds and half a gigabyte to import
+        import torch
+
+        if torch.cuda.is_available():
+            return Workers(TorchTiles("cuda"), 1)
     return Workers(CpuTiles(), threads)

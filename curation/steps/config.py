@@ -54,7 +54,7 @@ class NearDuplicates(CellSettings):
     """Drop all but one image of every connected component of the similarity graph (DINOv2, appendix A)."""
 
     kind: Literal["near_duplicates"] = "near_duplicates"
-    threshold: float = Field(0.6, gt=-1, le=1)
+    threshold: float = Field(0.6, gt=0, le=1)
     """Cosine similarity from which two images are joined."""
     representative: Literal["resolution", "bytes", "earliest", "field"] = "resolution"
     """Which image of a component stays: the one with most pixels, the largest file, the one whose key comes first, or
@@ -69,6 +69,8 @@ class NearDuplicates(CellSettings):
 
     @model_validator(mode="after")
     def _has_field(self) -> NearDuplicates:
+        if self.prefer and self.field is None:
+            raise ValueError("prefer: values of a field; give the field too")
         if (self.representative == "field") != (self.field is not None):
             raise ValueError("field and representative: field go together; give both or neither")
         return self
@@ -78,7 +80,7 @@ class Decontaminate(CellSettings):
     """Drop images too much like one of an evaluation set (DINOv2, appendix A)."""
 
     kind: Literal["decontaminate"] = "decontaminate"
-    threshold: float = Field(0.45, gt=-1, le=1)
+    threshold: float = Field(0.45, gt=0, le=1)
     """Cosine similarity from which an image counts as a leak."""
     drop: Literal["hits", "components"] = "hits"
     """hits: images that are like an evaluation image. components: also all that hang together with them by pairs of at
@@ -99,7 +101,7 @@ class Retrieve(Config):
     """Give each seed image neighbours of its own: what a more similar seed image has taken is replaced by the next."""
     index: Literal["auto", "exact", "ivfpq"] = "auto"
     """exact compares every seed image with every image; ivfpq finds candidates in a compressed FAISS index and compares
-    those exactly; auto: exact up to 4e11 comparisons of one dimension."""
+    those exactly, where there are 10,000 images or more; auto: exact up to 4e11 comparisons of one dimension."""
     audit: int = Field(200, ge=0)
     """Seed images whose neighbours in the index are checked against the exact ones."""
 
@@ -134,13 +136,13 @@ class Balance(Config):
     """Draw images evenly over concepts by hierarchical k-means (Vo et al., arXiv 2405.15613; DINOv3)."""
 
     kind: Literal["balance"] = "balance"
-    levels: list[int] = Field(default_factory=lambda: [1000, 100], min_length=1)
+    levels: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [1000, 100], min_length=1)
     """Clusters of each level, from the finest; DINOv3 has 200 M, 8 M, 800 k, 100 k and 25 k."""
     target: int = Field(100_000, ge=1)
     """Images to draw."""
     resamplings: int = Field(10, ge=0)
     """Times that each level's clustering is made anew on the members nearest to its centroids, which evens it out."""
-    members: list[int] = Field(default_factory=list)
+    members: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
     """Members of a cluster that a resampling takes, for each level; none: half the clusters' mean size."""
     copies: int = Field(1, ge=1)
     """How often one image may be drawn; beyond 1 its weight says how often it was."""
@@ -192,8 +194,8 @@ class Restore(Config):
     kind: Literal["restore"] = "restore"
     reason: str
     """Why it was dropped: near_duplicate, leak, ..."""
-    below: float = Field(1.01, ge=-1)
-    """Only what was less similar than this to what it lost against."""
+    below: float | None = None
+    """Only what has a lower score than this: was less similar to what it lost against, say."""
     keys: str | None = None
     """Only keys of this file, one a line."""
 

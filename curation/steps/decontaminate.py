@@ -63,7 +63,7 @@ def _near(context: Context, step: Decontaminate, rows: np.ndarray, reference: Re
 def _facts(context: Context, hits: Hits, threshold: float, groups: np.ndarray | None) -> dict[str, Any]:
     leaks = hits.scores >= threshold
     edges = np.round(np.arange(threshold - _MARGIN, 1 + _BINS, _BINS), 4)
-    counts = np.histogram(hits.scores, edges)[0]
+    counts = np.histogram(np.minimum(hits.scores, edges[-1]), edges)[0]  # rounded vectors may be a little too long
     told: dict[str, Any] = {
         "evaluation_images": len(hits.reference.vectors),
         "leaks": int(leaks.sum()),

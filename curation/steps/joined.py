@@ -11,7 +11,9 @@ import pyarrow as pa
 from curation.context import Context
 from curation.similarity.audit import Recall, audit
 from curation.similarity.cells import SAMPLE, Cells, count_for
+from curation.similarity.exact import blank
 from curation.similarity.forest import Forest
+from curation.similarity.nearest import similarities
 from curation.similarity.selfjoin import Join
 from curation.steps.config import CellSettings
 
@@ -27,6 +29,8 @@ class Joined:
     labels: np.ndarray
     """Component of each, int32 `[m]`"""
     forest: Forest
+    similarities: np.ndarray
+    """Of the forest's pairs, exactly, float64"""
     cells: Cells
     recall: Recall | None
 
@@ -45,14 +49,14 @@ class Joined:
 
     def curve(self, threshold: float) -> list[list[float]]:
         """How many images each higher threshold would merge away: [threshold, images]."""
-        scores = np.sort(self.forest.edges()[2])
+        scores = np.sort(self.similarities)
         levels = np.round(np.linspace(threshold, 1.0, _CURVE + 1), 4)
         return [[float(level), int(len(scores) - np.searchsorted(scores, level))] for level in levels]
 
     def table(self) -> pa.Table:
         """The forest as pairs of corpus rows: from it the components at any higher threshold follow."""
-        a, b, scores = self.forest.edges()
-        return pa.table({"row": self.rows[a], "other": self.rows[b], "similarity": scores})
+        a, b, _ = self.forest.edges()
+        return pa.table({"row": self.rows[a], "other": self.rows[b], "similarity": self.similarities})
 
 
 def joined(context: Context, settings: CellSettings, threshold: float) -> Joined:
@@ -64,9 +68,10 @@ def joined(context: Context, settings: CellSettings, threshold: float) -> Joined
     labels = forest.components()
     recall = None
     if settings.audit:
-        sample = np.sort(np.searchsorted(rows, context.shuffled(rows, settings.audit)))
+        sample = np.sort(np.searchsorted(rows, context.shuffled(rows, settings.audit, "audit")))
         recall = audit(context.vectors, rows, labels, threshold, sample, context.workers)
-    return Joined(rows, labels, forest, cells, recall)
+    a, b, _ = forest.edges()
+    return Joined(rows, labels, forest, similarities(context.vectors, rows[a], rows[b]), cells, recall)
 
 
 def _cells(context: Context, settings: CellSettings, rows: np.ndarray) -> Cells:
@@ -74,4 +79,7 @@ def _cells(context: Context, settings: CellSettings, rows: np.ndarray) -> Cells:
     if count == 1:
         return Cells.one(context.vectors.dim)
     sample = context.vectors.take(context.shuffled(rows, SAMPLE * count))
-    return Cells.learn(sample, count, settings.probes, settings.margin, context.workers)
+    sample = sample[~blank(sample)]
+    if not len(sample):
+        return Cells.one(context.vectors.dim)
+    return Cells.learn(sample, min(count, len(sample)), settings.probes, settings.margin, context.workers)

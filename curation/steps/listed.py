@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,20 +15,52 @@ from curation.steps.config import Remove, Restore
 from infra import storage
 from infra.errors import UserError
 
+_HASH = re.compile("[0-9a-f]{64}")
+
 
 def remove(context: Context, step: Remove) -> Mapping[str, Any]:
     """Drop what is listed, also what an earlier step has dropped: it must not come back."""
     table = context.corpus.table
     listed = np.zeros(len(context.corpus), dtype=bool)
-    for path, column in ((step.keys, "key"), (step.hashes, "sha256")):
-        if path is not None:
-            listed |= _among(table[column], path)
+    unknown = 0
+    if step.keys is not None:
+        unknown += _mark(listed, table["key"], _lines(step.keys))
+    if step.hashes is not None:
+        unknown += _mark(listed, table["sha256"], _hashes(step.hashes))
     if step.prefix is not None:
         listed |= pc.starts_with(table["key"], step.prefix).to_numpy()
     rows = np.flatnonzero(listed)
     before = int(context.verdicts.keep.sum())
     context.verdicts.drop(rows, step.kind, "removed", -1, np.nan)
-    return {"listed": len(rows), "dropped": before - int(context.verdicts.keep.sum())}
+    return {"listed": len(rows), "dropped": before - int(context.verdicts.keep.sum()), "unknown_lines": unknown}
+
+
+def _mark(listed: np.ndarray, column: pa.ChunkedArray, lines: list[str]) -> int:
+    """Mark the rows that are among some lines; return how many lines no row has."""
+    values = pa.array(lines, pa.string())
+    listed |= pc.is_in(column, values).to_numpy()
+    return len(lines) - int(pc.sum(pc.is_in(values, column)).as_py() or 0)
+
+
+def _lines(path: str) -> list[str]:
+    """The lines of a file that are not empty.
+
+    Raises:
+        UserError: it is no text.
+    """
+    try:
+        text = storage.read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; give one key or hash a line") from None
+    return [line for line in (line.strip("\r") for line in text.split("\n")) if line]
+
+
+def _hashes(path: str) -> list[str]:
+    lines = [line.strip().lower() for line in _lines(path)]
+    bad = next((line for line in lines if not _HASH.fullmatch(line)), None)
+    if bad is not None:
+        raise UserError(f"{path}: {bad[:80]}: not a SHA-256 of 64 hexadecimal digits; mend the line")
+    return lines
 
 
 def restore(context: Context, step: Restore) -> Mapping[str, Any]:
@@ -37,9 +70,10 @@ def restore(context: Context, step: Restore) -> Mapping[str, Any]:
         known = ", ".join(sorted(set(verdicts.reasons.words) - {"kept"}))
         raise UserError(f"restore: reason: {step.reason}: nothing was dropped for it; reasons here are {known}")
     chosen = ~verdicts.keep & (verdicts.reason == verdicts.reasons.number(step.reason))
-    chosen &= ~(verdicts.score >= step.below)
+    if step.below is not None:
+        chosen &= verdicts.score < step.below
     if step.keys is not None:
-        chosen &= _among(context.corpus.table["key"], step.keys)
+        chosen &= pc.is_in(context.corpus.table["key"], pa.array(_lines(step.keys), pa.string())).to_numpy()
     rows = np.flatnonzero(chosen)
     _leave_groups(context, rows)
     verdicts.keep[rows] = True
@@ -55,9 +89,3 @@ def _leave_groups(context: Context, rows: np.ndarray) -> None:
     sizes = np.bincount(verdicts.last_representatives(), minlength=len(verdicts.weight))
     for each in (before, rows):
         verdicts.weight[each] = sizes[each]
-
-
-def _among(column: pa.ChunkedArray, path: str) -> np.ndarray:
-    """Where a column has one of a file's lines, bool."""
-    lines = [line.strip() for line in storage.read_bytes(path).decode().splitlines()]
-    return pc.is_in(column, pa.array([line for line in lines if line], pa.string())).to_numpy()

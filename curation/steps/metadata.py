@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation.context import Context
@@ -17,10 +18,8 @@ def filter_metadata(context: Context, step: Filter) -> Mapping[str, Any]:
     table = context.corpus.table
     width, height = (table[name].to_numpy() for name in ("width", "height"))
     shorter, longer = np.minimum(width, height), np.maximum(width, height)
-    caption = pc.fill_null(table["caption"], "")
-    words = pc.list_value_length(pc.utf8_split_whitespace(pc.utf8_trim_whitespace(caption))).to_numpy()
-    words = np.where(pc.equal(pc.utf8_trim_whitespace(caption), "").to_numpy(), 0, words)
-    characters = pc.utf8_length(caption).to_numpy()
+    words = _of_captions(table["caption"], _words) if step.min_words else np.zeros(len(width))
+    characters = _of_captions(table["caption"], pc.utf8_length) if step.min_characters else words
     reasons = {
         "too_small": (shorter < step.min_side, shorter),
         "too_long": (longer > (step.max_aspect or np.inf) * shorter, longer / shorter),
@@ -33,3 +32,15 @@ def filter_metadata(context: Context, step: Filter) -> Mapping[str, Any]:
         context.verdicts.drop(rows, step.kind, reason, -1, value[rows])
         told[reason] = len(rows)
     return {"dropped": sum(told.values()), **told}
+
+
+def _of_captions(column: pa.ChunkedArray, measure: Callable[[pa.Array], pa.Array]) -> np.ndarray:
+    """A number for each caption, a chunk at a time; images without one have an empty one."""
+    parts = [measure(pc.fill_null(chunk, "")).to_numpy(zero_copy_only=False) for chunk in column.chunks]
+    return np.concatenate(parts)
+
+
+def _words(captions: pa.Array) -> pa.Array:
+    trimmed = pc.utf8_trim_whitespace(captions)
+    count = pc.list_value_length(pc.utf8_split_whitespace(trimmed))
+    return pc.if_else(pc.equal(trimmed, ""), 0, count)

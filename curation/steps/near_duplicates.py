@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from curation.context import Context
-from curation.similarity.exact import dots, widened
+from curation.similarity.exact import widened
+from curation.similarity.nearest import similarities
 from curation.steps.config import NearDuplicates
 from curation.steps.joined import joined
 from curation.steps.preference import preferred
 from infra.vectors import Vectors
 
-_BLOCK = 1 << 13
 _WORST = 10  # components that the manifest tells of
 _SAMPLED = 2048  # members of a component that are compared with each other to tell its diameter
 
@@ -58,13 +58,6 @@ def represent(vectors: Vectors, rows: np.ndarray, labels: np.ndarray, least: flo
         winners[left[near]], scores[left[near]] = rows[best[near]], similar[near]
         left = left[~near]
     return winners, scores
-
-
-def similarities(vectors: Vectors, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Of pairs of rows, exactly; float64 `[m]`."""
-    starts = range(0, len(rows), _BLOCK)
-    parts = [dots(*(vectors.take(each[start : start + _BLOCK]) for each in (rows, others))) for start in starts]
-    return np.concatenate(parts) if parts else np.empty(0)
 
 
 def _worst(context: Context, rows: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> list[dict[str, Any]]:

@@ -14,15 +14,17 @@ from curation.similarity.forest import Forest
 from curation.similarity.hamming import pairs_within
 from curation.steps.config import LooksFilter, Perceptual
 from infra.artifacts import cache_directory
+from infra.errors import UserError
 
 _SAMPLE = 20_000  # pictures that principal components are learned from
+_FEWEST = 100
 _BITS = 64
 
 
 def perceptual(context: Context, step: Perceptual) -> Mapping[str, Any]:
     """Of images that hang together by hashes with few different bits, keep the largest."""
     verdicts = context.verdicts
-    looks = _looks(context, ["phash", "entropy", "small"])
+    looks = _looks(context, ["phash", "entropy"] if step.hash == "dct" else ["small", "entropy"])
     entropy = looks["entropy"].to_numpy(zero_copy_only=False)
     rows = np.flatnonzero(verdicts.keep & (entropy >= step.min_entropy))  # NaN, where there is no picture, is not
     hashes = _hashes(context, looks, rows, step)
@@ -51,12 +53,14 @@ def _hashes(context: Context, looks: pa.Table, rows: np.ndarray, step: Perceptua
     if step.hash == "dct":
         return looks["phash"].take(pa.array(rows)).to_numpy()
     sample = _pictures(looks, context.shuffled(rows, _SAMPLE))
+    if len(np.unique(sample, axis=0)) < _FEWEST:
+        raise UserError(f"perceptual: hash: pca needs {_FEWEST} different images to learn from; use dct")
     return pca_hash(_pictures(looks, rows), sample)
 
 
 def _pictures(looks: pa.Table, rows: np.ndarray) -> np.ndarray:
-    raw = b"".join(looks["small"].take(pa.array(rows)).to_pylist())
-    return np.frombuffer(raw, dtype=np.uint8).reshape(len(rows), SIDE * SIDE)
+    taken = looks["small"].take(pa.array(rows)).combine_chunks()
+    return np.frombuffer(taken.buffers()[1], dtype=np.uint8)[: len(rows) * SIDE * SIDE].reshape(len(rows), SIDE * SIDE)
 
 
 def filter_looks(context: Context, step: LooksFilter) -> Mapping[str, Any]:
@@ -75,4 +79,4 @@ def filter_looks(context: Context, step: LooksFilter) -> Mapping[str, Any]:
 
 
 def _looks(context: Context, columns: list[str]) -> pa.Table:
-    return Looks(context.corpus, cache_directory() / "looks").table(context.workers, context.reach, columns)
+    return Looks(context.corpus, cache_directory() / "looks").table(context.cores, context.reach, columns)

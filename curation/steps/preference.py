@@ -34,7 +34,7 @@ def _value(field: Any, prefer: list[str]) -> float:
         return -float(prefer.index(str(field)) if str(field) in prefer else len(prefer))
     try:
         return float(field)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return -np.inf
 
 
@@ -58,6 +58,6 @@ def json_fields(context: Context, rows: np.ndarray, field: str) -> list[Any]:
 def _field(content: bytes, name: str) -> Any:
     try:
         value = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):  # from the web: anything may be in it
         return None
     return value.get(name) if isinstance(value, dict) else None

@@ -16,13 +16,14 @@ from curation.steps.config import Retrieve
 _EXACT_WORK = 4e11  # products: seed images times images times dimensions
 _WIDER = 8  # times as many candidates are taken from the index as are wanted
 _SPARE = 4  # times as many neighbours are looked at where each seed image is to have its own
-_BLOCK = 1 << 12
+_BLOCK = 1 << 15
+_INDEXED = 10_000  # images from which an index can be learned
 
 
 def retrieve(context: Context, step: Retrieve) -> Mapping[str, Any]:
     """Keep the nearest kept images of each seed image, drop the rest."""
     verdicts, seed = context.verdicts, context.curated
-    rows = verdicts.kept()
+    rows = verdicts.in_order(verdicts.kept())  # of equally similar images the first key counts
     wanted = step.neighbours * (_SPARE if step.distinct else 1)
     places, scores, told = _neighbours(context, step, rows, wanted)
     near = (scores >= step.min_similarity) & (places >= 0)
@@ -53,18 +54,17 @@ def _neighbours(
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Places in `rows` near each seed image, int64 `[seed, k]`, their similarities, and what the manifest tells."""
     vectors = context.vectors
-    if step.index == "exact" or (step.index == "auto" and _comparable(context, rows)):
+    if step.index == "exact" or len(rows) < _INDEXED or (step.index == "auto" and _comparable(context, rows)):
         return *_by_block(context, lambda queries: k_nearest(queries, vectors, rows, k, context.workers)), {}
     index = CompressedIndex(vectors.take(context.shuffled(rows, sample_size(len(rows)))), len(rows), context.seed)
     index.add(vectors, rows)
 
     def search(queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         candidates = index.candidates(queries, min(_WIDER * k, len(rows)))
-        found, scores = ranked(queries, vectors, rows, np.maximum(candidates, 0), k)
-        return found, scores
+        return ranked(queries, vectors, rows, candidates, k)
 
     places, scores = _by_block(context, search)
-    return places, scores, {"recall": _audit(context, step, rows, places)}
+    return places, scores, {"recall": _audit(context, step, rows, places)} if step.audit else {}
 
 
 def _comparable(context: Context, rows: np.ndarray) -> bool:

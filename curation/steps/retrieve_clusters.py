@@ -28,8 +28,9 @@ def retrieve_clusters(context: Context, step: RetrieveClusters) -> Mapping[str, 
     order = np.lexsort((verdicts.ranks[rows], -mine.similarity, mine.labels))
     begins = np.searchsorted(mine.labels[order], np.arange(len(centroids)))
     place = np.arange(len(rows)) - begins[mine.labels[order]]  # within the cluster, the nearest to the centroid first
-    chosen = order[(seeds[mine.labels[order]] >= step.min_seeds) & (place < step.quota)]
-    most = np.lexsort((chosen, -seeds[mine.labels[chosen]]))  # clusters with most seed images first
+    wanted = np.flatnonzero((seeds[mine.labels[order]] >= step.min_seeds) & (place < step.quota))
+    chosen = order[wanted]
+    most = np.lexsort((place[wanted], mine.labels[chosen], -seeds[mine.labels[chosen]]))  # with most seed images first
     kept = np.zeros(len(rows), dtype=bool)
     kept[chosen[most][: step.most]] = True
     verdicts.note(rows[kept], step.kind, "retrieved", -1, mine.similarity[kept])

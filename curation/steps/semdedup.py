@@ -10,9 +10,10 @@ import pyarrow as pa
 
 from curation.context import Context
 from curation.similarity import clusters
-from curation.similarity.exact import widened
+from curation.similarity.exact import of_pairs, slack, widened
+from curation.similarity.nearest import similarities
 from curation.steps.config import SemDeDup
-from curation.steps.near_duplicates import similarities
+from infra.vectors import Vectors
 
 _IMAGES = 1000  # of a cluster, unless told otherwise
 _SIDE = 512
@@ -34,7 +35,7 @@ def semdedup(context: Context, step: SemDeDup) -> Mapping[str, Any]:
     order = np.lexsort((verdicts.ranks[rows], sign * mine.similarity, mine.labels))
     borders = np.searchsorted(mine.labels[order], np.arange(len(centroids) + 1))
     members = (rows[order[borders[each] : borders[each + 1]]] for each in range(len(centroids)))
-    before = np.concatenate(list(workers.map(lambda some: some[_most_similar_before(vectors, some)], members)))
+    before = np.concatenate(list(context.cores.map(lambda some: some[_most_similar_before(vectors, some)], members)))
     ordered = rows[order]
     scores = similarities(vectors, ordered, before)
     scores[ordered == before] = -np.inf  # the first of each cluster
@@ -46,13 +47,19 @@ def semdedup(context: Context, step: SemDeDup) -> Mapping[str, Any]:
     return {"dropped": int(dropped.sum()), "clusters": len(centroids), "curve": curve}
 
 
-def _most_similar_before(vectors: Any, members: np.ndarray) -> np.ndarray:
-    """For each of a cluster's members the place of the most similar one before it; for the first itself."""
-    wide = widened(vectors.take(members))
+def _most_similar_before(vectors: Vectors, members: np.ndarray) -> np.ndarray:
+    """For each of a cluster's members the place of the most similar one before it, exactly; for the first itself."""
+    taken = vectors.take(members)
+    wide, doubt = widened(taken), 2 * slack(vectors.dim)
     found = np.zeros(len(members), dtype=np.int64)
     for start in range(0, len(members), _SIDE):
         stop = min(start + _SIDE, len(members))
         tile = wide[start:stop] @ wide[:stop].T
-        tile[np.triu_indices(stop - start, 0, stop)[0], np.triu_indices(stop - start, start, stop)[1]] = -np.inf
-        found[start:stop] = tile.argmax(axis=1)
+        tile[:, start:][np.triu_indices(stop - start)] = -np.inf
+        best = tile.max(axis=1, keepdims=True)
+        rows, before = np.nonzero((tile >= best - np.float32(doubt)) & np.isfinite(best))
+        similar = of_pairs(taken, taken, rows + start, before)
+        order = np.lexsort((before, -similar, rows))
+        first = order[np.diff(rows[order], prepend=-1) != 0]
+        found[rows[first] + start] = before[first]
     return found
