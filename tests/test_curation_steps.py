@@ -13,13 +13,15 @@ import pytest
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+import curation
 from curation import run
-from curation.config import CurateConfig, EmbedConfig, MaterializeConfig
+from curation.config import CurateConfig, CurateSettings, EmbedConfig, MaterializeConfig
 from curation.curate import materialize
 from curation.embed import embed
 from curation.scoring import score_embedded, score_known_leaks
 from curation.steps.balance import evenness, shares
 from curation.verdicts import Verdicts
+from infra.config import load_yaml
 from infra.corpora import Corpus
 from infra.errors import UserError
 from pretrain.config import PixelDescriptor
@@ -474,3 +476,9 @@ def test_known_leaks_of_cifar10_are_found(shared_data: Path, tmp_path: Path) -> 
     assert scores["listed"] > 20
     assert scores["recall"] > 0.6
     assert selection.metrics["kept"] > 0.9 * len(target)
+
+
+@pytest.mark.parametrize("recipe", ["copies", "dinov2", "dinov3", "retrieve"])
+def test_recipes_are_settings_of_curations(recipe: str) -> None:
+    folder = Path(curation.__file__).parent / "recipes"
+    assert CurateSettings.model_validate(load_yaml(str(folder / f"{recipe}.yaml"))).steps
