@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from eval.page import PAGE
 from flows.cli import main
 from flows.config import PipelineConfig
-from infra.artifacts import find, verify
+from infra.artifacts import Artifact, find, verify
 from tests.conftest import SMALL, image_folder
 from tests.test_distill import STUDENT
 from tests.test_pretrain_recipes import RECIPES
@@ -194,11 +195,18 @@ def test_the_pipeline_runs_resumes_and_survives_kill(tmp_path: Path) -> None:
         assert after is not None
         same = {file.path: file.sha256 for file in before.manifest.files if not _tells_places(file.path)}
         assert {file.path: file.sha256 for file in after.manifest.files if not _tells_places(file.path)} == same, stage
+        if stage == "report":
+            assert _without_times(before) == _without_times(after)
 
 
 def _tells_places(path: str) -> bool:
-    """Files that name URLs, or that DeepSpeed's and timm's containers stamp, are alike but not equal."""
-    return path in ("lineage.json", "shards.json") or path.startswith("training/")
+    """Files that name URLs, tell how long things took, or that DeepSpeed's and timm's containers stamp, are alike but
+    not equal."""
+    return path in ("lineage.json", "shards.json", PAGE) or path.startswith("training/")
+
+
+def _without_times(report: Artifact) -> str:
+    return re.sub(r'(<td class="number took">)[^<]*', r"\1", report.read_bytes(PAGE).decode())
 
 
 def _killed_until_done(root: Path, home: Path) -> int:
