@@ -84,9 +84,13 @@ class Inputs:
     def by_name(self) -> dict[str, Input]:
         """As the manifest names them."""
         named: dict[str, Corpus | Embeddings | Selection | None]
-        named = {"corpus": self.corpus, "embeddings": self.embeddings, "curated": self.curated}
-        named |= {"selection": self.selection, **{f"evaluation_{i}": each for i, each in enumerate(self.evaluation)}}
+        named = {"corpus": self.corpus, "embeddings": self.embeddings, "selection": self.selection, **self.references()}
         return {name: each.artifact.as_input() for name, each in named.items() if each is not None}
+
+    def references(self) -> dict[str, Embeddings]:
+        """What the corpus is compared with, always in the same order: saved verdicts know it by its number."""
+        found = {f"evaluation_{i}": each for i, each in enumerate(self.evaluation)}
+        return found if self.curated is None else found | {"curated": self.curated}
 
 
 @dataclass
@@ -101,6 +105,8 @@ class Context:
     inputs: Inputs
     verdicts: Verdicts
     directory: Path
+    references: dict[str, Reference]
+    """What the corpus is compared with, by the manifest's names"""
     memory: int
     seed: int
     workers: Workers
@@ -119,9 +125,11 @@ class Context:
         threads = config.workers or len(os.sched_getaffinity(0))
         memory = int(config.memory_gb * (1 << 30))
         cores = Workers(CpuTiles(), threads)
-        context = cls(inputs, verdicts, directory, memory, config.seed, workers(threads), cores)
-        context._number_references()
-        return context
+        references = {
+            name: Reference(name, each.vectors, verdicts.reference(each.keys))
+            for name, each in inputs.references().items()
+        }
+        return cls(inputs, verdicts, directory, references, memory, config.seed, workers(threads), cores)
 
     @property
     def corpus(self) -> Corpus:
@@ -132,23 +140,13 @@ class Context:
         assert self.inputs.embeddings is not None
         return self.inputs.embeddings.vectors
 
-    @cached_property
+    @property
     def evaluation(self) -> list[Reference]:
-        return [self._reference(f"evaluation_{i}", each) for i, each in enumerate(self.inputs.evaluation)]
+        return [each for name, each in self.references.items() if name.startswith("evaluation_")]
 
-    @cached_property
+    @property
     def curated(self) -> Reference:
-        assert self.inputs.curated is not None
-        return self._reference("curated", self.inputs.curated)
-
-    def _reference(self, name: str, embeddings: Embeddings) -> Reference:
-        return Reference(name, embeddings.vectors, self.verdicts.reference(embeddings.keys))
-
-    def _number_references(self) -> None:
-        """Always in the same order, so that saved verdicts mean the same."""
-        _ = self.evaluation
-        if self.inputs.curated is not None:
-            _ = self.curated
+        return self.references["curated"]
 
     def scratch(self) -> Path:
         """A folder for what the step needs until it ends; what an interrupted attempt left there is still there."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,7 @@ from PIL import Image
 
 from curation.similarity.tiles import Workers
 from infra.corpora import Corpus, Unusable
-from infra.files import remove_unused
+from infra.files import appearing, remove_unused
 from pretrain.data.decode import ImageRejected, decoded, open_image
 
 VERSION = 1
@@ -64,10 +63,8 @@ class Looks:
             return
         rows = range(start, min(start + _BLOCK, len(self.corpus)))
         table = look(list(self._pictures(rows)))
-        descriptor, partial = tempfile.mkstemp(dir=self._folder, prefix=".")
-        os.close(descriptor)
-        pq.write_table(table, partial)
-        os.replace(partial, self._path(start))
+        with appearing(self._path(start)) as partial:
+            pq.write_table(table, partial)
 
     def _pictures(self, rows: range) -> Iterator[np.ndarray | None]:
         for row, image in zip(rows, self.corpus.read_images(rows), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra.files import appearing
 from infra.selections import SCHEMA, Selection
 
 KEPT = "kept"
@@ -139,6 +141,19 @@ class Verdicts:
         self.step[rows], self.reason[rows] = self.steps.number(step), self.reasons.number(reason)
         self.winner[rows], self.source[rows], self.score[rows] = winners, source, scores
 
+    def drop_each(self, step: str, reasons: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, int]:
+        """Drop kept rows for reasons, each with whom it meets, bool, and a score of all rows; of several the first.
+
+        Returns:
+            how many were dropped in all and for each reason.
+        """
+        told = {}
+        for reason, (bad, value) in reasons.items():
+            rows = np.flatnonzero(bad & self.keep)
+            self.drop(rows, step, reason, _NOBODY, value[rows])
+            told[reason] = len(rows)
+        return {"dropped": sum(told.values()), **told}
+
     def merge(
         self, losers: np.ndarray, winners: np.ndarray, step: str, reason: str, scores: np.ndarray | float
     ) -> None:
@@ -190,10 +205,8 @@ class Verdicts:
         """Write what later steps go on from, and what earlier ones told."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         words = {name: np.array(getattr(self, name).words) for name in ("steps", "reasons")}
-        partial = path.with_suffix(".part")
-        with partial.open("wb") as file:
+        with appearing(path) as partial, partial.open("wb") as file:
             np.savez(file, facts=np.array(json.dumps(facts)), **arrays, **words)  # type: ignore[arg-type]
-        partial.replace(path)
 
     def restore(self, path: Path) -> list[dict[str, Any]]:
         """Go on from what was saved; return what earlier steps told."""

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import logging
 import os
-import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infra import ranges
+from infra.files import appearing
 from infra.ranges import Range
 
 BLOCK = 4 << 20  # bytes
@@ -151,12 +151,5 @@ def _held(path: Path, whole: int, start: int, end: int) -> bytes | None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    with appearing(path) as partial:
+        partial.write_bytes(data)

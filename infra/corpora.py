@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,7 @@ from infra import ranges, storage
 from infra.artifacts import Artifact, cache_directory, open_artifact
 from infra.cache import BlockCache, Span
 from infra.errors import UserError
-from infra.files import remove_unused
+from infra.files import appearing, remove_unused
 from infra.ranges import Range
 
 INDEX = "index.parquet"
@@ -238,13 +237,6 @@ def _open_mapped(path: Path) -> pa.Table:
 
 
 def _unpack(parquet: Path, path: Path) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")
-    os.close(descriptor)
-    try:
-        with pa.ipc.new_file(temporary, INDEX_SCHEMA) as file, pq.ParquetFile(parquet) as source:
-            for batch in source.iter_batches(ROWS):
-                file.write_batch(batch.cast(INDEX_SCHEMA))
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with appearing(path) as partial, pa.ipc.new_file(partial, INDEX_SCHEMA) as file, pq.ParquetFile(parquet) as source:
+        for batch in source.iter_batches(ROWS):
+            file.write_batch(batch.cast(INDEX_SCHEMA))

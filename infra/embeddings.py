@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from infra.artifacts import Artifact, open_artifact
 from infra.errors import UserError
+from infra.files import appearing
 from infra.hashing import hash_json
 from infra.vectors import Vectors
 
@@ -70,7 +71,5 @@ def write_part(directory: Path, number: int, vectors: np.ndarray) -> None:
     if not np.isfinite(vectors).all():
         raise UserError("the backbone gives vectors that are not finite; are its weights whole?")
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    partial = directory / f".part-{number:05d}"
-    with partial.open("wb") as file:
+    with appearing(part_path(directory, number), 0o644) as partial, partial.open("wb") as file:
         np.save(file, (vectors / np.maximum(norms, 1e-12)).astype(np.float16))
-    partial.replace(part_path(directory, number))

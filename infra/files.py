@@ -1,13 +1,31 @@
-"""Folders of things that can be made again, kept for a while."""
+"""Files that appear whole, and folders of things that can be made again, kept for a while."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _MONTH = 30 * 24 * 3600  # seconds
+
+
+@contextmanager
+def appearing(path: Path, mode: int = 0o600) -> Iterator[Path]:
+    """A hidden file beside `path`, which takes its place when the block ends well: nobody sees a part of it."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    partial = Path(name)
+    try:
+        yield partial
+        partial.chmod(mode)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def remove_unused(folder: Path) -> None:

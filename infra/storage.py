@@ -8,7 +8,6 @@ import os
 import random
 import re
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from infra.errors import UserError
+from infra.files import appearing
 
 # An unreachable endpoint must be reported while the user is still looking.
 _S3_OPTIONS: dict[str, Any] = {
@@ -249,18 +249,10 @@ def write_atomic(url: str, data: bytes) -> None:
         return
     target = local_path(url)
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    with appearing(target, 0o644) as partial, partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def upload(local: Path, url: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 from infra.artifacts import Input
 from infra.errors import UserError
 from infra.hashing import hash_file, hash_json
+from pretrain import weights
 from pretrain.checkpoints import Checkpoint
 from pretrain.config import BackboneConfig, CheckpointBackbone, OfficialBackbone, OpenClipBackbone, PixelDescriptor
 from pretrain.models.official import from_official
@@ -120,10 +120,7 @@ class CheckpointedViT:
 
     @classmethod
     def from_official(cls, config: OfficialBackbone) -> CheckpointedViT:
-        try:
-            state = torch.load(config.checkpoint, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
-            raise UserError(f"{config.checkpoint}: not a readable checkpoint: {error}".splitlines()[0]) from None
+        state = weights.read(config.checkpoint)
         model = VisionTransformer(config.architecture).requires_grad_(False).eval()
         try:
             state = state.get("teacher", state) if isinstance(state, dict) else {}

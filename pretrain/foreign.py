@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from infra.errors import UserError
+from pretrain import weights
 from pretrain.backbones import Backbone, center_crop, default_device
 from pretrain.config import TimmBackbone, TorchScriptBackbone, TransformersBackbone
 
@@ -55,19 +56,12 @@ class Timm:
 
 def _fill(model: nn.Module, path: str) -> None:
     """Load weights; a classifier among them is left out."""
-    from pickle import UnpicklingError
-
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    state = weights.read(path)
+    if isinstance(state, dict):
+        state = state.get("state_dict", state.get("model", state))
     try:
-        if path.endswith(".safetensors"):
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            state = state.get("state_dict", state.get("model", state))
         missing = model.load_state_dict(state, strict=False).missing_keys
-    except (OSError, RuntimeError, UnpicklingError, EOFError, SafetensorError, AttributeError) as error:
+    except (RuntimeError, TypeError) as error:
         raise UserError(f"{path}: not weights of this model: {error}".splitlines()[0]) from None
     if missing:
         raise UserError(f"{path}: has no weights {', '.join(missing[:3])}; is it of another model?")

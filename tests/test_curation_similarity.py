@@ -159,11 +159,11 @@ def test_a_join_by_cells_misses_little_and_says_how_much(tmp_path: Path) -> None
     assert finer.shape[1] == len(np.unique(labels))  # nothing is joined that should not be
     recall = audit(source, rows, labels, 0.6, np.arange(0, 6000, 2), ONE)
     exact = audit(source, rows, true, 0.6, np.arange(0, 6000, 2), ONE)
-    assert exact.value == 1.0
+    assert exact.facts()["value"] == 1.0
     assert exact.pairs == exact.pairs_connected == ((similarities(vectors) >= 0.6)[::2].sum() - 3000)
-    assert recall.value > 0.97
-    low, high = recall.interval()
-    assert low < recall.value < high
+    told = recall.facts()
+    assert told["value"] > 0.97
+    assert told["low"] < told["value"] < told["high"]
     found = [labels[a] == labels[b] for a, b in zip(*np.nonzero(np.triu(similarities(vectors) >= 0.6, 1)), strict=True)]
     assert recall.pairs_connected / recall.pairs == pytest.approx(np.mean(found), abs=0.01)
 

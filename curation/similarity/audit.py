@@ -27,33 +27,27 @@ class Recall:
     """Of a sampled row and a counterpart"""
     pairs_connected: int
 
-    @property
-    def value(self) -> float:
-        return self.connected / self.with_counterpart if self.with_counterpart else 1.0
-
-    def interval(self) -> tuple[float, float]:
-        """Of 95 %, by Wilson's score."""
-        return wilson(self.connected, self.with_counterpart)
-
     def facts(self) -> dict[str, float]:
-        low, high = self.interval()
-        return {
-            "value": round(self.value, 5),
-            "low": round(low, 5),
-            "high": round(high, 5),
-            "sampled": self.sampled,
-            "with_counterpart": self.with_counterpart,
-            "of_pairs": round(self.pairs_connected / self.pairs, 5) if self.pairs else 1.0,
-        }
+        """What the manifest tells of it."""
+        of_pairs = round(self.pairs_connected / self.pairs, 5) if self.pairs else 1.0
+        counts = {"sampled": self.sampled, "with_counterpart": self.with_counterpart}
+        return share(self.connected, self.with_counterpart) | counts | {"of_pairs": of_pairs}
+
+
+def share(hits: int, trials: int) -> dict[str, float]:
+    """A measured share with its interval of 95 %, as the manifest tells it; 1 where there was nothing to be found."""
+    low, high = wilson(hits, trials)
+    named = {"value": hits / trials if trials else 1.0, "low": low, "high": high}
+    return {name: round(value, 5) for name, value in named.items()}
 
 
 def wilson(hits: int, trials: int) -> tuple[float, float]:
     """Score interval of 95 % for a share (Wilson 1927); (0, 1) where nothing was tried."""
     if not trials:
         return 0.0, 1.0
-    share, spread = hits / trials, _Z**2 / trials
-    middle = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
+    found, spread = hits / trials, _Z**2 / trials
+    middle = (found + spread / 2) / (1 + spread)
+    half = math.sqrt(found * (1 - found) * spread + spread**2 / 4) / (1 + spread)
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 

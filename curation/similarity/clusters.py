@@ -24,6 +24,11 @@ class Assigned:
     similarity: np.ndarray
 
 
+def place_within(labels: np.ndarray) -> np.ndarray:
+    """How many of the same label come before, for labels that rise; int64 `[m]`."""
+    return np.arange(len(labels)) - np.searchsorted(labels, labels)
+
+
 def learn(
     sample: np.ndarray, count: int, workers: Workers, generator: np.random.Generator, spherical: bool = True
 ) -> Centroids:

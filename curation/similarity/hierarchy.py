@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from curation.similarity.clusters import POINTS, Assigned, assign, learn
-from curation.similarity.exact import dots
+from curation.similarity.clusters import POINTS, Assigned, assign, learn, place_within
 from curation.similarity.kmeans import Centroids
+from curation.similarity.nearest import similarities
 from curation.similarity.tiles import Workers
 from infra.vectors import Vectors
 
@@ -65,9 +65,9 @@ def _level(
 ) -> Level:
     chosen = generator.permutation(len(rows))[: size * POINTS]
     centroids = learn(vectors.take(rows[chosen]), size, workers, generator, spherical=False)
-    found = assign(vectors, rows, centroids, workers)
+    found, lengths = assign(vectors, rows, centroids, workers), similarities(vectors, rows, rows)
     for _ in range(resamplings):
-        some = generator.permutation(_nearest_members(vectors, rows, found, taken))
+        some = generator.permutation(_nearest_members(found, lengths, taken))
         if len(some) <= size:
             break
         centroids = learn(vectors.take(rows[some]), size, workers, generator, spherical=False)
@@ -75,18 +75,7 @@ def _level(
     return Level(centroids, found.labels)
 
 
-def _nearest_members(vectors: Vectors, rows: np.ndarray, found: Assigned, count: int) -> np.ndarray:
-    """Places of the members nearest to each centroid."""
-    order = np.lexsort((-_nearness(vectors, rows, found), found.labels))
-    labels = found.labels[order]
-    begins = np.searchsorted(labels, labels)
-    return order[np.arange(len(order)) - begins < count]
-
-
-def _nearness(vectors: Vectors, rows: np.ndarray, found: Assigned) -> np.ndarray:
-    """Falls with the distance to the centroid: x·c - |c|²/2 - |x|²/2."""
-    lengths = np.empty(len(rows))
-    for start in range(0, len(rows), 1 << 14):
-        block = vectors.take(rows[start : start + (1 << 14)])
-        lengths[start : start + len(block)] = dots(block, block)
-    return found.similarity - lengths / 2
+def _nearest_members(found: Assigned, lengths: np.ndarray, count: int) -> np.ndarray:
+    """Places of the members nearest to each centroid: where x·c - |c|²/2 - |x|²/2 is highest."""
+    order = np.lexsort((lengths / 2 - found.similarity, found.labels))
+    return order[place_within(found.labels[order]) < count]

@@ -74,12 +74,9 @@ def k_nearest(
         places in `rows`, int64 `[q, k]`, and similarities, float64 `[q, k]`, falling; of equal ones the first place
         comes first. k is at most the number of rows. A zero vector, which is like nothing, has places -1.
     """
-    k, starts = min(k, len(rows)), range(0, len(queries), _QUERIES)
-    found = list(
-        workers.map(
-            lambda start: _k_of_block(queries[start : start + _QUERIES], vectors, rows, k, workers.tiles), starts
-        )
-    )
+    k = min(k, len(rows))
+    blocks = (queries[start : start + _QUERIES] for start in range(0, len(queries), _QUERIES))
+    found = list(workers.map(lambda block: _k_of_block(block, vectors, rows, k, workers.tiles), blocks))
     places, scores = (np.concatenate(each) for each in zip(*found, strict=True))
     nothing = blank(queries)
     places[nothing], scores[nothing] = -1, -np.inf
@@ -102,9 +99,7 @@ def _k_of_block(
             chosen = np.argpartition(-rough, most - 1, axis=1)[:, :most]
             places, rough = (np.take_along_axis(each, chosen, axis=1) for each in (places, rough))
     found, exact = ranked(queries, vectors, rows, places, k)
-    if places.shape[1] < len(
-        rows
-    ):  # what was passed over is at most as similar as the least of these, but for rounding
+    if places.shape[1] < len(rows):  # what was passed over is at most as similar as the least here, but for rounding
         tied = np.flatnonzero((exact[:, -1] <= rough.min(axis=1) + 2 * doubt) & ~blank(queries))
         for query in tied.tolist():
             found[query], exact[query] = _k_with_ties(queries[query], vectors, rows, k, exact[query, -1], tiles)

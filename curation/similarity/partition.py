@@ -96,10 +96,6 @@ class Partition:
                 file.write(held[order[start : start + _BLOCK]].tobytes())
         return path
 
-    def sizes(self) -> np.ndarray:
-        """Visits of each cell, int64 `[cells]`."""
-        return np.sum([np.diff(run.starts) for run in self._runs], axis=0)
-
     def members(self, cell: int) -> Members:
         """Who visits a cell."""
         parts = [*self._pieces(cell, owners=True), *self._pieces(cell, owners=False)]

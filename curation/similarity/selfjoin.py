@@ -20,6 +20,7 @@ from curation.similarity.exact import of_pairs, slack
 from curation.similarity.forest import PAIR_BYTES, Forest
 from curation.similarity.partition import Members, Partition
 from curation.similarity.tiles import Found, Tiles, Workers
+from infra.files import appearing
 from infra.vectors import Vectors
 
 _SIDE, _WIDTH = 192, 1 << 12  # rows of a tile on its two sides
@@ -78,9 +79,8 @@ class Join:
         return Forest(rows, waiting), 0
 
     def _save(self, forest: Forest, done: int) -> None:
-        partial = self._path.with_suffix(".part")
-        forest.save(partial, done=done, of=self._identity)
-        partial.replace(self._path)
+        with appearing(self._path) as partial:
+            forest.save(partial, done=done, of=self._identity)
 
     @cached_property
     def _identity(self) -> int:
@@ -92,13 +92,16 @@ class Join:
         """The pairs of a cell; of one where all are alike a forest of them, since they would be too many."""
         members = partition.members(cell)
         parts: list[Found] = []
+        count = 0
         for found in _pairs(members, bool(self.cells.crowded[cell]), self.threshold, self.workers.tiles):
             parts.append(found)
-            if sum(len(each[0]) for each in parts) > _MOST_PAIRS:
+            count += len(found[0])
+            if count > _MOST_PAIRS:
                 forest = Forest(len(members.rows))
                 for each in parts:
                     forest.add(*each)
                 parts = [forest.edges()]
+                count = len(parts[0][0])
         a, b, scores = (np.concatenate(each) for each in zip(*parts, strict=True)) if parts else _NONE
         return members.rows[a], members.rows[b], scores
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from curation.context import Context
+from curation.similarity.clusters import place_within
 from curation.similarity.hierarchy import Level, hierarchy
 from curation.steps.config import Balance
 
@@ -28,18 +29,20 @@ def balance(context: Context, step: Balance) -> Mapping[str, Any]:
     verdicts.drop(rows[~kept], step.kind, "not_drawn", -1, np.nan)
     if step.copies > 1:
         verdicts.weight[rows[kept]] = drawn[kept]
-    clusters = flattened(levels)
-    told = [
-        {
-            "clusters": len(level.centroids),
-            "before": evenness(np.bincount(of, minlength=len(level.centroids))),
-            "after": evenness(np.bincount(of, weights=drawn, minlength=len(level.centroids))),
-            "reached_before": int((np.bincount(of, minlength=len(level.centroids)) > 0).sum()),
-            "reached_after": int((np.bincount(of, weights=drawn, minlength=len(level.centroids)) > 0).sum()),
-        }
-        for level, of in zip(levels, clusters, strict=True)
-    ]
+    told = [_spread(len(level.centroids), of, drawn) for level, of in zip(levels, flattened(levels), strict=True)]
     return {"dropped": int((~kept).sum()), "drawn": int(drawn.sum()), "levels": told}
+
+
+def _spread(clusters: int, of: np.ndarray, drawn: np.ndarray) -> dict[str, Any]:
+    """How evenly rows lie over the clusters of a level, before the draw and after it."""
+    before, after = np.bincount(of, minlength=clusters), np.bincount(of, weights=drawn, minlength=clusters)
+    return {
+        "clusters": clusters,
+        "before": evenness(before),
+        "after": evenness(after),
+        "reached_before": int((before > 0).sum()),
+        "reached_after": int((after > 0).sum()),
+    }
 
 
 def flattened(levels: list[Level]) -> list[np.ndarray]:
@@ -97,10 +100,9 @@ def _members(labels: np.ndarray, quotas: np.ndarray, generator: np.random.Genera
     """How often each row is drawn: each of a cluster as often as the next, and random ones once more."""
     order = np.lexsort((generator.permutation(len(labels)), labels))
     sizes = np.bincount(labels, minlength=len(quotas))
-    place = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     whole, rest = np.divmod(quotas, np.maximum(sizes, 1))
     drawn = np.empty(len(labels), dtype=np.int64)
-    drawn[order] = whole[labels[order]] + (place < rest[labels[order]])
+    drawn[order] = whole[labels[order]] + (place_within(labels[order]) < rest[labels[order]])
     return drawn
 
 

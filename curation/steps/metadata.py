@@ -26,12 +26,7 @@ def filter_metadata(context: Context, step: Filter) -> Mapping[str, Any]:
         "too_few_words": (words < step.min_words, words),
         "too_few_characters": (characters < step.min_characters, characters),
     }
-    told = {}
-    for reason, (bad, value) in reasons.items():
-        rows = np.flatnonzero(bad & context.verdicts.keep)
-        context.verdicts.drop(rows, step.kind, reason, -1, value[rows])
-        told[reason] = len(rows)
-    return {"dropped": sum(told.values()), **told}
+    return context.verdicts.drop_each(step.kind, reasons)
 
 
 def _of_captions(column: pa.ChunkedArray, measure: Callable[[pa.Array], pa.Array]) -> np.ndarray:

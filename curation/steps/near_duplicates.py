@@ -12,7 +12,7 @@ from curation.similarity.exact import widened
 from curation.similarity.nearest import similarities
 from curation.steps.config import NearDuplicates
 from curation.steps.joined import joined
-from curation.steps.preference import preferred
+from curation.steps.preference import first_of_each, preferred
 from infra.vectors import Vectors
 
 _WORST = 10  # components that the manifest tells of
@@ -51,8 +51,7 @@ def represent(vectors: Vectors, rows: np.ndarray, labels: np.ndarray, least: flo
     winners, scores = rows.copy(), np.ones(len(rows), dtype=np.float32)
     left = np.arange(len(rows))
     while len(left):
-        _, first, group = np.unique(labels[left], return_index=True, return_inverse=True)
-        best = left[first][group]
+        best = left[first_of_each(labels[left])]
         similar = similarities(vectors, rows[left], rows[best])
         near = (similar >= least) | (best == left) | (least <= -1)
         winners[left[near]], scores[left[near]] = rows[best[near]], similar[near]

@@ -13,6 +13,7 @@ from curation.looks import SIDE, Looks, pca_hash
 from curation.similarity.forest import Forest
 from curation.similarity.hamming import pairs_within
 from curation.steps.config import LooksFilter, Perceptual
+from curation.steps.preference import first_of_each, pixels
 from infra.artifacts import cache_directory
 from infra.errors import UserError
 
@@ -32,20 +33,16 @@ def perceptual(context: Context, step: Perceptual) -> Mapping[str, Any]:
     forest = Forest(len(different))
     for a, b, bits in pairs_within(different, step.radius):
         forest.add(a, b, 1 - bits.astype(np.float32) / _BITS)
-    component = forest.components()[place]
-    table = context.corpus.table
-    pixels = table["width"].to_numpy().astype(np.int64) * table["height"].to_numpy()
-    order = np.lexsort((verdicts.ranks[rows], -pixels[rows], component))
-    rows, component, hashes = rows[order], component[order], hashes[order]
-    begins = np.diff(component, prepend=-1) != 0
-    winner = np.flatnonzero(begins)[np.cumsum(begins) - 1]
-    losers = np.flatnonzero(~begins)
+    order = np.lexsort((verdicts.ranks[rows], -pixels(context, rows)))
+    rows, hashes, component = rows[order], hashes[order], forest.components()[place][order]
+    winner = first_of_each(component)
+    losers = np.flatnonzero(winner != np.arange(len(rows)))
     likeness = 1 - np.bitwise_count(hashes[losers] ^ hashes[winner[losers]]) / _BITS
     verdicts.merge(rows[losers], rows[winner[losers]], step.kind, "perceptual_duplicate", likeness)
     return {
         "dropped": len(losers),
         "different_hashes": len(different),
-        "not_hashed": int(verdicts.keep.sum()) - int(begins.sum()),
+        "not_hashed": int(verdicts.keep.sum()) - len(np.unique(component)),
     }
 
 
@@ -66,16 +63,13 @@ def _pictures(looks: pa.Table, rows: np.ndarray) -> np.ndarray:
 def filter_looks(context: Context, step: LooksFilter) -> Mapping[str, Any]:
     """Drop images on which there is next to nothing to be seen; of several reasons the first."""
     looks = _looks(context, ["entropy", "sharpness"])
-    told = {}
-    for reason, name, least in (("blank", "entropy", step.min_entropy), ("blurred", "sharpness", step.min_sharpness)):
-        value = looks[name].to_numpy(zero_copy_only=False)
-        rows = np.flatnonzero(context.verdicts.keep & (value < least))
-        context.verdicts.drop(rows, step.kind, reason, -1, value[rows])
-        told[reason] = len(rows)
-    broken = np.flatnonzero(context.verdicts.keep & np.isnan(looks["entropy"].to_numpy(zero_copy_only=False)))
-    context.verdicts.drop(broken, step.kind, "undecodable", -1, np.nan)
-    told["undecodable"] = len(broken)
-    return {"dropped": sum(told.values()), **told}
+    entropy, sharpness = (looks[name].to_numpy(zero_copy_only=False) for name in ("entropy", "sharpness"))
+    reasons = {
+        "blank": (entropy < step.min_entropy, entropy),
+        "blurred": (sharpness < step.min_sharpness, sharpness),
+        "undecodable": (np.isnan(entropy), entropy),
+    }
+    return context.verdicts.drop_each(step.kind, reasons)
 
 
 def _looks(context: Context, columns: list[str]) -> pa.Table:

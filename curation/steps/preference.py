@@ -18,14 +18,25 @@ def preferred(context: Context, step: NearDuplicates, rows: np.ndarray) -> np.nd
     if step.representative == "earliest":
         return np.argsort(ranks)
     if step.representative == "resolution":
-        taken = table.select(["width", "height"]).take(rows)
-        value = taken["width"].to_numpy().astype(np.float64) * taken["height"].to_numpy()
+        value = pixels(context, rows)
     elif step.representative == "bytes":
         value = table["image"].take(rows).combine_chunks().field("size").to_numpy().astype(np.float64)
     else:
         assert step.field is not None
         value = np.array([_value(each, step.prefer) for each in json_fields(context, rows, step.field)])
     return np.lexsort((ranks, -value))
+
+
+def pixels(context: Context, rows: np.ndarray) -> np.ndarray:
+    """Width times height of some images, float64 `[m]`."""
+    taken = context.corpus.table.select(["width", "height"]).take(rows)
+    return taken["width"].to_numpy().astype(np.float64) * taken["height"].to_numpy()
+
+
+def first_of_each(labels: np.ndarray) -> np.ndarray:
+    """For each place the first one with the same label, int64 `[m]`."""
+    _, first, group = np.unique(labels, return_index=True, return_inverse=True)
+    return first[group]
 
 
 def _value(field: Any, prefer: list[str]) -> float:

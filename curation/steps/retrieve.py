@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from curation.context import Context
-from curation.similarity.audit import wilson
+from curation.similarity.audit import share
 from curation.similarity.index import CompressedIndex, sample_size
 from curation.similarity.nearest import best_above, k_nearest, ranked
 from curation.steps.config import Retrieve
@@ -87,8 +87,7 @@ def _audit(context: Context, step: Retrieve, rows: np.ndarray, places: np.ndarra
     asked = np.sort(generator.permutation(len(seed))[: step.audit])
     exact, _ = k_nearest(seed.take(asked), context.vectors, rows, places.shape[1], context.workers)
     hits = sum(len(np.intersect1d(found, true)) for found, true in zip(places[asked], exact, strict=True))
-    low, high = wilson(hits, exact.size)
-    return {"value": round(hits / max(exact.size, 1), 5), "low": round(low, 5), "high": round(high, 5)}
+    return share(hits, exact.size)
 
 
 def _own(places: np.ndarray, scores: np.ndarray, near: np.ndarray, k: int) -> np.ndarray:

@@ -8,26 +8,22 @@ from typing import Any
 import numpy as np
 
 from curation.context import Context
-from curation.similarity import clusters
+from curation.similarity.clusters import assign, place_within
+from curation.steps.clustered import clustered
 from curation.steps.config import RetrieveClusters
 
 
 def retrieve_clusters(context: Context, step: RetrieveClusters) -> Mapping[str, Any]:
     """Keep some images of each cluster that enough seed images fall into, drop the rest."""
-    verdicts, vectors, workers = context.verdicts, context.vectors, context.workers
+    verdicts = context.verdicts
     rows = verdicts.kept()
-    count = min(step.clusters, len(rows))
-    sample = vectors.take(context.shuffled(rows, clusters.POINTS * count))
-    centroids = clusters.learn(sample, count, workers, context.generator())
-    mine = clusters.assign(vectors, rows, centroids, workers)
+    centroids, mine = clustered(context, rows, step.clusters)
     seed = context.curated.vectors
-    seeds = np.bincount(
-        clusters.assign(seed, np.arange(len(seed)), centroids, workers).labels, minlength=len(centroids)
-    )
+    of_seed = assign(seed, np.arange(len(seed)), centroids, context.workers).labels
+    sizes, seeds = (np.bincount(each, minlength=len(centroids)) for each in (mine.labels, of_seed))
 
     order = np.lexsort((verdicts.ranks[rows], -mine.similarity, mine.labels))
-    begins = np.searchsorted(mine.labels[order], np.arange(len(centroids)))
-    place = np.arange(len(rows)) - begins[mine.labels[order]]  # within the cluster, the nearest to the centroid first
+    place = place_within(mine.labels[order])  # in the cluster, the nearest to the centroid first
     wanted = np.flatnonzero((seeds[mine.labels[order]] >= step.min_seeds) & (place < step.quota))
     chosen = order[wanted]
     most = np.lexsort((place[wanted], mine.labels[chosen], -seeds[mine.labels[chosen]]))  # with most seed images first
@@ -39,7 +35,5 @@ def retrieve_clusters(context: Context, step: RetrieveClusters) -> Mapping[str, 
         "dropped": int((~kept).sum()),
         "clusters": len(centroids),
         "clusters_with_seeds": int((seeds >= step.min_seeds).sum()),
-        "clusters_below_quota": int(
-            (np.bincount(mine.labels, minlength=len(centroids))[seeds >= step.min_seeds] < step.quota).sum()
-        ),
+        "clusters_below_quota": int((sizes[seeds >= step.min_seeds] < step.quota).sum()),
     }

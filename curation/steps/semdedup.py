@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from curation.context import Context
-from curation.similarity import clusters
 from curation.similarity.exact import of_pairs, slack, widened
 from curation.similarity.nearest import similarities
+from curation.steps.clustered import clustered
 from curation.steps.config import SemDeDup
 from infra.vectors import Vectors
 
@@ -25,12 +25,9 @@ def semdedup(context: Context, step: SemDeDup) -> Mapping[str, Any]:
 
     The highest similarity of each image is kept as evidence, so that any eps can be chosen afterwards.
     """
-    verdicts, vectors, workers = context.verdicts, context.vectors, context.workers
+    verdicts, vectors = context.verdicts, context.vectors
     rows = verdicts.kept()
-    count = min(step.clusters or max(len(rows) // _IMAGES, 1), len(rows))
-    sample = vectors.take(context.shuffled(rows, clusters.POINTS * count))
-    centroids = clusters.learn(sample, count, workers, context.generator())
-    mine = clusters.assign(vectors, rows, centroids, workers)
+    centroids, mine = clustered(context, rows, step.clusters or max(len(rows) // _IMAGES, 1))
     sign = 1 if step.keep == "hard" else -1
     order = np.lexsort((verdicts.ranks[rows], sign * mine.similarity, mine.labels))
     borders = np.searchsorted(mine.labels[order], np.arange(len(centroids) + 1))
