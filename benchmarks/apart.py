@@ -22,14 +22,20 @@ class Measured:
     """Of memory, with what was there before"""
 
 
-def measured(work: Callable[..., Any], prepare: Callable[[], tuple[Any, ...]]) -> Measured:
-    """Call `work(*prepare())` in a process of one thread; `prepare` is not measured."""
+Prepare = Callable[[], tuple[Any, ...]]
+
+
+def measured(work: Callable[..., Any], prepare: Prepare, warm: Prepare | None = None) -> Measured:
+    """Call `work(*prepare())` in a process of one thread; `prepare` is not measured, nor is a first call `work(*warm())`
+    that loads libraries."""
     os.environ["OMP_NUM_THREADS"] = "1"  # before the libraries of the new process look
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measured, (work, prepare))
+        return pool.apply(_measured, (work, prepare, warm))
 
 
-def _measured(work: Callable[..., Any], prepare: Callable[[], tuple[Any, ...]]) -> Measured:
+def _measured(work: Callable[..., Any], prepare: Prepare, warm: Prepare | None) -> Measured:
+    if warm is not None:
+        work(*warm())
     arguments = prepare()
     memory.forget_peak()
     started = time.process_time()

@@ -13,10 +13,10 @@ from curation.similarity.kmeans import Centroids, train
 from curation.similarity.tiles import Workers
 
 ALONE = 20_000  # rows up to which one cell for all is cheapest
-SAMPLE = 16  # rows a centroid is trained on
+SAMPLE = 12  # rows a centroid is trained on
 _ITERATIONS = 3
 _CELLS = 2.3  # a square root of rows: as much work in finding cells as within them
-_CROWDED = 1.25  # times the usual number of visits
+_CROWDED = 1.5  # times the usual number of visits
 
 
 @dataclass(frozen=True)
@@ -73,32 +73,41 @@ class Cells:
         return Visits(there[found.rows], found.cells, found.owners)
 
     def _visits(self, block: np.ndarray, held: Any, workers: Workers) -> Visits:
-        doubt = 2 * self.centroids.slack
+        doubt, width = 2 * self.centroids.slack, self.probes + 1
         rows, cells, found = workers.tiles.near_best(self.centroids.hold(block, workers), held, self.margin + doubt)
-        similar = found.astype(np.float64)
-        begin = np.searchsorted(rows, np.arange(len(block)))
-        order = np.argsort(4.0 * rows - similar)
-        cells, similar = cells[order], similar[order]
-        rank = np.arange(len(rows)) - begin[rows]
-        unsure = self._unsure(rows, similar, rank, begin, doubt)[rows]
+        leading, similar = _leading(np.argsort(4.0 * rows - found), rows, cells, found, len(block), width)
+        unsure = self._unsure(similar, doubt)
         if unsure.any():
-            similar[unsure] = self.centroids.similarities(block, rows[unsure], cells[unsure])
-            order = np.lexsort((cells, -similar, rows))
-            cells, similar = cells[order], similar[order]
-        chosen = (similar[begin[rows]] - similar <= self.margin) & (rank < self.probes)
-        return Visits(rows[chosen], cells[chosen], rank[chosen] == 0)
+            again = np.flatnonzero(unsure[rows])
+            rows, cells = rows[again], cells[again]
+            exact = self.centroids.similarities(block, rows, cells)
+            order = np.lexsort((cells, -exact, rows))
+            sure = _leading(order, rows, cells, exact, len(block), width)
+            leading[unsure], similar[unsure] = sure[0][unsure], sure[1][unsure]
+        chosen, rank = np.nonzero((similar[:, :1] - similar <= self.margin)[:, : self.probes])
+        return Visits(chosen, leading[chosen, rank], rank == 0)
 
-    def _unsure(
-        self, rows: np.ndarray, similar: np.ndarray, rank: np.ndarray, begin: np.ndarray, doubt: float
-    ) -> np.ndarray:
-        """Rows of the block, bool, whose choice hangs on similarities that are closer than the doubt about them."""
-        behind = similar[begin[rows]] - similar
-        edge = (np.abs(behind - self.margin) <= 2 * doubt) & (rank <= self.probes)
-        swap = np.isin(rank[1:], (1, self.probes)) & (similar[:-1] - similar[1:] <= 2 * doubt)
-        found = np.zeros(len(begin), dtype=bool)
-        found[rows[edge]] = True
-        found[rows[1:][swap]] = True
-        return found
+    def _unsure(self, similar: np.ndarray, doubt: float) -> np.ndarray:
+        """Rows, bool, whose choice hangs on similarities that are closer than the doubt about them."""
+        edge = (np.abs(similar[:, :1] - similar - self.margin) <= 2 * doubt).any(axis=1)
+        before, after = similar[:, [0, self.probes - 1]], similar[:, [1, self.probes]]
+        return edge | ((after >= before - 2 * doubt) & np.isfinite(after)).any(axis=1)
+
+
+def _leading(
+    order: np.ndarray, rows: np.ndarray, cells: np.ndarray, similar: np.ndarray, count: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first `width` cells of each row and their similarities, -inf where there are fewer; `[count, width]`.
+
+    Args:
+        order: what sorts the candidates, whose rows rise, by row and falling similarity.
+    """
+    rank = np.arange(len(rows)) - np.searchsorted(rows, np.arange(count))[rows]
+    near = np.flatnonzero(rank < width)
+    at, order = (rows[near], rank[near]), order[near]
+    leading, found = np.zeros((count, width), dtype=np.int64), np.full((count, width), -np.inf)
+    leading[at], found[at] = cells[order], similar[order]
+    return leading, found
 
 
 def count_for(rows: int) -> int:

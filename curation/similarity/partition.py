@@ -13,6 +13,7 @@ from curation.similarity.tiles import Workers
 from infra.vectors import Vectors
 
 _BLOCK = 1 << 14  # rows read at a time
+_FEW = 1 << 15  # cells whose visits are sorted by 16 bits, which numpy does six times as fast
 _VISIT_BYTES = 30  # of a visit while a run is sorted; few rows visit as many cells as they may
 
 
@@ -83,7 +84,8 @@ class Partition:
     def _sorted(self, found: list[Visits]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows of visits by cell, where each cell starts, and its owners."""
         rows, cells, owner = (np.concatenate([getattr(each, name) for each in found]) for name in _COLUMNS)
-        order = np.argsort(cells * np.int64(2) + ~owner, kind="stable")
+        place = (cells * np.int64(2) + ~owner).astype(np.uint16 if len(self.cells) <= _FEW else np.int64)
+        order = np.argsort(place, kind="stable")
         starts = np.concatenate([[0], np.cumsum(np.bincount(cells, minlength=len(self.cells)))])
         return rows[order], starts, np.bincount(cells[owner], minlength=len(self.cells))
 
