@@ -26,8 +26,11 @@ Prepare = Callable[[], tuple[Any, ...]]
 
 
 def measured(work: Callable[..., Any], prepare: Prepare, warm: Prepare | None = None) -> Measured:
-    """Call `work(*prepare())` in a process of one thread; `prepare` is not measured, nor is a first call `work(*warm())`
-    that loads libraries."""
+    """Call `work(*prepare())` in a process of one thread; `prepare` is not measured.
+
+    Args:
+        warm: of a first call, not measured either, that loads libraries.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"  # before the libraries of the new process look
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_measured, (work, prepare, warm))

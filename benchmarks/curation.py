@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -71,9 +70,9 @@ def _growth() -> Row:
 
 
 def _hierarchy() -> list[Row]:
-    prepare: Callable[[], tuple[Any, ...]] = partial(_stored, 0.65, _FEW)
+    prepare, warm = (partial(_stored, 0.65, count) for count in (_FEW, _WARM))
     vectors = prepare()[0]
-    ours, peer = (measured(work, prepare, partial(_stored, 0.65, _WARM)) for work in (hierarchies.by_fovea, hierarchies.by_scikit_learn))
+    ours, peer = (measured(work, prepare, warm) for work in (hierarchies.by_fovea, hierarchies.by_scikit_learn))
     told = [compared("hierarchical k-means", ours.cpu_seconds, peer.cpu_seconds, "CPU s", 5.0)]
     mine, theirs = (hierarchies.objective(vectors, each.result) for each in (ours, peer))
     told.append(compared("hierarchical k-means: objective", mine, theirs, "squared distance"))

@@ -103,7 +103,7 @@ class CurateSettings(Config):
 
     steps: list[Step] = Field(default_factory=_default_steps, min_length=1)
     """Any of exact, perceptual, filter, looks, remove, near_duplicates, decontaminate, semdedup, retrieve,
-    retrieve_clusters, balance, restore."""
+    retrieve_clusters, balance, sample, restore."""
     seed: int = Field(0, ge=0)
     """Seed of everything random in them."""
     memory_gb: float = Field(4.0, gt=0)

@@ -16,7 +16,7 @@ from curation.steps.balance import balance
 from curation.steps.config import Step
 from curation.steps.decontaminate import decontaminate
 from curation.steps.exact import exact
-from curation.steps.listed import remove, restore
+from curation.steps.listed import remove, restore, sample
 from curation.steps.metadata import filter_metadata
 from curation.steps.near_duplicates import near_duplicates
 from curation.steps.perceptual import filter_looks, perceptual
@@ -32,7 +32,7 @@ from infra.progress import progress
 from infra.selections import Selection
 from infra.shards import CorpusWriter
 
-VERSION = 2
+VERSION = 3
 _MATERIALIZE_VERSION = 1
 _STATE = ".verdicts.npz"  # after the last finished step, while others are to come
 _STEPS: dict[str, Callable[[Context, Any], Mapping[str, Any]]] = {
@@ -47,6 +47,7 @@ _STEPS: dict[str, Callable[[Context, Any], Mapping[str, Any]]] = {
     "retrieve": retrieve,
     "retrieve_clusters": retrieve_clusters,
     "balance": balance,
+    "sample": sample,
     "restore": restore,
 }
 

@@ -42,6 +42,18 @@ class EvaluateConfig(EvaluateSettings):
     """URL of the report; {id} stands for its id."""
 
 
+class CompareConfig(Config):
+    """Reports of evaluations in groups, of several seeds say; one report that holds them side by side out."""
+
+    title: str = "Comparison"
+    """Heading of the page."""
+    groups: dict[str, list[str]] = Field(min_length=1)
+    """Name of each group and the URLs of its reports; the first group is what others are compared with, report by
+    report."""
+    out: str
+    """URL of the report; {id} stands for its id."""
+
+
 class ReportSettings(Config):
     """What the page of a run shows."""
 

@@ -12,7 +12,7 @@ from eval import charts
 from eval.config import ReportConfig
 from eval.exhibits import Exhibits
 from eval.gallery import data_uri
-from eval.rendering import rendered
+from eval.rendering import PAGE, rendered
 from eval.steps import steps
 from infra.artifacts import Artifact, Plan, find, produce
 from infra.errors import UserError
@@ -21,7 +21,6 @@ from infra.progress import progress
 from pretrain import telemetry
 
 VERSION = 2
-PAGE = "index.html"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from typing import Any
 
 import jinja2
 
+PAGE = "index.html"
+
 
 def rendered(name: str, **values: Any) -> str:
     """One of `templates/`, filled in."""

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from curation.config import CurateConfig, EmbedConfig, IngestConfig, MaterializeConfig
 from distill.config import DistillConfig, PublishConfig
 from eval.config import EvaluateConfig, ReportConfig
-from flows.config import PipelineConfig
+from flows.config import AblateConfig, PipelineConfig
 from infra.config import Config, describe, load_yaml
 from infra.errors import Preempted, UserError
 from infra.launch.job import TRY_AGAIN, USER_MISTAKE
@@ -58,12 +58,16 @@ def run(file: File = None, /, *, config: Annotated[PipelineConfig, Flags]) -> No
     evaluate (fovea eval), publish, report. So --pretrain.schedule.steps 100 is
     what --schedule.steps 100 is to fovea pretrain.
     """
-    for name, value in _PREFECT_DEFAULTS.items():
-        os.environ.setdefault(name, value)
+    _set_up_prefect()
     from flows.outcome import show
     from flows.pipeline import pipeline
 
     show(config, pipeline(config))
+
+
+def _set_up_prefect() -> None:
+    for name, value in _PREFECT_DEFAULTS.items():
+        os.environ.setdefault(name, value)
 
 
 # Prefect must neither call home nor print tracebacks of mistakes that are reported in one line here.
@@ -165,6 +169,20 @@ def evaluate(file: File = None, /, *, config: Annotated[EvaluateConfig, Flags]) 
 
 
 @app.command(sort_key=9)
+def ablate(file: File = None, /, *, config: Annotated[AblateConfig, Flags]) -> None:
+    """Does a curation help? Small backbones trained alike on the raw corpus, on each selection and on random images.
+
+    pretrain and evaluate (fovea eval) have their stages' keys.
+    """
+    _set_up_prefect()
+    from flows.ablation import ablate, show
+
+    url = ablate(config)
+    show(url)
+    print(url)
+
+
+@app.command(sort_key=9)
 def publish(file: File = None, /, *, config: Annotated[PublishConfig, Flags]) -> None:
     """A checkpoint to a backbone that timm loads, with a model card, checked before it counts."""
     from distill.publish import publish
@@ -187,6 +205,7 @@ def _made(artifact: Artifact | None) -> None:
 
 _CONFIGS: dict[str, type[Config]] = {
     "run": PipelineConfig,
+    "ablate": AblateConfig,
     "ingest": IngestConfig,
     "embed": EmbedConfig,
     "curate": CurateConfig,

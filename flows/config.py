@@ -58,6 +58,29 @@ class KnownLeaks(Config):
     _expand = field_validator("table", mode="before")(expand)
 
 
+class AblateConfig(Config):
+    """Does a curation help? Small backbones, trained alike on each choice of images."""
+
+    root: str
+    """URL under which every artifact is written."""
+    corpus: str
+    """URL of the corpus that was curated."""
+    selections: dict[str, str] = Field(min_length=1)
+    """Name of each choice and the URL of its selection over the corpus."""
+    random: bool = True
+    """Train also on random images of the corpus, as many as the last selection keeps, others for each seed."""
+    seeds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
+    """Of the trainings on each choice."""
+    train: str
+    """URL of the labelled corpus that kNN and probe learn from."""
+    test: str
+    """URL of the labelled corpus that is scored."""
+    pretrain: Annotated[PretrainSettings, OfItsStage] = PretrainSettings()
+    """The small backbone: all choices get the same steps and batches, the seed apart."""
+    evaluate: Annotated[EvaluateSettings, OfItsStage] = EvaluateSettings(baselines=False)
+    """Protocols."""
+
+
 class PipelineConfig(Config):
     """From images to a published backbone."""
 

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from eval.page import PAGE
+from eval.rendering import PAGE
 from flows.config import PipelineConfig
 from flows.summary import SUMMARY
 from infra import storage

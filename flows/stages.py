@@ -6,7 +6,7 @@ from prefect import flow
 
 from curation.config import CurateConfig, EmbedConfig, IngestConfig, MaterializeConfig
 from distill.config import DistillConfig, PublishConfig
-from eval.config import EvaluateConfig, ReportConfig
+from eval.config import CompareConfig, EvaluateConfig, ReportConfig
 from flows.trainings import Room, train_apart
 from infra.errors import UserError
 from pretrain.config import PretrainConfig
@@ -66,6 +66,14 @@ def _trained(room: Room, config: PretrainConfig | DistillConfig) -> str:
 def evaluate(config: EvaluateConfig) -> str:
     """A backbone to a report."""
     from eval import run
+
+    return run(config).url
+
+
+@flow
+def compare(config: CompareConfig) -> str:
+    """Reports to one that holds them side by side."""
+    from eval.compare import compare as run
 
     return run(config).url
 

@@ -17,9 +17,10 @@ from scipy.sparse.csgraph import connected_components
 from scipy.stats import binomtest
 from sklearn.cluster import KMeans
 
+from curation.similarity import kmeans, seeding
 from curation.similarity.audit import audit, wilson
 from curation.similarity.cells import Cells
-from curation.similarity.exact import dots, slack, widened
+from curation.similarity.exact import dots, rounded, slack, widened
 from curation.similarity.forest import Forest
 from curation.similarity.index import CompressedIndex
 from curation.similarity.kmeans import Centroids, nearest, train
@@ -362,3 +363,33 @@ def test_a_join_keeps_to_its_memory(tmp_path: Path) -> None:
     assert within.returncode == 0, within.stderr
     assert int(within.stdout.split()[0]) > 7900
     assert "MemoryError" in joined(4 << 30, 128 << 20).stderr
+
+
+@pytest.mark.parametrize("spherical", [True, False])
+def test_iterations_that_look_at_moved_centroids_alone_are_lloyds(spherical: bool) -> None:
+    sample, workers = planted(5, 3000, 16, concepts=40), Workers(CpuTiles(), 1)
+    centroids = Centroids.of(sample[:100].astype(np.float64), spherical)
+    labels = nearest(sample, centroids, workers)
+    for _ in range(6):
+        moved = kmeans._moved(sample, labels, centroids, spherical)
+        labels = kmeans._renewed(sample, labels, centroids, moved, workers)
+        np.testing.assert_array_equal(labels, nearest(sample, moved, workers))
+        centroids = moved
+
+
+@given(st.integers(1, 300), st.floats(0.1, 60), st.integers(0, 1 << 30))
+def test_distances_of_rounded_rows_are_exact_in_float32(dim: int, length: float, seed: int) -> None:
+    vectors = (unit(seed, 20, dim).astype(np.float64) * length).astype(np.float16)
+    whole = rounded(vectors)
+    true = ((whole[:, None].astype(np.float64) - whole[None].astype(np.float64)) ** 2).sum(2)
+    lengths = np.einsum("ij,ij->i", whole, whole)
+    np.testing.assert_array_equal(lengths[:, None] + lengths - 2 * (whole @ whole.T), true)
+    assert np.abs(whole).max(initial=0) >= 100  # not all of it is rounded away
+
+
+def test_seeds_are_different_rows_that_lie_apart() -> None:
+    vectors = halved(np.repeat(np.eye(40), 50, axis=0) + np.random.default_rng(0).normal(size=(2000, 40)) / 100)
+    chosen = seeding.spread(vectors, 40, Workers(CpuTiles(), 2), np.random.default_rng(1))
+    assert len(set((chosen // 50).tolist())) >= 38  # of a draw by chance 25 would be
+    same = seeding.spread(np.repeat(vectors[:3], 5, axis=0), 10, Workers(CpuTiles(), 1), np.random.default_rng(1))
+    assert len(np.unique(same)) == 10

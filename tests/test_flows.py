@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eval.page import PAGE
+from eval.rendering import PAGE
 from flows.cli import main
 from flows.config import PipelineConfig
 from infra.artifacts import Artifact, find, verify

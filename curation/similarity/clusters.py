@@ -12,7 +12,7 @@ from curation.similarity.tiles import Workers
 from infra.vectors import Vectors
 
 POINTS = 64  # rows a centroid is trained on at most
-_ITERATIONS = 20
+_ITERATIONS = 50
 _BLOCK = 1 << 14
 
 

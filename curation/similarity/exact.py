@@ -6,6 +6,7 @@ import numpy as np
 
 _UNIT = 2.0**-24  # of float32: half the distance from 1 to the next number
 _BLOCK = 1 << 13  # rows at a time
+_WHOLE = 2.0**11
 _LONGEST = 1.1  # the length that rounding to float16 may give a unit vector, squared and then some
 
 
@@ -35,6 +36,18 @@ def blank(vectors: np.ndarray) -> np.ndarray:
     """Which rows of a float16 array are zero, as those of images with nothing on them may be: they are like nothing."""
     there: np.ndarray = np.ascontiguousarray(vectors).view(np.uint16) & 0x7FFF  # without the sign of zero
     return np.logical_not(there.any(axis=1))
+
+
+def rounded(vectors: np.ndarray) -> np.ndarray:
+    """Float16 `[n, dim]`, scaled and rounded to whole numbers in float32 whose squared distances float32 holds exactly.
+
+    No row is longer than 2^11 then, so no distance is longer than 2^12, its square and all partial sums no more than
+    2^24.
+    """
+    wide = widened(vectors)
+    longest = np.sqrt(np.einsum("ij,ij->i", wide, wide).max(initial=0.0))
+    wide *= np.float32(np.floor(_WHOLE - np.sqrt(vectors.shape[1])) / max(np.ceil(longest * 1024) / 1024, 1e-3))
+    return np.rint(wide, out=wide)
 
 
 def slack(dim: int) -> float:

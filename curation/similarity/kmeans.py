@@ -35,6 +35,9 @@ class Centroids:
     def __len__(self) -> int:
         return len(self.vectors)
 
+    def some(self, chosen: np.ndarray) -> Centroids:
+        return Centroids(self.vectors[chosen], None if self.biases is None else self.biases[chosen])
+
     @property
     def block(self) -> int:
         """How many rows to compare with them at a time."""
@@ -105,19 +108,70 @@ def train(
         sample: float16 `[m, dim]`.
         start: the rows, int64 `[k]`.
     """
-    k = len(start)
     centroids = Centroids.of(sample[start].astype(np.float64), spherical)
-    before = np.full(len(sample), -1)
-    for _ in range(iterations):
-        labels = nearest(sample, centroids, workers)
+    labels = nearest(sample, centroids, workers)
+    for number in range(iterations):
+        moved = _moved(sample, labels, centroids, spherical)
+        if number == iterations - 1:
+            return moved
+        before, labels = labels, _renewed(sample, labels, centroids, moved, workers)
+        centroids = moved
         if (labels != before).mean() <= _SETTLED:
             break
-        means = sums(sample, labels, k)
-        counts = np.bincount(labels, minlength=k)
-        means /= np.maximum(counts, 1)[:, None]
-        means[counts == 0] = _strangers(sample, labels, centroids, int((counts == 0).sum()))
-        centroids, before = Centroids.of(means, spherical), labels
     return centroids
+
+
+def _moved(sample: np.ndarray, labels: np.ndarray, centroids: Centroids, spherical: bool) -> Centroids:
+    """Centroids in the middle of their members."""
+    means, counts = sums(sample, labels, len(centroids)), np.bincount(labels, minlength=len(centroids))
+    means /= np.maximum(counts, 1)[:, None]
+    means[counts == 0] = _strangers(sample, labels, centroids, int((counts == 0).sum()))
+    return Centroids.of(means, spherical)
+
+
+def _renewed(
+    sample: np.ndarray, labels: np.ndarray, before: Centroids, after: Centroids, workers: Workers
+) -> np.ndarray:
+    """What `nearest` says after the centroids have moved from where it gave the labels; int64 `[m]`.
+
+    A row whose own centroid has come no less near can only change to one of those that moved, since none of the others
+    was nearer. In late iterations these are few.
+    """
+    moved = (before.vectors != after.vectors).any(axis=1)
+    mine = np.flatnonzero(moved[labels])
+    was, own = (each.similarity(sample[mine], labels[mine]) for each in (before, after))
+    lost = np.zeros(len(sample), dtype=bool)
+    lost[mine[own < was]] = True
+    labels = labels.copy()
+    labels[lost] = nearest(sample[lost], after, workers)
+    held = np.flatnonzero(~lost)
+    labels[held] = _or_nearer(sample[held], labels[held], after, np.flatnonzero(moved), workers)
+    return labels
+
+
+def _or_nearer(
+    rows: np.ndarray, labels: np.ndarray, centroids: Centroids, others: np.ndarray, workers: Workers
+) -> np.ndarray:
+    """The nearest of some centroids where it is nearer than that of the label, which it is else; int64 `[m]`."""
+    few, step, found = centroids.some(others), centroids.block, labels.copy()
+    held, doubt = few.held(workers), 2 * centroids.slack
+
+    def block(start: int) -> None:
+        some = slice(start, start + step)
+        own = centroids.similarity(rows[some], labels[some])
+        cut = (own - doubt).astype(np.float32)[:, None]
+        row, near, _ = workers.tiles.above(few.hold(rows[some], workers), held, cut)
+        near = others[near]
+        different = near != labels[some][row]
+        row, near = row[different], near[different]
+        row, near = np.concatenate([row, np.arange(len(own))]), np.concatenate([near, labels[some]])
+        similar = np.concatenate([centroids.similarities(rows[some], row[: -len(own)], near[: -len(own)]), own])
+        order = np.lexsort((near, -similar, row))
+        found[some] = near[order][np.searchsorted(row[order], np.arange(len(own)))]
+
+    if len(others):
+        list(workers.map(block, range(0, len(rows), step)))
+    return found
 
 
 def sums(rows: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:

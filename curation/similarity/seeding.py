@@ -2,48 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
 import numpy as np
 
-from curation.similarity.exact import dots, widened
+from curation.similarity.exact import rounded
 from curation.similarity.tiles import Workers
 
-_ROUNDS = 64
+_ROUNDS = 32
 _BLOCK = 1 << 12
 
 
 def spread(sample: np.ndarray, k: int, workers: Workers, generator: np.random.Generator) -> np.ndarray:
     """Rows of a sample, float16 `[m, dim]`, each drawn by its squared distance to those before; int64 `[k]`.
 
-    Beyond 64, as many at a time as make 64 rounds, each round's without regard to one another: then it is a matter of
-    dense products. All distances are exact, so the draw does not depend on how they are computed.
+    Of two that are drawn the better stays: the one that brings the others nearer (greedy k-means++). Beyond 32, as many
+    at a time as make 32 rounds, each round's without regard to one another: then it is a matter of dense products.
     """
-    lengths = dots(sample, sample)
+    points = _Points(rounded(sample), workers)
     chosen = generator.integers(0, len(sample), 1)
-    nearest = np.full(len(sample), np.inf)
-    fresh = chosen
+    points.approach(chosen)
     while len(chosen) < k:
-        nearest = np.minimum(nearest, _distances(sample, lengths, fresh, workers))
-        nearest[fresh] = 0.0
         count = min(-(-k // _ROUNDS), k - len(chosen))
-        fresh = _drawn(nearest, count, chosen, generator)
+        rivals = np.resize(_drawn(points.nearest, 2 * count, chosen, generator), 2 * count)
+        gains = points.gains(rivals)
+        fresh = np.unique(np.where(gains[:count] >= gains[count:], rivals[:count], rivals[count:]))
+        points.approach(fresh)
         chosen = np.concatenate([chosen, fresh])
     return chosen
 
 
-def _distances(sample: np.ndarray, lengths: np.ndarray, others: np.ndarray, workers: Workers) -> np.ndarray:
-    """Squared distance of each row to the nearest of some others, float64 `[m]`."""
-    theirs = widened(sample[others]).astype(np.float64)
+@dataclass
+class _Points:
+    """Rows of whole numbers, whose squared distances are exact in float32: no draw depends on how they are computed."""
 
-    def block(start: int) -> np.ndarray:
-        mine = widened(sample[start : start + _BLOCK]).astype(np.float64)
-        return (lengths[others] - 2 * (mine @ theirs.T)).min(axis=1)
+    rows: np.ndarray
+    workers: Workers
+    nearest: np.ndarray = field(init=False)
+    """Squared distance of each row to the nearest that was chosen, float32 `[m]`"""
 
-    return np.maximum(np.concatenate(list(workers.map(block, range(0, len(sample), _BLOCK)))) + lengths, 0)
+    def __post_init__(self) -> None:
+        self._lengths = np.einsum("ij,ij->i", self.rows, self.rows)
+        self.nearest = np.full(len(self.rows), np.inf, dtype=np.float32)
+
+    def approach(self, chosen: np.ndarray) -> None:
+        """Note that some rows were chosen."""
+        parts = self._each(lambda some: np.minimum(self.nearest[some], self._distances(some, chosen).min(axis=1)))
+        self.nearest = np.concatenate(parts)
+
+    def gains(self, rivals: np.ndarray) -> np.ndarray:
+        """How much nearer all rows would come to what is chosen with each of some rows, float64 `[rivals]`."""
+        return np.stack(self._each(lambda some: self._gain(some, rivals))).sum(axis=0, dtype=np.float64)
+
+    def _gain(self, some: slice, rivals: np.ndarray) -> np.ndarray:
+        nearer = self._distances(some, rivals)
+        np.subtract(self.nearest[some, None], nearer, out=nearer)
+        return np.maximum(nearer, 0, out=nearer).sum(axis=0)
+
+    def _distances(self, some: slice, others: np.ndarray) -> np.ndarray:
+        found = self.rows[some] @ self.rows[others].T
+        found *= -2
+        found += self._lengths[some, None]
+        found += self._lengths[others]
+        return found
+
+    def _each(self, work: Callable[[slice], np.ndarray]) -> list[np.ndarray]:
+        starts = range(0, len(self.rows), _BLOCK)
+        return list(self.workers.map(lambda start: work(slice(start, start + _BLOCK)), starts))
 
 
 def _drawn(weights: np.ndarray, count: int, taken: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """At most `count` different rows, as likely as their weights say; where no weight is left, rows not yet taken."""
-    sums = np.cumsum(weights)
+    """Rows as likely as their weights say; where no weight is left, rows not yet taken."""
+    sums = np.cumsum(weights, dtype=np.float64)
     if sums[-1] <= 0:
         return np.setdiff1d(np.arange(len(weights)), taken)[:count]
-    return np.unique(np.searchsorted(sums, generator.random(count) * sums[-1], side="right").clip(0, len(weights) - 1))
+    return np.searchsorted(sums, generator.random(count) * sums[-1], side="right").clip(0, len(weights) - 1)

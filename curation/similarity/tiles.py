@@ -29,8 +29,8 @@ class Tiles(Protocol):
     def hold(self, vectors: np.ndarray) -> Any:
         """Float16 or float32 `[n, dim]` in the form that the other methods take."""
 
-    def above(self, a: Any, b: Any, cut: float) -> Found:
-        """All pairs whose similarity is at least `cut`."""
+    def above(self, a: Any, b: Any, cut: float | np.ndarray) -> Found:
+        """All pairs whose similarity is at least `cut`: one for all, or one for each row of `a`, float32 `[m, 1]`."""
 
     def near_best(self, a: Any, b: Any, margin: float) -> Found:
         """For each row of `a` all rows of `b` that are at most `margin` less similar than the most similar one."""
@@ -45,7 +45,7 @@ class CpuTiles:
     def hold(self, vectors: np.ndarray) -> np.ndarray:
         return widened(vectors) if vectors.dtype == np.float16 else vectors
 
-    def above(self, a: np.ndarray, b: np.ndarray, cut: float) -> Found:
+    def above(self, a: np.ndarray, b: np.ndarray, cut: float | np.ndarray) -> Found:
         return self._found(a @ b.T, cut)
 
     def near_best(self, a: np.ndarray, b: np.ndarray, margin: float) -> Found:
@@ -77,8 +77,8 @@ class TorchTiles:
     def hold(self, vectors: np.ndarray) -> Any:
         return self._torch.from_numpy(np.ascontiguousarray(vectors)).to(self._device).float()
 
-    def above(self, a: Any, b: Any, cut: float) -> Found:
-        return self._found(a @ b.T, cut)
+    def above(self, a: Any, b: Any, cut: float | np.ndarray) -> Found:
+        return self._found(a @ b.T, cut if isinstance(cut, float) else self._torch.from_numpy(cut).to(self._device))
 
     def near_best(self, a: Any, b: Any, margin: float) -> Found:
         tile = a @ b.T

@@ -156,6 +156,14 @@ class Balance(Config):
         return self
 
 
+class Sample(Config):
+    """Keep random images: what a curation has to beat."""
+
+    kind: Literal["sample"] = "sample"
+    count: int = Field(100_000, ge=1)
+    """Images to keep, or all there are if that is less."""
+
+
 class Filter(Config):
     """Drop images by what the index knows of them."""
 
@@ -212,6 +220,7 @@ Step = Annotated[
     | Retrieve
     | RetrieveClusters
     | Balance
+    | Sample
     | Restore,
     Field(discriminator="kind"),
 ]

@@ -1,4 +1,4 @@
-"""Steps by lists: what must go, and what may come back."""
+"""Steps by lists and by lot: what must go, what may come back, and what happens to stay."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation.context import Context
-from curation.steps.config import Remove, Restore
+from curation.steps.config import Remove, Restore, Sample
 from infra import storage
 from infra.errors import UserError
 
@@ -61,6 +61,14 @@ def _hashes(path: str) -> list[str]:
     if bad is not None:
         raise UserError(f"{path}: {bad[:80]}: not a SHA-256 of 64 hexadecimal digits; mend the line")
     return lines
+
+
+def sample(context: Context, step: Sample) -> Mapping[str, Any]:
+    """Keep some of what is kept, drawn by their keys."""
+    rows = context.verdicts.kept()
+    lost = np.setdiff1d(rows, context.shuffled(rows, step.count))
+    context.verdicts.drop(lost, step.kind, "not_drawn", -1, np.nan)
+    return {"dropped": len(lost)}
 
 
 def restore(context: Context, step: Restore) -> Mapping[str, Any]:
