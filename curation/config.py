@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -90,6 +90,9 @@ class EmbedConfig(EmbedSettings):
 
     corpus: str
     """URL of the corpus."""
+    previous: str | None = None
+    """URL of embeddings of an earlier state of the corpus by the same backbone: images still the same are not embedded
+    anew."""
     out: str
     """URL of the embeddings; {id} stands for their id."""
 
@@ -115,6 +118,11 @@ class CurateSettings(Config):
 class CurateConfig(CurateSettings):
     """Corpus and embeddings in, a selection out: a verdict for every image."""
 
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide the selection: not where listed files lie, nor what it may take."""
+        steps = [step.model_dump(mode="json", exclude={"keys", "hashes"}) for step in self.steps]
+        return {"steps": steps, "seed": self.seed}
+
     corpus: str
     """URL of the corpus to choose from."""
     embeddings: str | None = None
@@ -125,6 +133,9 @@ class CurateConfig(CurateSettings):
     """URL of the embeddings of the curated seed, for `retrieve` and `retrieve_clusters`."""
     selection: str | None = None
     """URL of an earlier selection over the same corpus to start from."""
+    previous: str | None = None
+    """URL of a selection by the same steps over an earlier state of the corpus: what they compared then is compared no
+    more, and only cells that new or changed images visit are joined."""
     out: str
     """URL of the selection; {id} stands for its id."""
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation.config import CurateConfig
+from curation.earlier import Earlier
 from curation.similarity.tiles import CpuTiles, Workers, workers
 from curation.verdicts import Verdicts
 from infra.artifacts import Input
@@ -49,6 +50,7 @@ class Inputs:
     evaluation: list[Embeddings]
     curated: Embeddings | None
     selection: Selection | None
+    previous: Earlier | None = None
 
     @classmethod
     def open(cls, config: CurateConfig) -> Inputs:
@@ -57,9 +59,13 @@ class Inputs:
         Raises:
             UserError: something is missing, or belongs to another corpus or backbone.
         """
+        corpus = Corpus.open(config.corpus)
+        embeddings = Embeddings.open(config.embeddings) if config.embeddings else None
+        steps = config.decisive()["steps"]
         inputs = cls(
-            corpus=Corpus.open(config.corpus),
-            embeddings=Embeddings.open(config.embeddings) if config.embeddings else None,
+            corpus=corpus,
+            embeddings=embeddings,
+            previous=Earlier.open(config.previous, corpus, embeddings, steps) if config.previous else None,
             evaluation=[Embeddings.open(url) for url in config.evaluation],
             curated=Embeddings.open(config.curated) if config.curated else None,
             selection=Selection.open(config.selection) if config.selection else None,
@@ -83,8 +89,9 @@ class Inputs:
 
     def by_name(self) -> dict[str, Input]:
         """As the manifest names them."""
-        named: dict[str, Corpus | Embeddings | Selection | None]
-        named = {"corpus": self.corpus, "embeddings": self.embeddings, "selection": self.selection, **self.references()}
+        named: dict[str, Corpus | Embeddings | Selection | Earlier | None]
+        named = {"corpus": self.corpus, "embeddings": self.embeddings, "selection": self.selection}
+        named |= {"previous": self.previous, **self.references()}
         return {name: each.artifact.as_input() for name, each in named.items() if each is not None}
 
     def references(self) -> dict[str, Embeddings]:
@@ -156,7 +163,11 @@ class Context:
 
     def evidence(self, name: str, table: pa.Table) -> None:
         """Keep a table of the step in the artifact."""
-        pq.write_table(table, self.directory / f"step-{self.step:02d}-{name}.parquet")
+        pq.write_table(table, self.evidence_file(f"{name}.parquet"))
+
+    def evidence_file(self, name: str) -> Path:
+        """Of the step in the artifact."""
+        return self.directory / f"step-{self.step:02d}-{name}"
 
     def shuffled(self, rows: np.ndarray, count: int, purpose: str = "") -> np.ndarray:
         """At most `count` of some rows, drawn and in an order that depend on their keys alone."""

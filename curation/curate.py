@@ -59,14 +59,8 @@ def curate(config: CurateConfig) -> Artifact:
         UserError: an input is missing or belongs to another corpus, or a step leaves nothing.
     """
     inputs = Inputs.open(config)
-    plan = Plan("selection", "curate", VERSION, _settings(config), inputs.by_name() | _listed(config))
+    plan = Plan("selection", "curate", VERSION, config.decisive(), inputs.by_name() | _listed(config))
     return produce(plan, config.out, lambda directory: _select(config, inputs, directory), keep_work=True)
-
-
-def _settings(config: CurateConfig) -> dict[str, Any]:
-    """What decides the selection; not where listed files lie, nor what it may take."""
-    steps = [step.model_dump(mode="json", exclude={"keys", "hashes"}) for step in config.steps]
-    return {"steps": steps, "seed": config.seed}
 
 
 def _listed(config: CurateConfig) -> dict[str, Input]:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.artifacts import Artifact, open_artifact
+from infra.artifacts import Artifact, Input, open_artifact
 from infra.errors import UserError
 from infra.files import appearing
 from infra.hashing import hash_json
 from infra.vectors import Vectors
 
 KEYS = "keys.parquet"
+
+
+def backbone_of(settings: Mapping[str, Any], inputs: Mapping[str, Input]) -> tuple[str, str | None]:
+    """What makes vectors, by the settings and inputs of their artifact."""
+    weights = inputs.get("backbone")
+    return hash_json(settings), weights.id if weights else None
 
 
 @dataclass
@@ -34,8 +42,7 @@ class Embeddings:
     @property
     def backbone(self) -> tuple[str, str | None]:
         """What made the vectors: only vectors of one backbone can be compared."""
-        weights = self.artifact.manifest.inputs.get("backbone")
-        return hash_json(self.artifact.manifest.config), weights.id if weights else None
+        return backbone_of(self.artifact.manifest.config, self.artifact.manifest.inputs)
 
     @cached_property
     def vectors(self) -> Vectors:
@@ -62,8 +69,8 @@ def part_path(directory: Path, number: int) -> Path:
     return directory / f"part-{number:05d}.npy"
 
 
-def write_part(directory: Path, number: int, vectors: np.ndarray) -> None:
-    """Write vectors `[n, dim]`, set to unit length, as one part; it is there when it is whole.
+def stored(vectors: np.ndarray) -> np.ndarray:
+    """Vectors `[n, dim]`, set to unit length, as they are kept: float16.
 
     Raises:
         UserError: they are not all finite.
@@ -71,5 +78,10 @@ def write_part(directory: Path, number: int, vectors: np.ndarray) -> None:
     if not np.isfinite(vectors).all():
         raise UserError("the backbone gives vectors that are not finite; are its weights whole?")
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors / np.maximum(norms, 1e-12)).astype(np.float16)
+
+
+def write_part(directory: Path, number: int, vectors: np.ndarray) -> None:
+    """Write vectors of unit length, float16 `[n, dim]`, as one part; it is there when it is whole."""
     with appearing(part_path(directory, number), 0o644) as partial, partial.open("wb") as file:
-        np.save(file, (vectors / np.maximum(norms, 1e-12)).astype(np.float16))
+        np.save(file, vectors)

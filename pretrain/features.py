@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from pretrain.data.decode import decode_rgb
 
 
 class _Images(Dataset[torch.Tensor]):
-    def __init__(self, corpus: Corpus, backbone: Backbone, rows: range) -> None:
+    def __init__(self, corpus: Corpus, backbone: Backbone, rows: Sequence[int]) -> None:
         self.corpus, self.backbone, self.rows = corpus, backbone, rows
 
     def __len__(self) -> int:
@@ -26,7 +26,7 @@ class _Images(Dataset[torch.Tensor]):
         return torch.as_tensor(np.array(self.backbone.preprocess(image)))
 
 
-def of_rows(backbone: Backbone, corpus: Corpus, rows: range, batch: int) -> Iterator[np.ndarray]:
+def of_rows(backbone: Backbone, corpus: Corpus, rows: Sequence[int], batch: int) -> Iterator[np.ndarray]:
     """Features of some rows, float32 `[<= batch, dim]` at a time."""
     for images in DataLoader(_Images(corpus, backbone, rows), batch_size=batch):
         yield backbone.features(images).numpy()

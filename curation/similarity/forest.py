@@ -57,7 +57,7 @@ class Forest:
     def components(self) -> np.ndarray:
         """The component of each row, int32 `[rows]`."""
         a, b, _ = self.edges()
-        return _components(self.rows, a, b)
+        return components(self.rows, a, b)
 
     def save(self, path: Path, **facts: int) -> None:
         """Write the forest, and some numbers beside it."""
@@ -84,7 +84,7 @@ def _spanning(rows: int, a: np.ndarray, b: np.ndarray, scores: np.ndarray) -> Ed
         high = scores >= np.partition(scores, len(scores) // 2)[len(scores) // 2]
         if not high.all():
             upper = _spanning(rows, a[high], b[high], scores[high])
-            labels = _components(rows, upper[0], upper[1])
+            labels = components(rows, upper[0], upper[1])
             rest = ~high & (labels[a] != labels[b])
             a, b, scores = (np.concatenate([x, y[rest]]) for x, y in zip(upper, (a, b, scores), strict=True))
     low, high = np.minimum(a, b), np.maximum(a, b)
@@ -104,6 +104,7 @@ def _by_pair(pair: np.ndarray) -> np.ndarray:
     return order[np.concatenate([[True], ordered[1:] != ordered[:-1]])] if len(order) else order
 
 
-def _components(rows: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def components(rows: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The component of each row that pairs make, int32 `[rows]`."""
     graph = coo_array((np.ones(len(a), dtype=bool), (a, b)), shape=(rows, rows))
     return connected_components(graph, directed=False)[1]

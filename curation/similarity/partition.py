@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,70 +27,121 @@ class Members:
     """Float16 `[m, dim]`"""
     owners: int
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
 
 @dataclass(frozen=True)
-class _Run:
-    """A stretch of rows, sorted by cell."""
+class Run:
+    """Visits of some rows, sorted by cell, in each cell owners before visitors."""
 
     rows: np.ndarray
-    """Of each visit, sorted by cell, owners before visitors"""
+    """Who visits, int64 `[visits]`"""
     starts: np.ndarray
-    """Of each cell, and the end"""
+    """Of each cell, and the end; int64 `[cells + 1]`"""
     owners: np.ndarray
-    """How many of each cell's visits"""
-    first: int
-    """The first row of the stretch"""
-    vectors: np.ndarray | Path
-    """Of the stretch's rows in memory; of the visits in a file"""
+    """How many of each cell's visits are of owners; int64 `[cells]`"""
 
-    def take(self, start: int, stop: int) -> np.ndarray:
+    def moved(self, place: np.ndarray) -> Run:
+        """The same visits by other names of the rows, without those that have none (-1).
+
+        Args:
+            place: the new name of each row, int64.
+        """
+        rows = place[self.rows]
+        there = rows >= 0
+        before = np.concatenate([[0], np.cumsum(there)])
+        borders = self.starts[:-1] + self.owners
+        return Run(rows[there], before[self.starts], before[borders] - before[self.starts[:-1]])
+
+    def parts(self, cell: int) -> tuple[slice, slice]:
+        """Where a cell's owners are, and its visitors."""
+        start, stop = (int(each) for each in self.starts[cell : cell + 2])
+        border = start + int(self.owners[cell])
+        return slice(start, border), slice(border, stop)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A run with the vectors of its rows."""
+
+    run: Run
+    """By places in `places`"""
+    places: np.ndarray
+    """Of the run's rows among the partitioned rows, rising"""
+    vectors: np.ndarray | Path | Vectors
+    """Of `places` in memory; of the visits in a file; of all rows where they come from"""
+    source: np.ndarray
+    """Rows of those vectors, for the last"""
+
+    def take(self, some: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Places and vectors of some visits."""
+        rows = self.run.rows[some]
         if isinstance(self.vectors, Path):
-            return np.load(self.vectors, mmap_mode="r", allow_pickle=False)[start:stop]
-        return self.vectors[self.rows[start:stop] - self.first]
+            return self.places[rows], np.load(self.vectors, mmap_mode="r", allow_pickle=False)[some]
+        if isinstance(self.vectors, Vectors):
+            return self.places[rows], self.vectors.take(self.source[rows])
+        return self.places[rows], self.vectors[rows]
 
 
 @dataclass
 class Partition:
-    """Rows by cell.
+    """Rows by cell: those that are to be joined, and those that have been joined with one another before.
 
     Args:
+        vectors: where the rows' vectors lie.
+        rows: of them, rising; places count these.
         directory: where runs are written if there are several.
         most: bytes of vectors that may be held in memory.
     """
 
     cells: Cells
+    vectors: Vectors
+    rows: np.ndarray
     directory: Path
     most: int
-    _runs: list[_Run] = field(default_factory=list)
+    _fresh: list[_Held] = field(default_factory=list)
+    _known: list[_Held] = field(default_factory=list)
 
-    def fill(self, vectors: Vectors, rows: np.ndarray, workers: Workers) -> Partition:
-        """Sort some rows of `vectors`, rising, by the cells they visit."""
-        size = max(int(self.most // (2 * vectors.dim + _VISIT_BYTES * self.cells.probes)), 1)
-        for first in range(0, len(rows), size):
-            self._add(vectors, rows[first : first + size], first, workers, alone=size >= len(rows))
+    def know(self, runs: Sequence[Run]) -> Partition:
+        """Add visits of rows, by their places, that have been joined with one another."""
+        everyone = np.arange(len(self.rows))
+        self._known += [_Held(run, everyone, self.vectors, self.rows) for run in runs]
         return self
 
-    def _add(self, vectors: Vectors, rows: np.ndarray, first: int, workers: Workers, alone: bool) -> None:
-        held = np.empty((len(rows), vectors.dim), dtype=np.float16)
+    def fill(self, places: np.ndarray, workers: Workers) -> Partition:
+        """Sort some of the rows, rising, by the cells they visit."""
+        size = max(int(self.most // (2 * self.vectors.dim + _VISIT_BYTES * self.cells.probes)), 1)
+        for first in range(0, len(places), size):
+            self._add(places[first : first + size], workers, alone=size >= len(places))
+        return self
+
+    def runs(self) -> Iterator[Run]:
+        """All visits, by places."""
+        for held in (*self._known, *self._fresh):
+            yield Run(held.places[held.run.rows], held.run.starts, held.run.owners)
+
+    def _add(self, places: np.ndarray, workers: Workers, alone: bool) -> None:
+        rows = self.rows[places]
+        held = np.empty((len(rows), self.vectors.dim), dtype=np.float16)
         found = []
         for start in range(0, len(rows), _BLOCK):
-            block = vectors.take(rows[start : start + _BLOCK])
+            block = self.vectors.take(rows[start : start + _BLOCK])
             held[start : start + len(block)] = block
             visits = self.cells.visits(block, workers)
             found.append(Visits(visits.rows + start, visits.cells.astype(np.int32), visits.owners))
-        order, starts, owners = self._sorted(found)
-        self._runs.append(_Run(order + first, starts, owners, first, held if alone else self._spilled(held, order)))
+        run = self._sorted(found)
+        self._fresh.append(_Held(run, places, held if alone else self._spilled(held, run.rows), rows))
 
-    def _sorted(self, found: list[Visits]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows of visits by cell, where each cell starts, and its owners."""
+    def _sorted(self, found: list[Visits]) -> Run:
         rows, cells, owner = (np.concatenate([getattr(each, name) for each in found]) for name in _COLUMNS)
         place = (cells * np.int64(2) + ~owner).astype(np.uint16 if len(self.cells) <= _FEW else np.int64)
         order = np.argsort(place, kind="stable")
         starts = np.concatenate([[0], np.cumsum(np.bincount(cells, minlength=len(self.cells)))])
-        return rows[order], starts, np.bincount(cells[owner], minlength=len(self.cells))
+        return Run(rows[order], starts, np.bincount(cells[owner], minlength=len(self.cells)))
 
     def _spilled(self, held: np.ndarray, order: np.ndarray) -> Path:
-        path = self.directory / f"run-{len(self._runs):05d}.npy"
+        path = self.directory / f"run-{len(self._fresh):05d}.npy"
         header = {"descr": "<f2", "fortran_order": False, "shape": (len(order), held.shape[1])}
         with path.open("wb") as file:  # written, not mapped: mapped pages would count as memory until they are on disk
             np.lib.format.write_array_header_1_0(file, header)
@@ -98,18 +149,21 @@ class Partition:
                 file.write(held[order[start : start + _BLOCK]].tobytes())
         return path
 
-    def members(self, cell: int) -> Members:
-        """Who visits a cell."""
-        parts = [*self._pieces(cell, owners=True), *self._pieces(cell, owners=False)]
-        rows, vectors = (np.concatenate(each) for each in zip(*parts, strict=True))
-        return Members(rows, vectors, int(sum(run.owners[cell] for run in self._runs)))
+    def fresh(self, cell: int) -> Members:
+        """Of the rows to be joined those that visit a cell."""
+        return self._members(self._fresh, cell)
 
-    def _pieces(self, cell: int, owners: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for run in self._runs:
-            start, stop = (int(each) for each in run.starts[cell : cell + 2])
-            border = start + int(run.owners[cell])
-            low, high = (start, border) if owners else (border, stop)
-            yield run.rows[low:high], run.take(low, high)
+    def known(self, cell: int) -> Members:
+        """Of those that have been joined with one another."""
+        return self._members(self._known, cell)
+
+    def _members(self, held: list[_Held], cell: int) -> Members:
+        parts = [each.run.parts(cell) for each in held]
+        pieces = [each.take(part[sort]) for sort in (0, 1) for each, part in zip(held, parts, strict=True)]
+        if not pieces:
+            return Members(np.empty(0, dtype=np.int64), np.empty((0, self.vectors.dim), dtype=np.float16), 0)
+        rows, vectors = (np.concatenate(each) for each in zip(*pieces, strict=True))
+        return Members(rows, vectors, sum(part[0].stop - part[0].start for part in parts))
 
 
 _COLUMNS = ("rows", "cells", "owners")

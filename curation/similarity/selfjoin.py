@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 from curation.similarity.cells import Cells
 from curation.similarity.exact import of_pairs, slack
 from curation.similarity.forest import PAIR_BYTES, Forest
-from curation.similarity.partition import Members, Partition
+from curation.similarity.partition import Members, Partition, Run
 from curation.similarity.tiles import Found, Tiles, Workers
 from infra.files import appearing
 from infra.vectors import Vectors
@@ -28,6 +28,18 @@ _MOST_PAIRS = 1 << 20  # of a cell that are held
 _SAVE_SECONDS = 60.0
 _TOGETHER = 64  # cells between looks at the clock
 _VECTORS_SHARE, _PAIRS_SHARE = 0.4, 0.2  # of the memory; the rest is for tiles and what is known of each row
+
+
+@dataclass(frozen=True)
+class Known:
+    """What an earlier join of some of the rows has found, by places."""
+
+    runs: Sequence[Run]
+    """Visits of the rows that were joined with one another"""
+    edges: Found
+    """Their forest"""
+    fresh: np.ndarray
+    """The other rows, rising"""
 
 
 @dataclass(frozen=True)
@@ -46,11 +58,19 @@ class Join:
     directory: Path
     memory: int
 
+    def partition(self, vectors: Vectors, rows: np.ndarray, known: Known | None = None) -> Partition:
+        """Rows of `vectors`, rising, by the cells they visit."""
+        partition = Partition(self.cells, vectors, rows, self.directory, int(self.memory * _VECTORS_SHARE))
+        fresh = np.arange(len(rows)) if known is None else known.fresh
+        return partition.know([] if known is None else known.runs).fill(fresh, self.workers)
+
     def run(self, vectors: Vectors, rows: np.ndarray, reach: Callable[[int], object] = lambda done: None) -> Forest:
         """The forest over places in `rows`, which rise; `reach` is told how many cells are done."""
-        partition = Partition(self.cells, self.directory, int(self.memory * _VECTORS_SHARE))
-        partition.fill(vectors, rows, self.workers)
-        forest, done = self._begun(len(rows))
+        return self.over(self.partition(vectors, rows), None, reach)
+
+    def over(self, partition: Partition, known: Known | None, reach: Callable[[int], object]) -> Forest:
+        """The forest over places in the partition's rows, on from what is known."""
+        forest, done = self._begun(partition, known)
         reach(done)
         saved = time.monotonic()
         for start in range(done, len(self.cells), _TOGETHER):
@@ -69,14 +89,17 @@ class Join:
     def _path(self) -> Path:
         return self.directory / "forest.npz"
 
-    def _begun(self, rows: int) -> tuple[Forest, int]:
+    def _begun(self, partition: Partition, known: Known | None) -> tuple[Forest, int]:
         """What an interrupted attempt at the same join has left, and how many cells it had done."""
-        waiting = int(self.memory * _PAIRS_SHARE / PAIR_BYTES)
+        waiting, rows = int(self.memory * _PAIRS_SHARE / PAIR_BYTES), len(partition.rows)
         if self._path.exists():
             forest, facts = Forest.load(self._path, waiting)
             if forest.rows == rows and facts["of"] == self._identity:
                 return forest, facts["done"]
-        return Forest(rows, waiting), 0
+        forest = Forest(rows, waiting)
+        if known is not None:
+            forest.add(*known.edges)
+        return forest, 0
 
     def _save(self, forest: Forest, done: int) -> None:
         with appearing(self._path) as partial:
@@ -89,43 +112,61 @@ class Join:
         return int.from_bytes(hashlib.sha256(content + rule).digest()[:7], "big")
 
     def _cell(self, partition: Partition, cell: int) -> Found:
-        """The pairs of a cell; of one where all are alike a forest of them, since they would be too many."""
-        members = partition.members(cell)
+        """The new pairs of a cell; of one where all are alike a forest of them, since they would be too many."""
+        fresh = partition.fresh(cell)
+        if not len(fresh):
+            return _NONE
+        known = partition.known(cell)
+        rows = np.concatenate([fresh.rows, known.rows])
         parts: list[Found] = []
         count = 0
-        for found in _pairs(members, bool(self.cells.crowded[cell]), self.threshold, self.workers.tiles):
+        for found in _pairs(fresh, known, bool(self.cells.crowded[cell]), self.threshold, self.workers.tiles):
             parts.append(found)
             count += len(found[0])
             if count > _MOST_PAIRS:
-                forest = Forest(len(members.rows))
+                forest = Forest(len(rows))
                 for each in parts:
                     forest.add(*each)
                 parts = [forest.edges()]
                 count = len(parts[0][0])
         a, b, scores = (np.concatenate(each) for each in zip(*parts, strict=True)) if parts else _NONE
-        return members.rows[a], members.rows[b], scores
+        return rows[a], rows[b], scores
 
 
 _NONE = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32))
 
 
-def _pairs(members: Members, crowded: bool, threshold: float, tiles: Tiles) -> Iterator[Found]:
-    """Pairs of places among the members; where it is crowded, only those with an owner."""
-    held = tiles.hold(members.vectors)
-    doubt = slack(members.vectors.shape[1])
-    last = members.owners if crowded else len(members.rows)
-    for top in range(0, last, _SIDE):
-        bottom = min(top + _SIDE, last)
-        for left in range(top, len(members.rows), _WIDTH):
-            rows, columns, scores = tiles.above(held[top:bottom], held[left : left + _WIDTH], threshold - doubt)
-            a, b = rows + top, columns + left
-            yield _sure(members.vectors, (a, b, scores), threshold, doubt)
+def _pairs(fresh: Members, known: Members, crowded: bool, threshold: float, tiles: Tiles) -> Iterator[Found]:
+    """Pairs of places among both, those of `known` after the others, with one at least that is fresh; where it is
+    crowded, only those with an owner."""
+    mine, theirs = (tiles.hold(each.vectors) for each in (fresh, known))
+    doubt = slack(fresh.vectors.shape[1])
+    meeting_all = fresh.owners if crowded else len(fresh)
+    for rows in _stretches(0, meeting_all, _SIDE):
+        for columns in _stretches(rows.start, len(fresh), _WIDTH):
+            a, b, scores = tiles.above(mine[rows], mine[columns], threshold - doubt)
+            a, b = a + rows.start, b + columns.start
+            once = a < b
+            found = a[once], b[once], scores[once]
+            yield _sure(fresh.vectors, fresh.vectors, found, threshold, doubt)
+    for first, last, width in ((0, meeting_all, len(known)), (meeting_all, len(fresh), known.owners)):
+        for rows in _stretches(first, last, _SIDE):
+            for columns in _stretches(0, width, _WIDTH):
+                a, b, scores = tiles.above(mine[rows], theirs[columns], threshold - doubt)
+                found = a + rows.start, b + columns.start, scores
+                a, b, scores = _sure(fresh.vectors, known.vectors, found, threshold, doubt)
+                yield a, b + len(fresh), scores
 
 
-def _sure(vectors: np.ndarray, found: Found, threshold: float, doubt: float) -> Found:
-    """Each pair once, those in doubt decided exactly."""
+def _stretches(first: int, last: int, length: int) -> Iterator[slice]:
+    for start in range(first, last, length):
+        yield slice(start, min(start + length, last))
+
+
+def _sure(first: np.ndarray, second: np.ndarray, found: Found, threshold: float, doubt: float) -> Found:
+    """Pairs of a row of the one and a row of the other, those in doubt decided exactly."""
     a, b, scores = found
-    wanted = a < b
-    close = np.flatnonzero(wanted & (scores < threshold + doubt))
-    wanted[close] = of_pairs(vectors, vectors, a[close], b[close]) >= threshold
+    wanted = np.ones(len(a), dtype=bool)
+    close = np.flatnonzero(scores < threshold + doubt)
+    wanted[close] = of_pairs(first, second, a[close], b[close]) >= threshold
     return a[wanted], b[wanted], scores[wanted]

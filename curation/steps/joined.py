@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from curation import earlier
 from curation.context import Context
+from curation.earlier import PAIRS, Earlier
 from curation.similarity.audit import Recall, audit
 from curation.similarity.cells import SAMPLE, Cells, count_for
 from curation.similarity.exact import blank
 from curation.similarity.forest import Forest
 from curation.similarity.nearest import similarities
-from curation.similarity.selfjoin import Join
+from curation.similarity.selfjoin import Join, Known
 from curation.steps.config import CellSettings
 
 _CURVE = 40  # thresholds of the curve
@@ -60,18 +62,37 @@ class Joined:
 
 
 def joined(context: Context, settings: CellSettings, threshold: float) -> Joined:
-    """Join what is kept."""
-    rows = context.verdicts.kept()
-    cells = _cells(context, settings, rows)
+    """Join what is kept, on from what an earlier curation has joined; leave as evidence what a later one needs."""
+    rows, previous = context.verdicts.kept(), context.inputs.previous
+    cells = _cells(context, settings, rows) if previous is None else previous.cells(context.step)
+    known = None if previous is None else _known(previous, context.step, rows, len(context.corpus))
     join = Join(cells, threshold, context.workers, context.scratch(), context.memory)
-    forest = join.run(context.vectors, rows, lambda done: context.reach(done / len(cells)))
+    partition = join.partition(context.vectors, rows, known)
+    forest = join.over(partition, known, lambda done: context.reach(done / len(cells)))
     labels = forest.components()
     recall = None
     if settings.audit:
         sample = np.sort(np.searchsorted(rows, context.shuffled(rows, settings.audit, "audit")))
         recall = audit(context.vectors, rows, labels, threshold, sample, context.workers)
     a, b, _ = forest.edges()
-    return Joined(rows, labels, forest, similarities(context.vectors, rows[a], rows[b]), cells, recall)
+    found = Joined(rows, labels, forest, similarities(context.vectors, rows[a], rows[b]), cells, recall)
+    context.evidence(PAIRS, found.table())
+    earlier.write_cells(context.evidence_file("cells.npz"), cells)
+    earlier.write_visits(context.evidence_file("visits.npz"), partition)
+    earlier.write_seen(context.evidence_file("seen.npy"), context.verdicts.keep)
+    return found
+
+
+def _known(previous: Earlier, step: int, rows: np.ndarray, images: int) -> Known:
+    """What an earlier join found among some rows of the corpus. What a component that lost a member held together is
+    joined anew."""
+    names = np.full(images, -1)
+    names[rows] = np.arange(len(rows))
+    edges, parted = previous.forest(step, names)
+    fresh = ~previous.seen(step, rows)
+    fresh[parted] = True
+    names[rows[fresh]] = -1
+    return Known(previous.runs(step, names), edges, np.flatnonzero(fresh))
 
 
 def _cells(context: Context, settings: CellSettings, rows: np.ndarray) -> Cells:

@@ -22,7 +22,6 @@ _SAMPLED = 2048  # members of a component that are compared with each other to t
 def near_duplicates(context: Context, step: NearDuplicates) -> Mapping[str, Any]:
     """Keep one image of each component; it stands for all of them."""
     found = joined(context, step, step.threshold)
-    context.evidence("pairs", found.table())
     members = np.flatnonzero(np.bincount(found.labels)[found.labels] > 1)
     order = preferred(context, step, found.rows[members])
     rows, labels = found.rows[members][order], found.labels[members][order]

@@ -1,0 +1,170 @@
+"""Curation that goes on from an earlier state of a corpus: the verdicts are those of a full run."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from curation import run
+from curation.config import CurateConfig, EmbedConfig
+from curation.earlier import Earlier
+from curation.embed import embed
+from curation.similarity.selfjoin import Join
+from infra.errors import UserError
+from infra.selections import Selection
+from pretrain import features
+from tests.conftest import image_folder, ingested
+from tests.pools import Pool, halved, planted, pool, unit
+
+NONE = np.empty(0, dtype=np.int64)
+STEPS = [
+    {"kind": "exact"},
+    {"kind": "near_duplicates", "threshold": 0.75, "representative": "earliest", "cells": 12},
+    {"kind": "decontaminate", "threshold": 0.7, "drop": "components", "cells": 12},
+]
+
+
+def digest(number: int) -> str:
+    return hashlib.sha256(str(number).encode()).hexdigest()
+
+
+class State:
+    """A corpus that changes: images by key, each with its vector and bytes."""
+
+    def __init__(self, seed: int, folder: Path) -> None:
+        self.rng, self.folder, self.number = np.random.default_rng(seed), folder, 0
+        vectors = planted(seed, 900, 12)
+        self.images = {f"k{i:04d}": (vector, digest(i % 850)) for i, vector in enumerate(vectors[:600])}
+        self.later = {f"k{i:04d}": (vector, digest(i % 850)) for i, vector in enumerate(vectors)}
+        self.tests = pool(folder, halved(vectors[::45].astype(float) + 0.1 * unit(seed, 20, 12)), "test")
+
+    def grow(self, count: int) -> None:
+        new = [key for key in self.later if key not in self.images][:count]
+        self.images |= {key: self.later[key] for key in new}
+
+    def lose(self, count: int) -> None:
+        for key in self.rng.choice(list(self.images), count, replace=False):
+            del self.images[str(key)]
+
+    def change(self, count: int) -> None:
+        for number, key in enumerate(self.rng.choice(list(self.images), count, replace=False)):
+            self.images[str(key)] = (unit(self.number * 100 + number, 1, 12)[0], digest(10_000 * self.number + number))
+
+    def write(self) -> Pool:
+        """In another order each time."""
+        self.number += 1
+        keys = self.rng.permutation(list(self.images)).tolist()
+        vectors = np.stack([self.images[key][0] for key in keys])
+        rows = [{"sha256": self.images[key][1]} for key in keys]
+        return pool(self.folder, vectors, f"state{self.number}", rows, keys)
+
+    def curated(self, of: Pool, out: str, previous: str | None = None) -> Selection:
+        config = CurateConfig(
+            corpus=of.corpus,
+            embeddings=of.embeddings,
+            evaluation=[str(self.tests.embeddings)],
+            steps=STEPS,
+            previous=previous,
+            out=str(self.folder / out),
+        )
+        return Selection.open(run(config).url)
+
+
+def verdicts(selection: Selection) -> list[dict[str, Any]]:
+    return selection.ledger.sort_by("key").to_pylist()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_going_on_ends_as_a_full_run_over_the_same_cells(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images come, go and change their bytes, shards are written in another order; four states one after another."""
+    state = State(seed, tmp_path)
+    last = state.curated(state.write(), "s0").artifact.url
+    for number, change in enumerate((state.grow, state.lose, state.change, state.grow), 1):
+        change(60)
+        corpus = state.write()
+        went_on = state.curated(corpus, f"s{number}", last)
+        with monkeypatch.context() as patch:
+            patch.setattr(Earlier, "seen", lambda self, step, rows: np.zeros(len(rows), dtype=bool))
+            patch.setattr(Earlier, "forest", lambda self, step, names: ((NONE, NONE, np.empty(0, np.float32)), NONE))
+            full = state.curated(corpus, f"full{number}", last)
+        np.testing.assert_equal(verdicts(went_on), verdicts(full))
+        for mine, theirs in zip(went_on.artifact.metrics["steps"], full.artifact.metrics["steps"], strict=True):
+            assert mine["kept"] == theirs["kept"]
+            assert mine.get("sets") == theirs.get("sets")
+            assert mine.get("curve") == theirs.get("curve")
+        last = went_on.artifact.url
+
+
+def test_going_on_in_one_cell_ends_as_if_there_had_been_nothing_before(tmp_path: Path) -> None:
+    state = State(7, tmp_path)
+    config: dict[str, Any] = {"steps": [{"kind": "near_duplicates", "threshold": 0.75, "representative": "earliest"}]}
+
+    def curate(of: Pool, out: str, previous: str | None = None) -> Selection:
+        places = {"corpus": of.corpus, "embeddings": of.embeddings, "out": str(tmp_path / out)}
+        return Selection.open(run(CurateConfig(**places, **config, previous=previous)).url)
+
+    first = curate(state.write(), "a")
+    state.grow(50)
+    state.lose(50)
+    corpus = state.write()
+    second, alone = curate(corpus, "b", first.artifact.url), curate(corpus, "c")
+    np.testing.assert_equal(verdicts(second), verdicts(alone))
+    assert second.artifact.id != alone.artifact.id
+
+
+def test_only_cells_that_new_images_visit_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = State(1, tmp_path)
+    first = state.curated(state.write(), "a").artifact.url
+    state.grow(2)
+    compared = []
+    above = Join._cell
+
+    def cell(self: Join, partition: Any, number: int) -> Any:
+        compared.append(len(partition.fresh(number)))
+        return above(self, partition, number)
+
+    monkeypatch.setattr(Join, "_cell", cell)
+    state.curated(state.write(), "b", first)
+    assert sum(count > 0 for count in compared) < len(compared) / 2
+    assert sum(compared) <= 2 * 2 * 8
+
+
+def test_other_steps_or_another_backbone_cannot_go_on(tmp_path: Path) -> None:
+    state = State(2, tmp_path)
+    corpus = state.write()
+    first = state.curated(corpus, "a").artifact.url
+    config = CurateConfig(corpus=corpus.corpus, steps=[{"kind": "exact"}], previous=first, out=str(tmp_path / "b"))
+    with pytest.raises(UserError, match="made by other steps"):
+        run(config)
+
+
+def test_images_that_are_the_same_are_not_embedded_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = image_folder(tmp_path / "images", 30)
+    first = embed(EmbedConfig(corpus=ingested(source, tmp_path / "a").artifact.url, out=str(tmp_path / "va"))).url
+    image_folder(source, 10, first=30)
+    (source / "0003.png").write_bytes((source / "0031.png").read_bytes())
+    (source / "0004.png").unlink()
+    corpus = ingested(source, tmp_path / "b").artifact.url
+    alone = embed(EmbedConfig(corpus=corpus, out=str(tmp_path / "alone")))
+    read = []
+    images = features._Images
+
+    def counted(of: Any, backbone: Any, rows: Any) -> Any:
+        read.extend(rows)
+        return images(of, backbone, rows)
+
+    monkeypatch.setattr(features, "_Images", counted)
+    config = EmbedConfig(corpus=corpus, previous=first, out=str(tmp_path / "vb"))
+    second = embed(config)
+    assert len(read) == 11
+    assert second.id == alone.id
+    assert [file.sha256 for file in second.manifest.files] == [file.sha256 for file in alone.manifest.files]
+    other = config.model_copy(update={"backbone": config.backbone.model_copy(update={"side": 8}), "out": "x"})
+    with pytest.raises(UserError, match="of another backbone"):
+        embed(other)
