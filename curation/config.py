@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from curation.steps.config import Exact, NearDuplicates, Step
+from curation.steps.config import Exact, NearDuplicates, Step, without_files
 from infra.config import Config
 from pretrain.config import BackboneConfig, PixelDescriptor
 
@@ -106,7 +106,7 @@ class CurateSettings(Config):
 
     steps: list[Step] = Field(default_factory=_default_steps, min_length=1)
     """Any of exact, perceptual, filter, looks, remove, near_duplicates, decontaminate, semdedup, retrieve,
-    retrieve_clusters, balance, sample, restore."""
+    retrieve_clusters, balance, balance_text, score, sample, restore."""
     seed: int = Field(0, ge=0)
     """Seed of everything random in them."""
     memory_gb: float = Field(4.0, gt=0)
@@ -120,8 +120,7 @@ class CurateConfig(CurateSettings):
 
     def decisive(self) -> dict[str, Any]:
         """The settings that decide the selection: not where listed files lie, nor what it may take."""
-        steps = [step.model_dump(mode="json", exclude={"keys", "hashes"}) for step in self.steps]
-        return {"steps": steps, "seed": self.seed}
+        return {"steps": [without_files(step) for step in self.steps], "seed": self.seed}
 
     corpus: str
     """URL of the corpus to choose from."""
@@ -140,6 +139,20 @@ class CurateConfig(CurateSettings):
     """URL of the selection; {id} stands for its id."""
 
 
+class FaceBlur(Config):
+    """Blurs faces, as DINOv2 and DataComp did to their pools."""
+
+    model: str | None = None
+    """Path of a YuNet face detector (ONNX); null: the cascade for frontal faces that comes with scikit-image, which
+    misses more."""
+    min_score: float = Field(0.3, gt=0, lt=1)
+    """How sure that detector has to be; DataComp has 0.3."""
+    min_share: float = Field(0.1, gt=0, le=1)
+    """The smallest face the cascade looks for, as a share of the image's shorter side."""
+    margin: float = Field(0.15, ge=0, le=1)
+    """What is blurred around each face, as a share of its side."""
+
+
 class MaterializeConfig(Config):
     """Corpus and selection in, a corpus of what was kept out. Images keep their bytes, metadata and keys."""
 
@@ -149,5 +162,7 @@ class MaterializeConfig(Config):
     """URL of the selection."""
     shard_mb: int = Field(256, ge=1)
     """Shards are closed at this size, in MiB."""
+    blur_faces: FaceBlur | None = None
+    """Blur faces; images with any are encoded anew."""
     out: str
     """URL of the new corpus; {id} stands for its id."""

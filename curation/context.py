@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from curation.config import CurateConfig
 from curation.earlier import Earlier
 from curation.similarity.tiles import CpuTiles, Workers, workers
+from curation.steps.config import CaptionScorer, HeadScorer, Score, Step
 from curation.verdicts import Verdicts
 from infra.artifacts import Input
 from infra.corpora import Corpus
@@ -29,6 +30,11 @@ _NEEDS = {
     "evaluation": ("decontaminate",),
     "curated": ("retrieve", "retrieve_clusters"),
 }
+
+
+def _needed_to_score(step: Step) -> str | None:
+    on_vectors = isinstance(step, Score) and isinstance(step.scorer, HeadScorer | CaptionScorer)
+    return "embeddings" if on_vectors else None
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Inputs:
 
     def _check(self, config: CurateConfig) -> None:
         for name, users in _NEEDS.items():
-            needing = [step.kind for step in config.steps if step.kind in users]
+            needing = [step.kind for step in config.steps if step.kind in users or name == _needed_to_score(step)]
             if needing and not getattr(self, name):
                 raise UserError(f"{name}: needed by the step {needing[0]}; give the embeddings' URL")
         for other in [*self.evaluation, *([self.curated] if self.curated else [])]:

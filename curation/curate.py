@@ -12,8 +12,10 @@ import numpy as np
 
 from curation.config import CurateConfig, MaterializeConfig
 from curation.context import SCRATCH, Context, Inputs
+from curation.faces import FaceBlurrer
 from curation.steps.balance import balance
-from curation.steps.config import Step
+from curation.steps.balance_text import balance_text
+from curation.steps.config import Step, files_of
 from curation.steps.decontaminate import decontaminate
 from curation.steps.exact import exact
 from curation.steps.listed import remove, restore, sample
@@ -22,6 +24,7 @@ from curation.steps.near_duplicates import near_duplicates
 from curation.steps.perceptual import filter_looks, perceptual
 from curation.steps.retrieve import retrieve
 from curation.steps.retrieve_clusters import retrieve_clusters
+from curation.steps.score import score
 from curation.steps.semdedup import semdedup
 from infra import memory, selections
 from infra.artifacts import Artifact, Input, Plan, produce
@@ -47,6 +50,8 @@ _STEPS: dict[str, Callable[[Context, Any], Mapping[str, Any]]] = {
     "retrieve": retrieve,
     "retrieve_clusters": retrieve_clusters,
     "balance": balance,
+    "balance_text": balance_text,
+    "score": score,
     "sample": sample,
     "restore": restore,
 }
@@ -65,12 +70,8 @@ def curate(config: CurateConfig) -> Artifact:
 
 def _listed(config: CurateConfig) -> dict[str, Input]:
     """The files that steps read: their content is an input like any other."""
-    found = {}
-    for number, step in enumerate(config.steps):
-        for name in ("keys", "hashes"):
-            if (path := getattr(step, name, None)) is not None:
-                found[f"step_{number}_{name}"] = Input(id=hash_url(path)[1], url=path)
-    return found
+    files = {f"step_{number}_{name}": url for number, step in enumerate(config.steps) for name, url in files_of(step)}
+    return {name: Input(id=hash_url(url)[1], url=url) for name, url in files.items()}
 
 
 def _select(config: CurateConfig, inputs: Inputs, directory: Path) -> Mapping[str, Any]:
@@ -120,7 +121,7 @@ def _apply(step: Step, context: Context) -> dict[str, Any]:
 
 
 def materialize(config: MaterializeConfig) -> Artifact:
-    """Write the kept images of a selection as a corpus of their own; return it.
+    """Write the kept images of a selection as a corpus of their own, byte for byte unless faces are blurred; return it.
 
     Raises:
         UserError: the selection is not one over the corpus.
@@ -128,16 +129,25 @@ def materialize(config: MaterializeConfig) -> Artifact:
     corpus, selection = Corpus.open(config.corpus), Selection.open(config.selection)
     selection.require_keys(corpus.table["key"], config.corpus)
     inputs = {"corpus": corpus.artifact.as_input(), "selection": selection.artifact.as_input()}
-    plan = Plan("corpus", "materialize", _MATERIALIZE_VERSION, {"shard_mb": config.shard_mb}, inputs)
+    settings: dict[str, Any] = {"shard_mb": config.shard_mb}
+    redact = None
+    if config.blur_faces is not None:
+        redact = FaceBlurrer(config.blur_faces).blurred
+        settings["blur_faces"] = config.blur_faces.model_dump(mode="json", exclude={"model"})
+        if (model := config.blur_faces.model) is not None:
+            inputs["face_model"] = Input(id=hash_url(model)[1], url=model)
+    plan = Plan("corpus", "materialize", _MATERIALIZE_VERSION, settings, inputs)
 
     def write(directory: Path) -> Mapping[str, Any]:
         writer = CorpusWriter(directory, config.shard_mb << 20)
         kept = np.flatnonzero(selection.ledger["keep"].to_numpy(zero_copy_only=False))
+        blurred = 0
         with progress("materialize", len(kept)) as advance:
             for row in kept:
-                writer.copy(corpus, int(row))
+                blurred += writer.copy(corpus, int(row), redact)
                 advance()
         writer.finish()
-        return {"images": len(kept), "classes": corpus.classes}
+        told = {"images": len(kept), "classes": corpus.classes}
+        return told if redact is None else told | {"blurred": blurred}
 
     return produce(plan, config.out, write)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -122,6 +122,10 @@ class _HashedFile(io.RawIOBase):
         super().close()
 
 
+Redact = Callable[[bytes], tuple[bytes, str] | None]
+_SPELLINGS = {"jpg": ("jpg", "jpeg"), "png": ("png",), "webp": ("webp",)}
+
+
 class CorpusWriter:
     """Writes samples into numbered shards and their index.
 
@@ -154,8 +158,12 @@ class CorpusWriter:
         placed = {"image": places.pop(image), "members": list(places.values())}
         self._index.add({"key": key, "shard": len(self.shards), **placed, **row})
 
-    def copy(self, corpus: Corpus, row: int) -> None:
-        """Append a sample of another corpus, with its bytes, metadata and key."""
+    def copy(self, corpus: Corpus, row: int, redact: Redact | None = None) -> bool:
+        """Append a sample of another corpus, with its metadata and key; say whether its image was changed.
+
+        Args:
+            redact: gives an encoded image anew, with its extension, or None to keep its bytes.
+        """
         entry = corpus.entry(row)
         places = {extension_of(each["name"]): each for each in (entry["image"], *entry["members"])}
         members = {
@@ -166,7 +174,15 @@ class CorpusWriter:
         if hashlib.sha256(members[image]).hexdigest() != entry["sha256"]:
             raise UserError(f"{corpus.shard_url(entry['shard'])}: sample {entry['key']} changed; ingest it again")
         columns = {name: entry[name] for name in ("width", "height", "sha256", "label", "caption")}
+        changed = redact(members[image]) if redact is not None else None
+        if changed is not None:
+            del members[image]
+            data, extension = changed
+            image = image if image.lower() in _SPELLINGS[extension] else extension
+            members = {image: data, **members}
+            columns["sha256"] = hashlib.sha256(data).hexdigest()
         self.add(entry["key"], members, image, columns)
+        return changed is not None
 
     def _close(self) -> None:
         if self._shard is not None:

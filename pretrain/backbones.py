@@ -17,7 +17,14 @@ from infra.errors import UserError
 from infra.hashing import hash_file, hash_json
 from pretrain import weights
 from pretrain.checkpoints import Checkpoint
-from pretrain.config import BackboneConfig, CheckpointBackbone, OfficialBackbone, OpenClipBackbone, PixelDescriptor
+from pretrain.config import (
+    BackboneConfig,
+    CheckpointBackbone,
+    OfficialBackbone,
+    OpenClipBackbone,
+    PixelDescriptor,
+    TorchHubBackbone,
+)
 from pretrain.models.official import from_official
 from pretrain.models.vit import Features, VisionTransformer
 
@@ -53,18 +60,21 @@ def load(config: BackboneConfig) -> Backbone:
 
 def identity(config: BackboneConfig) -> tuple[dict[str, Any], dict[str, Input]]:
     """What of a backbone goes into an artifact's id: settings without URLs, and inputs."""
-    settings = config.model_dump(mode="json", exclude={"url", "checkpoint"})
+    settings = config.model_dump(mode="json", exclude={"url", "checkpoint", "repository"})
     if isinstance(config, CheckpointBackbone):
         return settings, {"backbone": Checkpoint.open(config.url).artifact.as_input()}
     if isinstance(config, PixelDescriptor):
         return settings, {}
-    return settings, {"backbone": Input(id=_identity(Path(config.checkpoint)), url=config.checkpoint)}
+    weights = {"backbone": Input(id=_identity(Path(config.checkpoint)), url=config.checkpoint)}
+    if not isinstance(config, TorchHubBackbone):
+        return settings, weights
+    return settings, weights | {"code": Input(id=_identity(Path(config.repository)), url=config.repository)}
 
 
 def _identity(path: Path) -> str:
     """A hash of a checkpoint's bytes: of a file, or of all files of a folder."""
     if path.is_dir():
-        files = sorted(each for each in path.rglob("*") if each.is_file())
+        files = sorted(each for each in path.rglob("*") if each.is_file() and "__pycache__" not in each.parts)
         return hash_json([[each.relative_to(path).as_posix(), hash_file(each)] for each in files])
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the path of a checkpoint")
@@ -170,6 +180,22 @@ class OpenClip:
     @torch.inference_mode()
     def features(self, batch: Tensor) -> Tensor:
         return self.model.encode_image(batch.to(default_device())).float().cpu()
+
+
+class OpenClipText:
+    """The text tower of an open_clip model."""
+
+    def __init__(self, config: OpenClipBackbone) -> None:
+        import open_clip
+
+        self.model = OpenClip(config).model
+        self._tokenize: Any = open_clip.get_tokenizer(config.model)
+
+    @torch.inference_mode()
+    def features(self, texts: Sequence[str]) -> np.ndarray:
+        """Texts to vectors of unit length, float32 `[n, dim]`."""
+        found = self.model.encode_text(self._tokenize(list(texts)).to(default_device()), normalize=True)
+        return found.float().cpu().numpy()
 
 
 def center_crop(image: Image.Image, side: int) -> np.ndarray:

@@ -370,6 +370,24 @@ class TransformersBackbone(Config):
     """Path of its weights on this machine."""
 
 
+class TorchHubBackbone(Config):
+    """A model of a torch.hub repository that lies in a folder, DINOv2's say. The repository's code is run."""
+
+    kind: Literal["hub"] = "hub"
+    repository: str
+    """Path of the folder with hubconf.py."""
+    model: str
+    """The entry point's name."""
+    checkpoint: str
+    """Path of its weights on this machine."""
+    input_size: int = Field(224, ge=8)
+    """Side in pixels that images are brought to; a multiple of the patch size."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Mean of each channel that is subtracted, values 0 to 1."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Standard deviation of each channel that is divided by."""
+
+
 class TorchScriptBackbone(Config):
     """A TorchScript module from images to vectors, as copy-detection networks like SSCD (288 pixels) are given out."""
 
@@ -391,6 +409,7 @@ BackboneConfig = Annotated[
     | OpenClipBackbone
     | TimmBackbone
     | TransformersBackbone
+    | TorchHubBackbone
     | TorchScriptBackbone,
     Field(discriminator="kind"),
 ]

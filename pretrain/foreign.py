@@ -1,7 +1,8 @@
-"""Backbones of other libraries: timm, transformers, TorchScript."""
+"""Backbones of other libraries: timm, transformers, torch.hub, TorchScript."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,13 @@ from torch import Tensor
 from infra.errors import UserError
 from pretrain import weights
 from pretrain.backbones import Backbone, center_crop, default_device
-from pretrain.config import TimmBackbone, TorchScriptBackbone, TransformersBackbone
+from pretrain.config import TimmBackbone, TorchHubBackbone, TorchScriptBackbone, TransformersBackbone
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def load(config: TimmBackbone | TransformersBackbone | TorchScriptBackbone) -> Backbone:
+def load(config: TimmBackbone | TransformersBackbone | TorchHubBackbone | TorchScriptBackbone) -> Backbone:
     """Load a backbone onto the GPU, if there is one.
 
     Raises:
@@ -27,9 +28,11 @@ def load(config: TimmBackbone | TransformersBackbone | TorchScriptBackbone) -> B
     """
     if isinstance(config, TimmBackbone):
         return Timm(config)
+    if isinstance(config, TorchHubBackbone):
+        return Normalised(_of_hub(config), config)
     if isinstance(config, TransformersBackbone):
         return Transformers(config)
-    return TorchScript(config)
+    return Normalised(_scripted(config), config)
 
 
 class Timm:
@@ -94,15 +97,29 @@ class Transformers:
         return (found.last_hidden_state[:, 0] if pooled is None else pooled).flatten(1).float().cpu()
 
 
-class TorchScript:
-    """What a TorchScript module makes of normalised images."""
+def _scripted(config: TorchScriptBackbone) -> Callable[[Tensor], Tensor]:
+    try:
+        return torch.jit.load(config.checkpoint, map_location=default_device()).eval()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{config.checkpoint}: not a TorchScript module: {error}".splitlines()[0]) from None
 
-    def __init__(self, config: TorchScriptBackbone) -> None:
-        try:
-            module = torch.jit.load(config.checkpoint, map_location=default_device())
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"{config.checkpoint}: not a TorchScript module: {error}".splitlines()[0]) from None
-        self.module = module.eval()
+
+def _of_hub(config: TorchHubBackbone) -> Callable[[Tensor], Tensor]:
+    if not (Path(config.repository) / "hubconf.py").is_file():
+        raise UserError(f"{config.repository}: no folder with hubconf.py; give a torch.hub repository")
+    try:
+        model = torch.hub.load(config.repository, config.model, source="local", pretrained=False)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"model: {config.model}: {error}".splitlines()[0]) from None
+    _fill(model, config.checkpoint)
+    return model.requires_grad_(False).eval().to(default_device())
+
+
+class Normalised:
+    """What a module makes of normalised images."""
+
+    def __init__(self, module: Callable[[Tensor], Tensor], config: TorchScriptBackbone | TorchHubBackbone) -> None:
+        self.module = module
         self.side = config.input_size
         self.mean, self.std = (torch.tensor(each).view(1, 3, 1, 1) for each in (config.mean, config.std))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from curation.config import EmbeddedSettings, IngestConfig
 from curation.embedded import TRUTH, generate
 from curation.ingest import ingest
 from infra.corpora import Corpus
+from pretrain.config import OpenClipBackbone
 
 SMALL = EmbeddedSettings(
     pool_per_class=12,
@@ -70,6 +72,25 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("no real image sets here: set FOVEA_DATA to their folder")
     return path
+
+
+TINY_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> OpenClipBackbone:
+    import open_clip
+    import torch
+
+    (tmp_path / "tiny-clip.json").write_text(json.dumps(TINY_CLIP))
+    open_clip.add_model_config(tmp_path / "tiny-clip.json")
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("tiny-clip").state_dict(), tmp_path / "weights.pt")
+    return OpenClipBackbone(model="tiny-clip", checkpoint=str(tmp_path / "weights.pt"))
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 32), mode: str = "RGB") -> Image.Image:

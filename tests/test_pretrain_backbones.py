@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from pretrain.config import (
     OpenClipBackbone,
     PixelDescriptor,
     TimmBackbone,
+    TorchHubBackbone,
     TorchScriptBackbone,
     TransformersBackbone,
 )
@@ -27,21 +27,6 @@ from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.official import to_official
 from pretrain.models.vit import VisionTransformer
 from tests.conftest import image_folder, ingested, picture
-
-TINY_CLIP = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8},
-    "text_cfg": {"context_length": 8, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1},
-}
-
-
-@pytest.fixture
-def clip(tmp_path: Path) -> OpenClipBackbone:
-    (tmp_path / "tiny-clip.json").write_text(json.dumps(TINY_CLIP))
-    open_clip.add_model_config(tmp_path / "tiny-clip.json")
-    torch.manual_seed(0)
-    torch.save(open_clip.create_model("tiny-clip").state_dict(), tmp_path / "weights.pt")
-    return OpenClipBackbone(model="tiny-clip", checkpoint=str(tmp_path / "weights.pt"))
 
 
 def test_an_open_clip_checkpoint_embeds_as_open_clip_does(clip: OpenClipBackbone, tmp_path: Path) -> None:
@@ -175,3 +160,29 @@ def test_a_torchscript_module_embeds_normalised_images(tmp_path: Path) -> None:
     (tmp_path / "module.pt").write_bytes(b"not a module")
     with pytest.raises(UserError, match="not a TorchScript module"):
         load(config)
+
+
+def test_a_torch_hub_repository_embeds_by_its_own_code(tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    (repository / "hubconf.py").write_text(
+        "import torch\n"
+        "def tiny(pretrained=False):\n"
+        "    return torch.nn.Sequential(torch.nn.Conv2d(3, 5, 8, stride=8), torch.nn.Flatten())\n"
+    )
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 8, stride=8), torch.nn.Flatten())
+    torch.save(module.state_dict(), tmp_path / "weights.pth")
+    torch.jit.script(module).save(str(tmp_path / "module.pt"))
+    corpus = ingested(image_folder(tmp_path / "images", 3), tmp_path / "corpus")
+    settings = {"repository": str(repository), "checkpoint": str(tmp_path / "weights.pth"), "input_size": 32}
+    config = TorchHubBackbone(model="tiny", **settings)
+    same = load(TorchScriptBackbone(checkpoint=str(tmp_path / "module.pt"), input_size=32))
+    np.testing.assert_allclose(extract(load(config), corpus, 2, "embed"), extract(same, corpus, 2, "embed"), atol=1e-6)
+    before = identity(config)[1]["code"].id
+    (repository / "other.py").write_text("pass")
+    assert identity(config)[1]["code"].id != before
+    with pytest.raises(UserError, match="model: huge"):
+        load(TorchHubBackbone(model="huge", **settings))
+    with pytest.raises(UserError, match=r"no folder with hubconf\.py"):
+        load(TorchHubBackbone(model="tiny", **{**settings, "repository": str(tmp_path)}))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from infra.config import Config
+from pretrain.config import OpenClipBackbone
 
 
 class Exact(Config):
@@ -178,6 +180,95 @@ class Filter(Config):
     """Characters of the caption; DataComp's basic filter has 6."""
 
 
+class FieldScorer(Config):
+    """A number that each image's .json file has, as img2dataset and LAION write them."""
+
+    kind: Literal["field"] = "field"
+    field: str
+    """Its name."""
+
+
+class TableScorer(Config):
+    """Scores made elsewhere."""
+
+    kind: Literal["table"] = "table"
+    table: str
+    """URL of a parquet file with a column `key`."""
+    column: str = "score"
+    """Its column with the scores."""
+
+
+class HeadScorer(Config):
+    """Linear layers on the corpus's embeddings, as aesthetic and NSFW predictors on CLIP are given out."""
+
+    kind: Literal["head"] = "head"
+    checkpoint: str
+    """Path of the layers' weights."""
+    activation: Literal["none", "relu"] = "none"
+    """Between the layers."""
+    output: Literal["identity", "sigmoid", "softmax"] = "identity"
+    """What is done to the last layer's output."""
+    unit: int = Field(0, ge=0)
+    """Which of its outputs is the score."""
+
+
+class CaptionScorer(Config):
+    """Cosine similarity of image and caption by an open_clip model, by which the corpus must be embedded."""
+
+    kind: Literal["caption"] = "caption"
+    model: OpenClipBackbone
+    """The model."""
+
+
+class PluginScorer(Config):
+    """Your own code: called with the checkpoint it gives a function of a list of images (Pillow, RGB) to numbers."""
+
+    kind: Literal["plugin"] = "plugin"
+    name: str
+    """`package.module:name`, importable here."""
+    checkpoint: str | None = None
+    """File that it is called with."""
+
+
+ScorerConfig = Annotated[
+    FieldScorer | TableScorer | HeadScorer | CaptionScorer | PluginScorer, Field(discriminator="kind")
+]
+
+
+class Score(Config):
+    """Drop images by a number: CLIP score, aesthetic and NSFW heads, a field, your own."""
+
+    kind: Literal["score"] = "score"
+    scorer: ScorerConfig
+    """What gives the number. Images without one are dropped."""
+    name: str = "score"
+    """What the ledger calls it: images are dropped for low_NAME, high_NAME or no_NAME."""
+    min: float | None = None
+    """Lowest score kept."""
+    max: float | None = None
+    """Highest score kept."""
+    top: float | None = Field(None, gt=0, le=1)
+    """Share of the images with the highest scores that is kept; DataComp keeps 0.3 by CLIP score."""
+
+    @model_validator(mode="after")
+    def _some_bound(self) -> Score:
+        if (self.min is None) == (self.top is None) and self.max is None:
+            raise ValueError("score: give min, max or top")
+        if self.min is not None and self.top is not None:
+            raise ValueError("score: min and top: give one of both")
+        return self
+
+
+class BalanceText(Config):
+    """Keep images by lot so that no word's captions outnumber the others (MetaCLIP, arXiv 2309.16671)."""
+
+    kind: Literal["balance_text"] = "balance_text"
+    entries: str
+    """File with one word or phrase a line."""
+    most: int = Field(20_000, ge=1)
+    """Captions with an entry from which on images with it are thinned out; MetaCLIP has 20,000 for 400 M pairs."""
+
+
 class Remove(Config):
     """Drop images that are listed, whatever they look like: for those who opted out, or a source that must go."""
 
@@ -220,7 +311,29 @@ Step = Annotated[
     | Retrieve
     | RetrieveClusters
     | Balance
+    | BalanceText
+    | Score
     | Sample
     | Restore,
     Field(discriminator="kind"),
 ]
+
+
+_FILES = ("keys", "hashes", "entries", "table", "checkpoint")
+"""Settings, at any depth, that name files: their content counts, not where they lie"""
+
+
+def files_of(step: Config) -> Iterator[tuple[str, str]]:
+    """The files that a step reads, by the setting's name."""
+    for name, value in step:
+        if isinstance(value, Config):
+            yield from files_of(value)
+        elif name in _FILES and value is not None:
+            yield name, value
+
+
+def without_files(step: Config) -> dict[str, Any]:
+    """The settings of a step, those apart that name files."""
+    told = step.model_dump(mode="json", exclude=set(_FILES))
+    nested = {name: without_files(value) for name, value in step if isinstance(value, Config)}
+    return told | nested

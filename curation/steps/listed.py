@@ -24,7 +24,7 @@ def remove(context: Context, step: Remove) -> Mapping[str, Any]:
     listed = np.zeros(len(context.corpus), dtype=bool)
     unknown = 0
     if step.keys is not None:
-        unknown += _mark(listed, table["key"], _lines(step.keys))
+        unknown += _mark(listed, table["key"], lines_of(step.keys))
     if step.hashes is not None:
         unknown += _mark(listed, table["sha256"], _hashes(step.hashes))
     if step.prefix is not None:
@@ -42,7 +42,7 @@ def _mark(listed: np.ndarray, column: pa.ChunkedArray, lines: list[str]) -> int:
     return len(lines) - int(pc.sum(pc.is_in(values, column)).as_py() or 0)
 
 
-def _lines(path: str) -> list[str]:
+def lines_of(path: str) -> list[str]:
     """The lines of a file that are not empty.
 
     Raises:
@@ -56,7 +56,7 @@ def _lines(path: str) -> list[str]:
 
 
 def _hashes(path: str) -> list[str]:
-    lines = [line.strip().lower() for line in _lines(path)]
+    lines = [line.strip().lower() for line in lines_of(path)]
     bad = next((line for line in lines if not _HASH.fullmatch(line)), None)
     if bad is not None:
         raise UserError(f"{path}: {bad[:80]}: not a SHA-256 of 64 hexadecimal digits; mend the line")
@@ -81,7 +81,7 @@ def restore(context: Context, step: Restore) -> Mapping[str, Any]:
     if step.below is not None:
         chosen &= verdicts.score < step.below
     if step.keys is not None:
-        chosen &= pc.is_in(context.corpus.table["key"], pa.array(_lines(step.keys), pa.string())).to_numpy()
+        chosen &= pc.is_in(context.corpus.table["key"], pa.array(lines_of(step.keys), pa.string())).to_numpy()
     rows = np.flatnonzero(chosen)
     _leave_groups(context, rows)
     verdicts.keep[rows] = True

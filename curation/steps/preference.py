@@ -43,10 +43,16 @@ def _value(field: Any, prefer: list[str]) -> float:
     """Higher is better; what has no such field comes last."""
     if prefer:
         return -float(prefer.index(str(field)) if str(field) in prefer else len(prefer))
+    found = number(field)
+    return -np.inf if found is None else found
+
+
+def number(field: Any) -> float | None:
+    """A field as a number, if it is one."""
     try:
         return float(field)
     except (TypeError, ValueError, OverflowError):
-        return -np.inf
+        return None
 
 
 def json_fields(context: Context, rows: np.ndarray, field: str) -> list[Any]:

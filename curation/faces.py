@@ -1,0 +1,104 @@
+"""Faces made unrecognisable. The only step that changes an image's bytes, and only those of images with faces."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from curation.config import FaceBlur
+from infra.errors import UserError
+from pretrain.data.decode import ImageRejected, decode_rgb
+
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom in pixels"""
+_QUALITY = 95  # of JPEG and WebP
+_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+
+
+class FaceBlurrer:
+    """Finds faces and blurs them.
+
+    Raises:
+        UserError: the detector's model cannot be read.
+    """
+
+    def __init__(self, config: FaceBlur) -> None:
+        self._detect = _lbp(config) if config.model is None else _yunet(config, config.model)
+        self._margin = config.margin
+
+    def blurred(self, data: bytes) -> tuple[bytes, str] | None:
+        """An encoded image again with its faces blurred, and its extension: in its own format, others become PNG. None
+        if it has none or cannot be decoded."""
+        try:
+            image = decode_rgb(data)
+        except ImageRejected:
+            return None
+        boxes = self._detect(np.asarray(image))
+        if not boxes:
+            return None
+        kind = Image.open(io.BytesIO(data)).format or ""
+        kind, extension = (kind, _EXTENSIONS[kind]) if kind in _EXTENSIONS else ("PNG", "png")
+        buffer = io.BytesIO()
+        blur(image, [self._widened(box, image.size) for box in boxes]).save(buffer, kind, quality=_QUALITY)
+        return buffer.getvalue(), extension
+
+    def _widened(self, box: Box, size: tuple[int, int]) -> Box:
+        left, top, right, bottom = box
+        x, y = round((right - left) * self._margin), round((bottom - top) * self._margin)
+        return max(left - x, 0), max(top - y, 0), min(right + x, size[0]), min(bottom + y, size[1])
+
+
+def blur(image: Image.Image, boxes: list[Box]) -> Image.Image:
+    """An image with some boxes blurred beyond recognition, their borders soft."""
+    found = image.copy()
+    for box in boxes:
+        side = max(box[2] - box[0], box[3] - box[1])
+        mask = Image.new("L", image.size)
+        ImageDraw.Draw(mask).ellipse(box, fill=255)
+        smooth = found.filter(ImageFilter.GaussianBlur(max(side / 6, 2)))
+        found.paste(smooth, mask=mask.filter(ImageFilter.GaussianBlur(side / 20)))
+    return found
+
+
+def _lbp(config: FaceBlur) -> Callable[[np.ndarray], list[Box]]:
+    """The detector that comes with scikit-image: a cascade of local binary patterns, for frontal faces."""
+    from skimage.data import lbp_frontal_face_cascade_filename
+    from skimage.feature import Cascade
+
+    cascade = Cascade(lbp_frontal_face_cascade_filename())
+
+    def detect(pixels: np.ndarray) -> list[Box]:
+        shorter = min(pixels.shape[:2])
+        least = max(round(shorter * config.min_share), 24)
+        if shorter < least:
+            return []
+        sizes = {"min_size": (least, least), "max_size": (shorter, shorter)}
+        found = cascade.detect_multi_scale(pixels, scale_factor=1.2, step_ratio=1, **sizes)
+        return [(each["c"], each["r"], each["c"] + each["width"], each["r"] + each["height"]) for each in found]
+
+    return detect
+
+
+def _yunet(config: FaceBlur, model: str) -> Callable[[np.ndarray], list[Box]]:
+    """YuNet (Wu et al., Machine Intelligence Research 2023), by OpenCV."""
+    import cv2
+
+    if not Path(model).is_file():
+        raise UserError(f"{model}: no such file; give the ONNX file of a YuNet face detector")
+    try:
+        detector = cv2.FaceDetectorYN.create(model, "", (320, 320), config.min_score)
+    except cv2.error:
+        raise UserError(f"{model}: not a YuNet face detector in ONNX form; give another file") from None
+
+    def detect(pixels: np.ndarray) -> list[Box]:
+        height, width = pixels.shape[:2]
+        detector.setInputSize((width, height))
+        found = detector.detect(np.ascontiguousarray(pixels[..., ::-1]))[1]
+        boxes = [] if found is None else np.round(found[:, :4]).astype(int).tolist()
+        return [(max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)) for x, y, w, h in boxes]
+
+    return detect

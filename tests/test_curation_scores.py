@@ -1,0 +1,192 @@
+"""Filters by scores, balancing by captions, blurred faces."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from curation.config import CurateConfig, EmbedConfig, FaceBlur, MaterializeConfig
+from curation.curate import materialize
+from curation.embed import embed
+from curation.embedded import load_photographs
+from curation.faces import FaceBlurrer
+from curation.steps.balance_text import Entries, kept_chances
+from infra.corpora import Corpus
+from infra.errors import UserError
+from pretrain.config import OpenClipBackbone
+from pretrain.data.decode import decode_rgb
+from tests.conftest import encoded, image_folder, ingested, picture
+from tests.pools import curated, pool, unit, written
+
+
+def bounds(ledger: list[dict[str, Any]]) -> list[bool]:
+    return [row["keep"] for row in ledger]
+
+
+def brightness(checkpoint: str | None) -> Callable[[Sequence[Image.Image]], list[float]]:
+    """A scorer of a user: the mean of all pixels."""
+    assert checkpoint is None
+    return lambda images: [float(np.asarray(image).mean()) for image in images]
+
+
+def test_fields_tables_and_plugins_score(tmp_path: Path) -> None:
+    fields = [0.1, 0.9, "0.5", None, "x", 0.5]
+    rows = [{"json": json.dumps({"punsafe": each}).encode()} for each in fields]
+    target = pool(tmp_path, unit(0, 6), rows=rows)
+    unsafe = {"kind": "score", "scorer": {"kind": "field", "field": "punsafe"}, "name": "nsfw", "max": 0.5}
+    artifact, ledger = curated(tmp_path, target, unsafe)
+    assert [row["reason"] for row in ledger] == ["kept", "high_nsfw", "kept", "no_nsfw", "no_nsfw", "kept"]
+    assert ledger[1]["score"] == np.float32(0.9)
+    assert pq.read_table(artifact.local_file("step-00-scores.parquet"))["score"].to_pylist()[:3] == [0.1, 0.9, 0.5]
+
+    table = pa.table({"key": [f"k{i:04d}" for i in (5, 4, 3, 2, 1, 9)], "fun": [5.0, 4.0, 3.0, 2.0, 1.0, 9.0]})
+    pq.write_table(table, tmp_path / "scores.parquet")
+    scorer = {"kind": "table", "table": str(tmp_path / "scores.parquet"), "column": "fun"}
+    first, ledger = curated(tmp_path, target, {"kind": "score", "scorer": scorer, "top": 0.5})
+    assert bounds(ledger) == [
+        False,
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]  # int(5 * 0.5) and one more, as DataComp does
+    assert first.metrics["steps"][0]["least"] == 3.0
+    pq.write_table(table.slice(1), tmp_path / "scores.parquet")
+    second, _ = curated(tmp_path, target, {"kind": "score", "scorer": scorer, "top": 0.5})
+    assert second.id != first.id
+    with pytest.raises(UserError, match="no parquet file with columns key and nope"):
+        curated(tmp_path, target, {"kind": "score", "scorer": {**scorer, "column": "nope"}, "min": 0})
+
+    images = [encoded(Image.new("RGB", (8, 8), (grey, grey, grey))) for grey in (10, 200, 90)]
+    plugin = {"kind": "plugin", "name": f"{__name__}:brightness"}
+    _, ledger = curated(tmp_path, written(tmp_path / "w", images), {"kind": "score", "scorer": plugin, "min": 90})
+    assert bounds(ledger) == [False, True, True]
+    with pytest.raises(UserError, match="importable"):
+        curated(tmp_path, target, {"kind": "score", "scorer": {**plugin, "name": "nowhere:f"}, "min": 0})
+
+
+@pytest.mark.parametrize(("activation", "output"), [("none", "identity"), ("relu", "softmax"), ("relu", "sigmoid")])
+def test_a_head_scores_embeddings_as_torch_does(tmp_path: Path, activation: str, output: str) -> None:
+    torch.manual_seed(0)
+    between = nn.ReLU() if activation == "relu" else nn.Dropout(0.2)
+    head = nn.Sequential(nn.Linear(4, 6), between, nn.Linear(6, 2)).eval()
+    torch.save({f"layers.{name}": value for name, value in head.state_dict().items()}, tmp_path / "head.pth")
+    last = {"identity": nn.Identity(), "softmax": nn.Softmax(-1), "sigmoid": nn.Sigmoid()}[output]
+    vectors = unit(0, 20)
+    with torch.inference_mode():
+        expected = last(head(torch.from_numpy(vectors.astype(np.float32))))[:, 1].numpy()
+    scorer = {"kind": "head", "checkpoint": str(tmp_path / "head.pth"), "unit": 1}
+    step = {"kind": "score", "scorer": scorer | {"activation": activation, "output": output}, "top": 0.3}
+    artifact, ledger = curated(tmp_path, pool(tmp_path, vectors), step)
+    found = pq.read_table(artifact.local_file("step-00-scores.parquet"))["score"].to_numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert set(np.flatnonzero(bounds(ledger))) == set(np.argsort(-expected)[:7])
+    with pytest.raises(UserError, match="for vectors of 4 dimensions, not 5"):
+        curated(tmp_path, pool(tmp_path, unit(0, 20, 5), "five"), step)
+    with pytest.raises(UserError, match="needed by the step score"):
+        curated(tmp_path, written(tmp_path / "w", [encoded(picture(0))]), step)
+    wrong = {"a.weight": torch.zeros(3, 4), "a.bias": torch.zeros(3), "b.weight": torch.zeros(2, 5)}
+    torch.save(wrong, tmp_path / "head.pth")
+    with pytest.raises(UserError, match="is it a head"):
+        curated(tmp_path, pool(tmp_path, vectors), {**step, "name": "other"})
+
+
+def test_captions_score_as_open_clip_does(tmp_path: Path, clip: OpenClipBackbone) -> None:
+    source = image_folder(tmp_path / "images", 4)
+    captions = ["a red house", "", "two blue birds on a tree", "a house"]
+    for number, caption in enumerate(captions):
+        if caption:
+            (source / f"{number:04d}.txt").write_text(caption)
+    corpus = ingested(source, tmp_path / "corpus").artifact.url
+    vectors = embed(EmbedConfig(corpus=corpus, backbone=clip, out=str(tmp_path / "vectors"))).url
+    step = {"kind": "score", "scorer": {"kind": "caption", "model": clip.model_dump()}, "name": "clip", "min": -1.0}
+    from curation import run
+
+    artifact = run(CurateConfig(corpus=corpus, embeddings=vectors, steps=[step], out=str(tmp_path / "selection")))
+    found = pq.read_table(artifact.local_file("step-00-scores.parquet"))["score"].to_numpy()
+    model, _, preprocess = open_clip.create_model_and_transforms("tiny-clip", pretrained=clip.checkpoint)
+    tokens = open_clip.get_tokenizer("tiny-clip")(captions)
+    with torch.inference_mode():
+        images = model.eval().encode_image(torch.stack([preprocess(picture(i)) for i in range(4)]), normalize=True)
+        expected = (images * model.encode_text(tokens, normalize=True)).sum(1).numpy()
+    assert np.isnan(found[1])
+    np.testing.assert_allclose(found[[0, 2, 3]], expected[[0, 2, 3]], atol=2e-3)  # embeddings are float16
+    other = embed(EmbedConfig(corpus=corpus, out=str(tmp_path / "pixels"))).url
+    with pytest.raises(UserError, match="embed with that model"):
+        run(CurateConfig(corpus=corpus, embeddings=other, steps=[step], out=str(tmp_path / "bad")))
+
+
+def test_entries_are_whole_words_of_any_case() -> None:
+    entries = Entries(["cat", "New  York", "york", "", "Cat", "c++"])
+    assert len(entries) == 4  # cat twice; of c++ the letter
+    assert entries.within("A cat in new-york, CATS and york").tolist() == [0, 1, 2]
+    assert entries.within("concatenate").tolist() == []
+
+
+def test_frequent_entries_are_thinned_and_rare_ones_stay(tmp_path: Path) -> None:
+    captions = ["a dog"] * 400 + ["a dog and a heron"] * 5 + ["nothing here"] * 10 + [None] * 5 + ["a newt"] * 20
+    (tmp_path / "entries.txt").write_text("dog\nheron\nnewt\n")
+    target = pool(tmp_path, unit(0, len(captions)), rows=[{"caption": each} for each in captions])
+    step = {"kind": "balance_text", "entries": str(tmp_path / "entries.txt"), "most": 40}
+    artifact, ledger = curated(tmp_path, target, step)
+    kept = np.array(bounds(ledger))
+    assert 20 <= kept[:400].sum() <= 62  # 39.5 are expected
+    assert kept[400:405].all()
+    assert kept[420:].all()
+    assert {row["reason"] for row in ledger[405:420]} == {"no_entry"}
+    lost = [row for row in ledger[:400] if not row["keep"]]
+    assert lost[0]["score"] == np.float32(40 / 405)
+    assert artifact.metrics["steps"][0]["entries_above"] == 1
+
+
+def test_chances_are_those_of_drawing_each_entry_for_itself() -> None:
+    rng = np.random.default_rng(0)
+    found, counts = [np.array([0, 1]), np.array([1]), np.array([], dtype=int)], np.array([50, 20])
+    chances = kept_chances(found, counts, 10)
+    draws = rng.random((200_000, 2)) < np.array([0.2, 0.5])
+    assert chances[0] == pytest.approx(draws.any(1).mean(), abs=5e-3)
+    assert chances[1:].tolist() == [0.5, 0.0]
+
+
+def test_faces_are_blurred_and_all_else_keeps_its_bytes(tmp_path: Path) -> None:
+    photographs = load_photographs()
+    face = Image.fromarray(photographs["astronaut"])
+    images = [encoded(face, "JPEG", quality=92), encoded(face), encoded(face, "BMP"), encoded(picture(1)), b""]
+    blurrer = FaceBlurrer(FaceBlur())
+    for data, extension in zip(images[:3], ("jpg", "png", "png"), strict=True):
+        changed = blurrer.blurred(data)
+        assert changed is not None
+        assert changed[1] == extension
+    assert blurrer.blurred(images[4]) is None
+    target = written(tmp_path, images[:4])
+    selection, _ = curated(tmp_path, target, {"kind": "exact"})
+    config = MaterializeConfig(corpus=target.corpus, selection=selection.url, out=str(tmp_path / "plain"))
+    artifact = materialize(config.model_copy(update={"blur_faces": FaceBlur(), "out": str(tmp_path / "blurred")}))
+    plain, blurred = Corpus.open(materialize(config).url), Corpus.open(artifact.url)
+    assert artifact.metrics["blurred"] == 3
+    assert [plain.read_image(row) for row in range(4)] == images[:4]
+    assert blurred.read_image(3) == images[3]
+    before, after = (np.asarray(decode_rgb(each.read_image(1))).astype(int) for each in (plain, blurred))
+    different = np.abs(before - after).max(axis=2) > 8
+    rows, columns = np.nonzero(different)
+    assert 0.02 < different.mean() < 0.2
+    assert (rows.min() < 110) & (rows.max() < 250) & (columns.min() > 130) & (columns.max() < 330)  # her face
+    assert Image.open(io.BytesIO(blurred.read_image(2))).format == "PNG"
+    with pytest.raises(UserError, match="no such file"):
+        FaceBlurrer(FaceBlur(model=str(tmp_path / "nope.onnx")))
+    (tmp_path / "bad.onnx").write_bytes(b"no model")
+    with pytest.raises(UserError, match="not a YuNet"):
+        FaceBlurrer(FaceBlur(model=str(tmp_path / "bad.onnx")))
