@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,10 +18,11 @@ from infra.corpora import Corpus, Unusable
 from infra.files import appearing, remove_unused
 from pretrain.data.decode import ImageRejected, decoded, open_image
 
-VERSION = 1
+VERSION = 2
 SIDE = 32  # of the small picture, in pixels
 _FREQUENCIES = 8
 _DECODE_SIDE = 128  # pixels of the shorter side below which no decoder is asked to shrink
+_LAPLACIAN = np.array([[0, 1, 0], [1, -4, 1], [0, 1, 0]], dtype=np.float32)
 _BLOCK = 1024  # images of a file
 SCHEMA = pa.schema(
     [
@@ -78,7 +80,7 @@ def grey(data: bytes) -> np.ndarray | None:
     try:
         image = open_image(data)
         shrink = max(min(image.size) // _DECODE_SIDE, 1)
-        return np.asarray(decoded(image, shrink).convert("L"))
+        return np.asarray(decoded(image, shrink, grey=True))
     except ImageRejected:
         return None
 
@@ -90,8 +92,9 @@ def look(pictures: list[np.ndarray | None]) -> pa.Table:
     small = np.zeros((len(pictures), SIDE, SIDE), dtype=np.uint8)
     entropy, sharpness = np.zeros(len(pictures)), np.zeros(len(pictures))
     if seen:
-        small[there] = [_shrunk(picture) for picture in seen]
-        entropy[there] = [_entropy(picture) for picture in seen]
+        images = [Image.fromarray(picture) for picture in seen]
+        small[there] = [_shrunk(image) for image in images]
+        entropy[there] = _entropies(np.array([image.histogram() for image in images]))
         sharpness[there] = [_sharpness(picture) for picture in seen]
     raw = [each.tobytes() for each in small]
     columns = (phash(small), entropy.astype(np.float32), sharpness.astype(np.float32), pa.array(raw, SCHEMA.types[3]))
@@ -104,21 +107,24 @@ def _where(column: pa.Array, there: np.ndarray) -> pa.Array:
     return pc.if_else(pa.array(there), column, None)
 
 
-def _shrunk(picture: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BOX))
+def _shrunk(image: Image.Image) -> np.ndarray:
+    if image.width % SIDE == 0 and image.height % SIDE == 0:  # the same, four times as fast
+        return np.asarray(image.reduce((image.width // SIDE, image.height // SIDE)))
+    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
-def _entropy(picture: np.ndarray) -> float:
-    shares = np.bincount(picture.ravel(), minlength=256) / picture.size
-    return float(-(shares[shares > 0] * np.log2(shares[shares > 0])).sum())
+def _entropies(counts: np.ndarray) -> np.ndarray:
+    """Bits of histograms, int64 `[n, 256]`."""
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    return -(shares * np.log2(shares, where=shares > 0, out=np.zeros_like(shares))).sum(axis=1)
 
 
 def _sharpness(picture: np.ndarray) -> float:
     if min(picture.shape) < 3:
         return 0.0
-    wide = picture.astype(np.float32)
-    inner = wide[:-2, 1:-1] + wide[2:, 1:-1] + wide[1:-1, :-2] + wide[1:-1, 2:] - 4 * wide[1:-1, 1:-1]
-    return float(inner.std())
+    inner = cv2.filter2D(picture, cv2.CV_16S, _LAPLACIAN)[1:-1, 1:-1]
+    mean, square = cv2.sumElems(inner)[0] / inner.size, cv2.norm(inner, cv2.NORM_L2SQR) / inner.size
+    return float(np.sqrt(max(square - mean**2, 0.0)))
 
 
 def phash(small: np.ndarray) -> np.ndarray:

@@ -68,7 +68,7 @@ def decode_rgb(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image
     return decoded(open_image(data, max_pixels))
 
 
-def decoded(image: Image.Image, shrink: int = 1) -> Image.Image:
+def decoded(image: Image.Image, shrink: int = 1, grey: bool = False) -> Image.Image:
     """An opened image as 8-bit RGB, upright.
 
     Grey, palette, CMYK and 16-bit images are converted; transparency is laid on white.
@@ -76,6 +76,7 @@ def decoded(image: Image.Image, shrink: int = 1) -> Image.Image:
     Args:
         shrink: by what factor it may come out smaller. JPEGs then do, by 2, 4 or 8, for a fraction of the work; other
             formats come whole.
+        grey: as 8-bit grey instead; of a JPEG colour is then not even decoded.
 
     Raises:
         ImageRejected: with the reason.
@@ -83,10 +84,13 @@ def decoded(image: Image.Image, shrink: int = 1) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if shrink > 1:
-                image.draft(None, (image.width // shrink, image.height // shrink))
+            if shrink > 1 or grey:
+                image.draft("L" if grey else None, (image.width // shrink, image.height // shrink))
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            upright = ImageOps.exif_transpose(image)
+            if grey:
+                return upright if upright.mode == "L" else _to_rgb(upright).convert("L")
+            return _to_rgb(upright)
     except OSError as error:
         raise ImageRejected("truncated" if "truncated" in str(error) else "undecodable") from None
     except Exception:
