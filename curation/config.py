@@ -76,7 +76,14 @@ class IngestConfig(IngestSettings):
     """URL of the corpus; {id} stands for its id."""
 
 
-class EmbedSettings(Config):
+class OnRay(Config):
+    """Where what can be done in parts is done."""
+
+    ray: str | None = None
+    """Address (host:port, or auto) of a Ray cluster whose machines have Fovea and see the same storage; null: here."""
+
+
+class EmbedSettings(OnRay):
     """What maps images to vectors."""
 
     backbone: BackboneConfig = PixelDescriptor()
@@ -101,7 +108,7 @@ def _default_steps() -> list[Step]:
     return [Exact(), NearDuplicates()]
 
 
-class CurateSettings(Config):
+class CurateSettings(OnRay):
     """Steps, in order; each sees what the ones before it kept."""
 
     steps: list[Step] = Field(default_factory=_default_steps, min_length=1)

@@ -18,6 +18,7 @@ from curation.similarity.tiles import CpuTiles, Workers, workers
 from curation.steps.config import CaptionScorer, HeadScorer, Score, Step
 from curation.verdicts import Verdicts
 from infra.artifacts import Input
+from infra.cluster import Cluster
 from infra.corpora import Corpus
 from infra.embeddings import Embeddings
 from infra.errors import UserError
@@ -137,12 +138,13 @@ class Context:
         verdicts = Verdicts.after(inputs.selection) if inputs.selection else Verdicts.initial(keys)
         threads = config.workers or len(os.sched_getaffinity(0))
         memory = int(config.memory_gb * (1 << 30))
+        cluster = Cluster(config.ray) if config.ray else None
         cores = Workers(CpuTiles(), threads)
         references = {
             name: Reference(name, each.vectors, verdicts.reference(each.keys))
             for name, each in inputs.references().items()
         }
-        return cls(inputs, verdicts, directory, references, memory, config.seed, workers(threads), cores)
+        return cls(inputs, verdicts, directory, references, memory, config.seed, workers(threads, cluster), cores)
 
     @property
     def corpus(self) -> Corpus:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import numpy as np
 from curation.config import EmbedConfig
 from infra import embeddings
 from infra.artifacts import Artifact, Plan, produce
+from infra.cluster import Cluster
 from infra.corpora import Corpus, same_images
 from infra.embeddings import Embeddings, backbone_of
 from infra.errors import UserError
 from infra.progress import progress
 from pretrain import backbones
 from pretrain.backbones import Backbone
+from pretrain.config import BackboneConfig
 from pretrain.features import of_rows
 
 VERSION = 3
@@ -60,14 +63,36 @@ def _write(config: EmbedConfig, corpus: Corpus, before: _Before | None, director
     parts = [np.arange(start, min(start + _PART_ROWS, len(corpus))) for start in range(0, len(corpus), _PART_ROWS)]
     left = [number for number in range(len(parts)) if not embeddings.part_path(directory, number).exists()]
     done = len(corpus) - sum(len(parts[number]) for number in left)
-    backbone = backbones.load(config.backbone)
     with progress("embed", len(corpus), done) as advance:
-        for number in left:
-            vectors = _part(backbone, corpus, parts[number], before, config.batch, advance)
+        found = _vectors(config, corpus, before, [parts[number] for number in left], advance)
+        for number, vectors in zip(left, found, strict=True):
             embeddings.write_part(directory, number, vectors)
     embeddings.write_keys(directory, corpus.table["key"])
     dim = np.load(embeddings.part_path(directory, 0), mmap_mode="r", allow_pickle=False).shape[1]
     return {"images": len(corpus), "dim": dim}
+
+
+def _vectors(
+    config: EmbedConfig, corpus: Corpus, before: _Before | None, parts: list[np.ndarray], advance: Callable[..., None]
+) -> Iterator[np.ndarray]:
+    """Of each part, here or on a cluster."""
+    if config.ray is None:
+        backbone = backbones.load(config.backbone)
+        yield from (_part(backbone, corpus, rows, before, config.batch, advance) for rows in parts)
+        return
+
+    def remote(rows: np.ndarray) -> np.ndarray:
+        return _part(_loaded(config.backbone), corpus, rows, before, config.batch)
+
+    for vectors in Cluster(config.ray).map(remote, parts, together=1, on_gpus=True):
+        advance(len(vectors))
+        yield vectors
+
+
+@cache
+def _loaded(config: BackboneConfig) -> Backbone:
+    """Once in each process that takes parts."""
+    return backbones.load(config)
 
 
 def _part(
@@ -76,7 +101,7 @@ def _part(
     rows: np.ndarray,
     before: _Before | None,
     batch: int,
-    advance: Callable[..., None],
+    advance: Callable[..., None] = lambda count: None,
 ) -> np.ndarray:
     """Vectors of some rows, float16: those of images that are still the same from before, the others anew."""
     known = np.zeros(len(rows), dtype=bool) if before is None else before.place[rows] >= 0

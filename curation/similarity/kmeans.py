@@ -153,10 +153,10 @@ def _or_nearer(
     rows: np.ndarray, labels: np.ndarray, centroids: Centroids, others: np.ndarray, workers: Workers
 ) -> np.ndarray:
     """The nearest of some centroids where it is nearer than that of the label, which it is else; int64 `[m]`."""
-    few, step, found = centroids.some(others), centroids.block, labels.copy()
+    few, step = centroids.some(others), centroids.block
     held, doubt = few.held(workers), 2 * centroids.slack
 
-    def block(start: int) -> None:
+    def block(start: int) -> np.ndarray:
         some = slice(start, start + step)
         own = centroids.similarity(rows[some], labels[some])
         cut = (own - doubt).astype(np.float32)[:, None]
@@ -167,11 +167,11 @@ def _or_nearer(
         row, near = np.concatenate([row, np.arange(len(own))]), np.concatenate([near, labels[some]])
         similar = np.concatenate([centroids.similarities(rows[some], row[: -len(own)], near[: -len(own)]), own])
         order = np.lexsort((near, -similar, row))
-        found[some] = near[order][np.searchsorted(row[order], np.arange(len(own)))]
+        return near[order][np.searchsorted(row[order], np.arange(len(own)))]
 
-    if len(others):
-        list(workers.map(block, range(0, len(rows), step)))
-    return found
+    if not len(others) or not len(rows):
+        return labels
+    return np.concatenate(list(workers.map(block, range(0, len(rows), step))))
 
 
 def sums(rows: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:

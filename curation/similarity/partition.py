@@ -122,15 +122,17 @@ class Partition:
             yield Run(held.places[held.run.rows], held.run.starts, held.run.owners)
 
     def _add(self, places: np.ndarray, workers: Workers, alone: bool) -> None:
-        rows = self.rows[places]
-        held = np.empty((len(rows), self.vectors.dim), dtype=np.float16)
-        found = []
-        for start in range(0, len(rows), _BLOCK):
-            block = self.vectors.take(rows[start : start + _BLOCK])
-            held[start : start + len(block)] = block
-            visits = self.cells.visits(block, workers)
-            found.append(Visits(visits.rows + start, visits.cells.astype(np.int32), visits.owners))
-        run = self._sorted(found)
+        rows, vectors, cells = self.rows[places], self.vectors, self.cells
+        starts, one = range(0, len(rows), _BLOCK), workers.alone()
+
+        def visits(start: int) -> Visits:
+            found = cells.visits(vectors.take(rows[start : start + _BLOCK]), one)
+            return Visits(found.rows + start, found.cells.astype(np.int32), found.owners)
+
+        run = self._sorted(list(workers.map(visits, starts)))
+        held = np.empty((len(rows), vectors.dim), dtype=np.float16)
+        for start in starts:
+            held[start : start + _BLOCK] = vectors.take(rows[start : start + _BLOCK])
         self._fresh.append(_Held(run, places, held if alone else self._spilled(held, run.rows), rows))
 
     def _sorted(self, found: list[Visits]) -> Run:

@@ -73,14 +73,14 @@ class Join:
         forest, done = self._begun(partition, known)
         reach(done)
         saved = time.monotonic()
-        for start in range(done, len(self.cells), _TOGETHER):
-            some = range(start, min(start + _TOGETHER, len(self.cells)))
-            for found in self.workers.map(lambda cell: self._cell(partition, cell), some):
-                forest.add(*found)
-            reach(some.stop)
-            if time.monotonic() - saved > _SAVE_SECONDS:
-                self._save(forest, some.stop)
-                saved = time.monotonic()
+        left = range(done, len(self.cells))
+        for cell, found in zip(left, self.workers.map(lambda cell: self._cell(partition, cell), left), strict=True):
+            forest.add(*found)
+            if (cell + 1) % _TOGETHER == 0 or cell == left[-1]:
+                reach(cell + 1)
+                if time.monotonic() - saved > _SAVE_SECONDS:
+                    self._save(forest, cell + 1)
+                    saved = time.monotonic()
         forest.settle()
         self._path.unlink(missing_ok=True)
         return forest

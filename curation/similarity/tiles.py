@@ -14,6 +14,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from curation.similarity.exact import widened
+from infra.cluster import Cluster
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -99,9 +100,21 @@ class Workers:
 
     tiles: Tiles
     threads: int
+    cluster: Cluster | None = None
+    """Machines that share the work of `map`"""
+
+    def __reduce__(self) -> tuple[type[Workers], tuple[Tiles, int]]:
+        return Workers, (self.tiles, 1)  # who gets a part of the work does it alone
+
+    def alone(self) -> Workers:
+        """One thread of them."""
+        return Workers(self.tiles, 1)
 
     def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """Results in the order of the items; only a few wait at a time."""
+        """Results in the order of the items; only a few wait at a time. `work` must not change what it was given."""
+        if self.cluster is not None:
+            yield from self.cluster.map(work, items)
+            return
         with self._libraries.limit(limits=1, user_api="blas"):  # of a thread each, not of all cores
             if self.threads == 1:
                 yield from map(work, items)
@@ -116,8 +129,10 @@ class Workers:
         return ThreadpoolController()  # it looks through all that is loaded, which takes a while
 
 
-def workers(threads: int) -> Workers:
-    """On the GPU, if there is one; else on as many cores."""
+def workers(threads: int, cluster: Cluster | None = None) -> Workers:
+    """On a cluster, if one is given; on the GPU, if there is one; else on as many cores."""
+    if cluster is not None:
+        return Workers(CpuTiles(), threads, cluster)
     if Path("/dev/nvidiactl").exists():  # only then torch, which takes seconds and half a gigabyte to import
         import torch
 
