@@ -90,7 +90,7 @@ class Exhibits:
 
     def _borderline_pairs(self, number: int) -> Gallery:
         """The pairs just above the threshold, without which components would fall apart."""
-        pairs = pq.read_table(self.artifact.local_file(f"step-{number:02d}-pairs.parquet"))
+        pairs = self._evidence(number, "pairs")
         groups = [
             [self._row(pair["row"], f"{pair['similarity']:.3f}"), self._row(pair["other"], "")]
             for pair in pairs.sort_by([("similarity", "ascending")]).slice(0, self.count).to_pylist()
@@ -102,7 +102,7 @@ class Exhibits:
         threshold = self.artifact.manifest.config["steps"][number]["threshold"]
         found: list[Gallery] = []
         for name, facts in step["sets"].items():
-            near = pq.read_table(self.artifact.local_file(f"step-{number:02d}-{name}.parquet"))
+            near = self._evidence(number, name)
             similar = near["similarity"].to_numpy()
             order = np.argsort(-similar, kind="stable")
             certain = _spread(order[similar[order] >= threshold], self.count)
@@ -146,6 +146,49 @@ class Exhibits:
             ),
         ]
 
+    def by_clusters(self, number: int, step: dict[str, Any]) -> list[Gallery]:
+        """Clusters that many seed images fall into, and some that none does."""
+        members, seeds = (self._evidence(number, name) for name in ("members", "seeds"))
+        counts = np.bincount(seeds["cluster"].to_numpy(), minlength=step["clusters"])
+        order = np.argsort(-counts, kind="stable")
+        with_seeds = order[: self.count][counts[order[: self.count]] > 0]
+        without = _spread(np.flatnonzero(counts == 0), self.count)
+        note = "Seed images, the pool images nearest to the centroid, and the first that did not come in."
+        return [
+            Gallery("Clusters of the seed", note, [self._cluster(each, members, seeds) for each in with_seeds]),
+            Gallery("Clusters without seed images", note, [self._cluster(each, members, seeds) for each in without]),
+        ]
+
+    def _cluster(self, cluster: int, members: pa.Table, seeds: pa.Table) -> list[Picture]:
+        asked = seeds.filter(pc.equal(seeds["cluster"], int(cluster)))["row"].to_pylist()
+        near = members.filter(pc.equal(members["cluster"], int(cluster))).sort_by([("similarity", "descending")])
+        keep = self.ledger["keep"].take(near["row"])
+        shown = [
+            self.shelf.picture_of_row(url, row, "seed", "reference")
+            for url in corpora_of(self.artifact, "curated")
+            for row in asked[:2]
+        ]
+        for kept, mark in ((True, "kept"), (False, "dropped")):
+            rows = near.filter(pc.equal(keep, kept)).slice(0, _GROUP // 2).to_pylist()
+            shown += [self._row(row["row"], f"{row['similarity']:.3f}", mark) for row in rows]
+        return shown
+
+    def scored(self, number: int, step: dict[str, Any]) -> list[Gallery]:
+        """What lies on both sides of the bounds, from the lowest score to the highest."""
+        table = self._evidence(number, "scores")
+        settings, scores = self.artifact.manifest.config["steps"][number], table["score"].to_numpy()
+        low, high = step["least"], settings["max"]
+        gaps = [np.abs(scores - bound) for bound in (low, high) if bound is not None]
+        nearest = np.argsort(np.min(gaps, axis=0), kind="stable")[: self.count]  # NaN comes last
+        nearest = nearest[~np.isnan(scores[nearest])]
+        rows = table.take(np.sort(nearest)).sort_by("score").to_pylist()
+        kept = [(low is None or row["score"] >= low) and (high is None or row["score"] <= high) for row in rows]
+        groups = [
+            [self._row(row["row"], f"{row['score']:.3f}", "kept" if stays else "dropped")]
+            for row, stays in zip(rows, kept, strict=True)
+        ]
+        return [Gallery(f"Borderline by {settings['name']}", "The images nearest to the bounds.", groups)]
+
     def _beside(
         self, rows: Sequence[dict[str, Any]], urls: list[str], caption: str, mark: str
     ) -> Iterator[list[Picture]]:
@@ -156,6 +199,9 @@ class Exhibits:
             if holder is not None:
                 shown.insert(0, self.shelf.picture(holder, row["winner"], caption, "reference"))
             yield shown
+
+    def _evidence(self, number: int, name: str) -> pa.Table:
+        return pq.read_table(self.artifact.local_file(f"step-{number:02d}-{name}.parquet"))
 
     def _because(self, reason: str) -> pa.Table:
         return self.ledger.filter(pc.equal(self.ledger["reason"], reason))
@@ -176,6 +222,8 @@ _OF = {
     "semdedup": Exhibits.semdedup,
     "decontaminate": Exhibits.leaks,
     "retrieve": Exhibits.retrieved,
+    "retrieve_clusters": Exhibits.by_clusters,
+    "score": Exhibits.scored,
 }
 
 

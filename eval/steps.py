@@ -47,13 +47,26 @@ def _told(step: dict[str, Any]) -> Told:
     details = {
         key.replace("_", " "): f"{value:,}" for key, value in step.items() if key in _DETAILS and isinstance(value, int)
     }
+    for level in step.get("levels", []):
+        kept = f"{100 * level['kept_of_rare']:.0f} % of {level['images_of_rare']:,} images kept"
+        details[f"rarest of {level['clusters']:,} clusters"] = f"{kept}, {100 * level['kept_of_all']:.0f} % of all"
     for name, facts in step.get("sets", {}).items():
         details[name] = f"{facts['leaks']:,} leaks, {facts.get('collateral', 0):,} more in their components"
     common = (step["seconds"], step["cpu_seconds"], step["peak_gb"])
     return Told(step["step"].replace("_", " "), step["kept"], step.get("dropped", 0), *common, _recall(step), details)
 
 
-_DETAILS = ("components", "largest", "groups_split_off", "neighbours", "collisions", "missing", "clusters", "drawn")
+_DETAILS = (
+    *("components", "largest", "groups_split_off", "neighbours", "collisions", "missing", "clusters", "drawn"),
+    *("clusters_with_seeds", "clusters_below_quota", "entries", "entries_found", "entries_above", "no_entry"),
+)
+
+
+def _axis(step: dict[str, Any], settings: dict[str, Any]) -> tuple[str, float | None]:
+    """What a step's curve runs over, and the value that was taken."""
+    if "threshold" in settings:
+        return "cosine similarity", settings["threshold"]
+    return ("eps", settings["eps"]) if "eps" in settings else ("score", step.get("least"))
 
 
 def _recall(step: dict[str, Any]) -> str:
@@ -66,9 +79,8 @@ def _recall(step: dict[str, Any]) -> str:
 
 def _charts(step: dict[str, Any], settings: dict[str, Any]) -> list[tuple[str, bytes]]:
     name, drawn = step["step"].replace("_", " "), []
-    if "curve" in step:
-        at = settings.get("threshold", settings.get("eps"))
-        label = "cosine similarity" if "threshold" in settings else "eps"
+    if step.get("curve"):
+        label, at = _axis(step, settings)
         drawn.append((f"{name}: images dropped at each {label}", charts.curve(step["curve"], label, at)))
     for reference, facts in step.get("sets", {}).items():
         title = f"{name}: images by their likeness to {reference}"

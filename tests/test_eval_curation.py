@@ -69,6 +69,29 @@ def test_galleries_show_what_the_ledger_says(selection: Artifact) -> None:
             assert group[1].mark == ("dropped" if float(group[1].caption) >= 0.8 else "kept")
 
 
+def test_clusters_of_the_seed_and_bounds_of_scores_are_shown(tmp_path: Path) -> None:
+    vectors = planted(8, 200, 16)
+    rows = [{"json": f'{{"beauty": {number}}}'.encode()} for number in range(200)]
+    target, seed = pool(tmp_path, vectors, rows=rows), pool(tmp_path, vectors[:40], "s")
+    steps = [
+        {"kind": "score", "scorer": {"kind": "field", "field": "beauty"}, "name": "beauty", "min": 20, "max": 180},
+        {"kind": "retrieve_clusters", "clusters": 8, "min_seeds": 4, "quota": 12},
+    ]
+    selection, verdicts = curated(tmp_path, target, *steps, curated=seed.embeddings)
+    shown = {gallery.title: gallery for gallery in Exhibits(selection, 6).galleries()}
+    marks = [(group[0].caption, group[0].mark) for group in shown["Borderline by beauty"].groups]
+    assert marks == [
+        (f"{each}.000", "kept" if 20 <= each <= 180 else "dropped") for each in (19, 20, 21, 179, 180, 181)
+    ]
+    for group in shown["Clusters of the seed"].groups:
+        assert group[0].mark == "reference"
+        assert {picture.mark for picture in group[2:]} <= {"kept", "dropped"}
+    page = report(ReportConfig(artifacts={"curate": selection.url}, gallery=6, out=str(tmp_path / "page")))
+    html = (Path(page.url) / PAGE).read_text()
+    assert "score: images dropped at each score" in html
+    assert sum(not row["keep"] and row["reason"] == "high_beauty" for row in verdicts) == 19
+
+
 def test_why_follows_an_image_to_what_is_kept_or_compared(selection: Artifact, tmp_path: Path) -> None:
     rows = {row["key"]: row for row in ledger(selection)}
     for row in rows.values():

@@ -13,6 +13,8 @@ from curation.similarity.clusters import place_within
 from curation.similarity.hierarchy import Level, hierarchy
 from curation.steps.config import Balance
 
+_RARE = 0.1  # share of the images
+
 
 def balance(context: Context, step: Balance) -> Mapping[str, Any]:
     """Draw as evenly as can be over the clusters of the highest level, within each over those below, and so on."""
@@ -36,13 +38,25 @@ def balance(context: Context, step: Balance) -> Mapping[str, Any]:
 def _spread(clusters: int, of: np.ndarray, drawn: np.ndarray) -> dict[str, Any]:
     """How evenly rows lie over the clusters of a level, before the draw and after it."""
     before, after = np.bincount(of, minlength=clusters), np.bincount(of, weights=drawn, minlength=clusters)
+    rare = np.isin(of, rarest(before))
     return {
+        "images_of_rare": int(rare.sum()),
+        "kept_of_rare": round(float((drawn[rare] > 0).mean()), 4),
+        "kept_of_all": round(float((drawn > 0).mean()), 4),
         "clusters": clusters,
         "before": evenness(before),
         "after": evenness(after),
         "reached_before": int((before > 0).sum()),
         "reached_after": int((after > 0).sum()),
     }
+
+
+def rarest(sizes: np.ndarray) -> np.ndarray:
+    """The smallest clusters that together hold a tenth of all images, at least one."""
+    there = np.flatnonzero(sizes)
+    order = there[np.argsort(sizes[there], kind="stable")]
+    count = int(np.searchsorted(np.cumsum(sizes[order]), sizes.sum() * _RARE, side="right"))
+    return order[: max(count, 1)]
 
 
 def flattened(levels: list[Level]) -> list[np.ndarray]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from curation.context import Context
 from curation.similarity.clusters import assign, place_within
@@ -29,6 +30,8 @@ def retrieve_clusters(context: Context, step: RetrieveClusters) -> Mapping[str, 
     most = np.lexsort((place[wanted], mine.labels[chosen], -seeds[mine.labels[chosen]]))  # with most seed images first
     kept = np.zeros(len(rows), dtype=bool)
     kept[chosen[most][: step.most]] = True
+    context.evidence("members", pa.table({"row": rows, "cluster": mine.labels, "similarity": mine.similarity}))
+    context.evidence("seeds", pa.table({"row": np.arange(len(seed)), "cluster": of_seed}))
     verdicts.note(rows[kept], step.kind, "retrieved", -1, mine.similarity[kept])
     verdicts.drop(rows[~kept], step.kind, "not_retrieved", -1, mine.similarity[~kept])
     return {
