@@ -1,6 +1,6 @@
 """Does Fovea's curation help? A long-tailed pool made of CIFAR-10, small backbones on four choices of its images.
 
-`FOVEA_DATA=/path/of/image/sets python -m benchmarks.ablation [--root FOLDER]`. About 40 minutes on two cores. The pool:
+`FOVEA_DATA=/path/of/image/sets python -m benchmarks.ablation [--root FOLDER]`. About an hour on one core. The pool:
 classes of Zipf's sizes, a third of it copies, a tenth of it junk. Deduplicated is what exact, blank and near-duplicate
 steps leave; curated, of that, a balanced draw over clusters of the features of the backbone that was trained on the raw
 pool: no label is looked at.
@@ -71,7 +71,7 @@ def _long_tail(data: Path) -> Iterator[bytes]:
                 yield files[name]
 
 
-def measure(data: Path, root: Path) -> str:
+def measure(data: Path, root: Path, seeds: int) -> str:
     """URL of the comparison."""
     from flows.ablation import ablate
     from flows.trainings import train_apart
@@ -100,6 +100,7 @@ def measure(data: Path, root: Path) -> str:
             train=ingested(f"{data}/train-000009.tar.gz"),
             test=ingested(f"{data}/test-000000.tar.gz"),
             pretrain=settings,
+            seeds=list(range(seeds)),
         )
     )
 
@@ -107,6 +108,8 @@ def measure(data: Path, root: Path) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--seeds", type=int, default=6)
     from flows.ablation import show
 
-    show(measure(Path(os.environ["FOVEA_DATA"]) / "cifar10", parser.parse_args().root))
+    given = parser.parse_args()
+    show(measure(Path(os.environ["FOVEA_DATA"]) / "cifar10", given.root, given.seeds))

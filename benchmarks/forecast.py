@@ -30,6 +30,7 @@ from infra.vectors import Vectors
 _DIM = 256
 _LEARNED_ON, _CHECKED_ON = 200_000, 800_000
 _HOUR = 3600.0
+_BYTES_A_ROW, _BYTES_A_VISIT = 40 + 40, 8  # verdicts and a forest's edges; who visits a cell
 _BILLION = 1_000_000_000
 
 
@@ -152,6 +153,8 @@ def measure() -> Sequence[Row]:
     for count in (10_000_000, 100_000_000, _BILLION):
         visits, _ = _cells(constants, count)
         table.append(Row(f"{count:,}: runs on disk", 2.0 * _DIM * visits.sum() / 1e12, "TB"))
+        held = _BYTES_A_ROW * count + _BYTES_A_VISIT * visits.sum()
+        table.append(Row(f"{count:,}: memory beside tiles and settings", held / 1e9, "GB"))
         for machines in fleets:
             seconds, waiting = _scheduled(constants, count, machines)
             table.append(Row(f"{count:,}: {machines.name}, waits {100 * waiting:.0f} %", seconds / _HOUR, "h"))
