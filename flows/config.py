@@ -70,7 +70,7 @@ class AblateConfig(Config):
     random: bool = True
     """Train also on random images of the corpus, as many as the last selection keeps, others for each seed."""
     seeds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
-    """Of the trainings on each choice."""
+    """Of the trainings on each choice; with fewer than three little can be told."""
     train: str
     """URL of the labelled corpus that kNN and probe learn from."""
     test: str

@@ -377,7 +377,7 @@ class TorchHubBackbone(Config):
     repository: str
     """Path of the folder with hubconf.py."""
     model: str
-    """The entry point's name."""
+    """The model's name in its library."""
     checkpoint: str
     """Path of its weights on this machine."""
     input_size: int = Field(224, ge=8)

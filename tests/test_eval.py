@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import t, ttest_rel
 from sklearn.neighbors import KNeighborsClassifier
 
 from eval import knn, linear
-from eval.config import ReportConfig
+from eval.compare import compare
+from eval.config import CompareConfig, ReportConfig
 from eval.gallery import Picture
 from eval.page import render
+from eval.rendering import PAGE
 from eval.scores import accuracy
+from infra.artifacts import Artifact, Plan, produce
+from infra.errors import UserError
 from infra.lineage import Ancestor
 
 
@@ -91,3 +97,36 @@ def test_the_page_escapes_what_came_from_the_web() -> None:
     html = render(config, sections, [ancestor], {})
     assert "<script" not in html
     assert "&lt;script&gt;" in html
+
+
+def scored(folder: Path, name: str, values: list[float]) -> list[Artifact]:
+    """Reports of evaluations that came to these accuracies."""
+    return [
+        produce(
+            Plan("report", "evaluate", 1, {"name": name, "number": number}),
+            str(folder / f"{name.strip('<i>')}-{number}"),
+            lambda directory, value=value: {"knn": {"model": value, "pixels": 0.1}},
+        )
+        for number, value in enumerate(values)
+    ]
+
+
+def test_groups_are_compared_report_by_report(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    first = rng.normal(0.5, 0.05, 6)
+    second = first + rng.normal(0.02, 0.01, 6)
+    groups = {"raw": first, "<i>curated": second, "one": first[:1]}
+    urls = {name: [each.url for each in scored(tmp_path, name, values.tolist())] for name, values in groups.items()}
+    artifact = compare(CompareConfig(groups=urls, out=str(tmp_path / "page")))
+    rows = {row["subject"]: row for row in artifact.read_json("report.json")["rows"]}
+    assert artifact.metrics["knn"]["raw"] == pytest.approx(first.mean())
+    gain = ttest_rel(second, first).confidence_interval(0.95)
+    assert (rows["<i>curated"]["gain_low"], rows["<i>curated"]["gain_high"]) == pytest.approx(tuple(gain))
+    mean = t.interval(0.95, 5, first.mean(), first.std(ddof=1) / np.sqrt(6))
+    assert (rows["raw"]["low"], rows["raw"]["high"]) == pytest.approx(mean)
+    assert rows["one"]["low"] == rows["one"]["value"] == rows["one"]["high"]
+    html = artifact.read_bytes(PAGE).decode()
+    assert "<i>curated" not in html
+    assert f"{100 * (second - first).mean():+.2f}" in html
+    with pytest.raises(UserError, match="no report here"):
+        compare(CompareConfig(groups={"raw": [str(tmp_path / "nowhere")]}, out=str(tmp_path / "x")))

@@ -15,17 +15,21 @@ from pathlib import Path
 import pytest
 import yaml
 
+import curation
+from curation.config import CurateConfig
 from eval.rendering import PAGE
 from flows.cli import main
 from flows.config import PipelineConfig
 from infra.artifacts import Artifact, find, verify
-from tests.conftest import SMALL, image_folder
+from tests.conftest import SMALL, Embedded, image_folder
 from tests.test_distill import STUDENT
 from tests.test_pretrain_recipes import RECIPES
 from tests.test_pretrain_training import TINY
 
 FOVEA = Path(sys.executable).with_name("fovea")
-COMMANDS = ("run", "ingest", "embed", "curate", "materialize", "pretrain", "distill", "eval", "publish", "report")
+COMMANDS = (
+    *("run", "ingest", "embed", "curate", "materialize", "pretrain", "distill", "eval", "ablate", "publish", "report"),
+)
 
 
 def fovea(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -197,6 +201,34 @@ def test_the_pipeline_runs_resumes_and_survives_kill(tmp_path: Path) -> None:
         assert {file.path: file.sha256 for file in after.manifest.files if not _tells_places(file.path)} == same, stage
         if stage == "report":
             assert _without_times(before) == _without_times(after)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.timeout(600)
+def test_an_ablation_trains_on_each_choice_and_compares(embedded: Embedded, tmp_path: Path) -> None:
+    cut = CurateConfig(corpus=embedded.pool, steps=[{"kind": "exact"}], out=str(tmp_path / "selection"))
+    selection = curation.run(cut)
+    settings = {
+        "root": str(tmp_path / "runs"),
+        "corpus": embedded.pool,
+        "selections": {"clean": selection.url},
+        "seeds": [3],
+        "train": embedded.seed,
+        "test": embedded.test,
+        "pretrain": TINY | {"schedule": {"steps": 3, "batch": 16}},
+        "evaluate": {"knn_k": 5, "linear_c": [1.0], "baselines": False},
+    }
+    (tmp_path / "ablate.yaml").write_text(yaml.safe_dump(settings))
+    done = fovea("ablate", str(tmp_path / "ablate.yaml"), PREFECT_HOME=str(tmp_path / "prefect"))
+    assert done.returncode == 0, done.stderr
+    report = find(done.stdout.split()[-1])
+    assert report is not None
+    assert set(report.metrics["knn"]) == {"raw", "clean", "random"}
+    images = {row["subject"]: row["images"] for row in report.read_json("report.json")["rows"]}
+    assert images["random"] == images["clean"] == selection.metrics["kept"] < images["raw"]
+    trained = [find(str(path)) for path in (tmp_path / "runs" / "pretrain").iterdir()]
+    assert [each.manifest.config["schedule"]["seed"] for each in trained if each is not None] == [3, 3, 3]
 
 
 def _tells_places(path: str) -> bool:
