@@ -147,7 +147,8 @@ class CurateConfig(CurateSettings):
 
 
 class FaceBlur(Config):
-    """Blurs faces, as DINOv2 and DataComp did to their pools."""
+    """Blurs faces, as DINOv2 and DataComp did to their pools, in all images of a sample. What has one is encoded anew:
+    transparency is laid on white, of an animation one frame is left."""
 
     model: str | None = None
     """Path of a YuNet face detector (ONNX); null: the cascade for frontal faces that comes with scikit-image, which
@@ -161,7 +162,8 @@ class FaceBlur(Config):
 
 
 class MaterializeConfig(Config):
-    """Corpus and selection in, a corpus of what was kept out. Images keep their bytes, metadata and keys."""
+    """Corpus and selection in, a corpus of what was kept out. Images keep their bytes unless faces are blurred, and
+    always metadata and keys."""
 
     corpus: str
     """URL of the corpus."""

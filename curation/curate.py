@@ -133,7 +133,8 @@ def materialize(config: MaterializeConfig) -> Artifact:
     redact = None
     if config.blur_faces is not None:
         redact = FaceBlurrer(config.blur_faces).blurred
-        settings["blur_faces"] = config.blur_faces.model_dump(mode="json", exclude={"model"})
+        unread = {"model", "min_score" if config.blur_faces.model is None else "min_share"}
+        settings["blur_faces"] = config.blur_faces.model_dump(mode="json", exclude=unread)
         if (model := config.blur_faces.model) is not None:
             inputs["face_model"] = Input(id=hash_url(model)[1], url=model)
     plan = Plan("corpus", "materialize", _MATERIALIZE_VERSION, settings, inputs)

@@ -16,7 +16,8 @@ from pretrain.data.decode import ImageRejected, decode_rgb
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels"""
 _QUALITY = 95  # of JPEG and WebP
-_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_WRITTEN = {"JPEG": "JPEG", "MPO": "JPEG", "PNG": "PNG", "WEBP": "WEBP"}
+_LONGEST = 640  # pixels of the side that YuNet sees; it knows faces of up to half of them
 
 
 class FaceBlurrer:
@@ -30,9 +31,9 @@ class FaceBlurrer:
         self._detect = _lbp(config) if config.model is None else _yunet(config, config.model)
         self._margin = config.margin
 
-    def blurred(self, data: bytes) -> tuple[bytes, str] | None:
+    def blurred(self, extension: str, data: bytes) -> tuple[str, bytes] | None:
         """An encoded image again with its faces blurred, and its extension: in its own format, others become PNG. None
-        if it has none or cannot be decoded."""
+        if it has none or is no image."""
         try:
             image = decode_rgb(data)
         except ImageRejected:
@@ -41,10 +42,10 @@ class FaceBlurrer:
         if not boxes:
             return None
         kind = Image.open(io.BytesIO(data)).format or ""
-        kind, extension = (kind, _EXTENSIONS[kind]) if kind in _EXTENSIONS else ("PNG", "png")
         buffer = io.BytesIO()
-        blur(image, [self._widened(box, image.size) for box in boxes]).save(buffer, kind, quality=_QUALITY)
-        return buffer.getvalue(), extension
+        found = blur(image, [self._widened(box, image.size) for box in boxes])
+        found.save(buffer, _WRITTEN.get(kind, "PNG"), quality=_QUALITY)
+        return (extension if kind in _WRITTEN else "png"), buffer.getvalue()
 
     def _widened(self, box: Box, size: tuple[int, int]) -> Box:
         left, top, right, bottom = box
@@ -96,9 +97,11 @@ def _yunet(config: FaceBlur, model: str) -> Callable[[np.ndarray], list[Box]]:
 
     def detect(pixels: np.ndarray) -> list[Box]:
         height, width = pixels.shape[:2]
-        detector.setInputSize((width, height))
-        found = detector.detect(np.ascontiguousarray(pixels[..., ::-1]))[1]
-        boxes = [] if found is None else np.round(found[:, :4]).astype(int).tolist()
+        scale = min(_LONGEST / max(height, width), 1.0)
+        small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else pixels
+        detector.setInputSize(small.shape[1::-1])
+        found = detector.detect(np.ascontiguousarray(small[..., ::-1]))[1]
+        boxes = [] if found is None else np.round(found[:, :4] / scale).astype(int).tolist()
         return [(max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)) for x, y, w, h in boxes]
 
     return detect

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,11 @@ from curation.steps.preference import json_fields, number
 from infra import storage
 from infra.embeddings import backbone_of
 from infra.errors import UserError
+from pretrain.data.decode import ImageRejected, decode_rgb
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from curation.context import Context
 
 _BATCH = 256
@@ -33,7 +37,9 @@ def scores(context: Context, config: ScorerConfig, rows: np.ndarray) -> Scores:
     Raises:
         UserError: the scorer's file is missing or does not fit.
     """
-    return _OF[config.kind](context, config, rows)
+    found = _OF[config.kind](context, config, rows)
+    found[~np.isfinite(found)] = np.nan
+    return found
 
 
 def _of_field(context: Context, config: FieldScorer, rows: np.ndarray) -> Scores:
@@ -45,10 +51,15 @@ def _of_table(context: Context, config: TableScorer, rows: np.ndarray) -> Scores
     try:
         with storage.open_read(config.table) as file:
             table = pq.read_table(file, columns=["key", config.column])
-    except (pa.ArrowInvalid, KeyError) as error:
-        raise UserError(f"{config.table}: no parquet file with columns key and {config.column}: {error}") from None
-    place = pc.index_in(context.corpus.table["key"].take(pa.array(rows)), value_set=table["key"])
-    return table[config.column].cast(pa.float64()).take(place.combine_chunks()).to_numpy(zero_copy_only=False)
+        keys = table["key"].cast(pa.string())
+        values = table[config.column].cast(pa.float64(), safe=False)
+    except (pa.ArrowException, KeyError) as error:
+        message = f"{config.table}: no parquet file with keys and numbers in columns key and {config.column}: {error}"
+        raise UserError(message.splitlines()[0]) from None
+    if pc.count_distinct(keys).as_py() < len(keys):
+        raise UserError(f"{config.table}: has keys twice; leave one row of each")
+    place = pc.index_in(context.corpus.table["key"].take(pa.array(rows)), value_set=keys)
+    return np.array(values.take(place.combine_chunks()).to_numpy())
 
 
 def _of_head(context: Context, config: HeadScorer, rows: np.ndarray) -> Scores:
@@ -67,14 +78,10 @@ class Head:
     def __init__(self, config: HeadScorer) -> None:
         from pretrain import weights
 
-        state = weights.read(config.checkpoint)
-        state = state.get("state_dict", state) if isinstance(state, dict) else {}
-        names = [name.removesuffix("weight") for name, value in state.items() if getattr(value, "ndim", 0) == 2]
-        self.layers = [_linear(state, name) for name in names]
-        sizes = [weight.shape for weight, _ in self.layers]
-        if not sizes or any(below[0] != above[1] for below, above in pairwise(sizes)):
-            raise UserError(f"{config.checkpoint}: no linear layers that follow one another; is it a head?")
         self.config = config
+        self.layers = _chain(weights.read(config.checkpoint), config.checkpoint)
+        if config.unit >= len(self.layers[-1][1]):
+            raise UserError(f"unit: {config.unit}: {config.checkpoint} has {len(self.layers[-1][1])} outputs")
 
     def __call__(self, vectors: np.ndarray) -> Scores:
         """Scores of vectors, float32 `[n, dim]`."""
@@ -94,8 +101,32 @@ class Head:
         return found[:, self.config.unit]
 
 
-def _linear(state: Mapping[str, Any], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Weight and bias of a layer, float64; one without a bias has zeros."""
+Layer = tuple[np.ndarray, np.ndarray]
+"""Weight `[out, in]` and bias `[out]`, float64"""
+
+
+def _chain(state: Any, path: str) -> list[Layer]:
+    """Linear layers in order of the numbers in their names; in that of the file where they have none."""
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    shapes = {str(name): tuple(value.shape) for name, value in state.items() if hasattr(value, "shape")}
+    names = [name.removesuffix("weight") for name in shapes if name.endswith("weight")]
+    if all(re.search(r"\d", name) for name in names):
+        names.sort(key=lambda name: [int(each) for each in re.findall(r"\d+", name)])
+    elif path.endswith(".safetensors") and len(names) > 1:
+        raise UserError(f"{path}: layers without numbers have no order in such a file; number them")
+    known = {f"{name}{part}" for name in names for part in ("weight", "bias")}
+    linear = all(len(shapes[f"{name}weight"]) == 2 for name in names)
+    fitting = linear and all(shapes[f"{a}weight"][0] == shapes[f"{b}weight"][1] for a, b in pairwise(names))
+    biased = linear and all(
+        shapes.get(f"{name}bias") in (None, shapes[f"{name}weight"][:1]) for name in names
+    )  # fmt: skip
+    if not names or not fitting or not biased or set(shapes) - known or len(shapes) < len(state):
+        raise UserError(f"{path}: not linear layers alone that follow one another; is it a head?")
+    return [_layer(state, name) for name in names]
+
+
+def _layer(state: Mapping[str, Any], name: str) -> Layer:
+    """One without a bias has zeros."""
     weight, bias = state[f"{name}weight"].double().numpy(), state.get(f"{name}bias")
     return weight, np.zeros(len(weight)) if bias is None else bias.double().numpy()
 
@@ -120,17 +151,31 @@ def _of_caption(context: Context, config: CaptionScorer, rows: np.ndarray) -> Sc
 
 
 def _of_plugin(context: Context, config: PluginScorer, rows: np.ndarray) -> Scores:
-    from pretrain.data.decode import decode_rgb
-
     try:
-        score: Callable[[Sequence[Any]], Sequence[float]] = pkgutil.resolve_name(config.name)(config.checkpoint)
+        factory = pkgutil.resolve_name(config.name)
     except (ValueError, ImportError, AttributeError) as error:
         raise UserError(f"score: {config.name}: {error}; name something importable as package.module:name") from None
-    found = []
+    score = factory(config.checkpoint) if callable(factory) else None
+    if not callable(score):
+        raise UserError(f"score: {config.name}: gives no function of images; see the plugin scorer's help")
+    found = np.full(len(rows), np.nan)
     for some in _batches(len(rows)):
-        found.append(np.asarray(score([decode_rgb(context.corpus.read_image(row)) for row in rows[some].tolist()])))
+        images = [_image(context, row) for row in rows[some].tolist()]
+        there = [place for place, image in enumerate(images) if image is not None]
+        numbers = np.asarray(score([images[place] for place in there]), dtype=np.float64) if there else np.empty(0)
+        if numbers.shape != (len(there),):
+            raise UserError(f"score: {config.name}: {numbers.shape} numbers for {len(there)} images; give one each")
+        found[some.start + np.array(there, dtype=np.int64)] = numbers
         context.reach(some.stop / len(rows))
-    return np.concatenate(found).astype(np.float64)
+    return found
+
+
+def _image(context: Context, row: int) -> Image.Image | None:
+    """None where it cannot be decoded."""
+    try:
+        return decode_rgb(context.corpus.read_image(row))
+    except ImageRejected:
+        return None
 
 
 def _batches(count: int) -> Iterator[slice]:

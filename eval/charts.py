@@ -35,14 +35,15 @@ def accuracies(rows: Sequence[Mapping[str, Any]]) -> bytes:
     for row in rows:
         place = protocols.index(row["protocol"]) * (len(subjects) + 1) + subjects.index(row["subject"])
         colour = _SERIES[subjects.index(row["subject"]) % len(_SERIES)]
-        interval = [[100 * (row["value"] - row["low"])], [100 * (row["high"] - row["value"])]]
         axes.bar(place, 100 * row["value"], color=colour, width=0.86)
-        axes.errorbar(place, 100 * row["value"], yerr=interval, color=INK, capsize=2, linewidth=1)
+        if row["low"] is not None:
+            interval = [[100 * (row["value"] - row["low"])], [100 * (row["high"] - row["value"])]]
+            axes.errorbar(place, 100 * row["value"], yerr=interval, color=INK, capsize=2, linewidth=1)
         axes.text(place, 1, f"{100 * row['value']:.1f}", ha="center", va="bottom", fontsize=7, color="white")
     axes.set_xticks([i * (len(subjects) + 1) + (len(subjects) - 1) / 2 for i in range(len(protocols))], protocols)
     axes.set_ylabel("accuracy, %", fontsize=8, color=INK)
     for number, subject in enumerate(subjects):
-        axes.bar(0, 0, color=_SERIES[number % len(_SERIES)], label=subject)
+        axes.bar(0, 0, color=_SERIES[number % len(_SERIES)], label=subject.replace("$", r"\$"))  # no formula
     axes.legend(fontsize=7, frameon=False, ncols=len(subjects), loc="lower left", bbox_to_anchor=(0, 1))
     _plain(axes)
     return _png(figure)

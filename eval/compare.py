@@ -15,6 +15,7 @@ from eval.config import CompareConfig
 from eval.gallery import data_uri
 from eval.rendering import PAGE, rendered
 from infra.artifacts import Artifact, Plan, find, open_artifact, produce
+from infra.errors import UserError
 
 VERSION = 1
 _SUBJECT = "model"  # of a report: not its baselines
@@ -27,22 +28,23 @@ class Mean:
     protocol: str
     subject: str
     value: float
-    low: float
-    high: float
+    low: float | None
+    """None, as all bounds, where a single report tells nothing of them"""
+    high: float | None
     reports: int
     images: int
     """That the first report's backbone was trained on; 0 where it was not trained here"""
     gain: float
     """Mean of the differences to the first group's reports, one by one"""
-    gain_low: float
-    gain_high: float
+    gain_low: float | None
+    gain_high: float | None
 
 
 def compare(config: CompareConfig) -> Artifact:
     """Write reports side by side; return the report artifact.
 
     Raises:
-        UserError: a report is missing.
+        UserError: a report is missing, or was made by other protocols.
     """
     groups = {name: [open_artifact(url, "report") for url in urls] for name, urls in config.groups.items()}
     inputs = {f"{name}_{i}": each.as_input() for name, group in groups.items() for i, each in enumerate(group)}
@@ -52,8 +54,12 @@ def compare(config: CompareConfig) -> Artifact:
 
 def _write(title: str, groups: Mapping[str, Sequence[Artifact]], directory: Path) -> Mapping[str, Any]:
     first = next(iter(groups.values()))
+    protocols = first[0].metrics
+    for each in (report for group in groups.values() for report in group):
+        if missing := [name for name in protocols if _SUBJECT not in each.metrics.get(name, {})]:
+            raise UserError(f"{each.url}: has no score of a model by {missing[0]}; evaluate all alike")
     rows = [
-        _mean(protocol, name, group, first) for protocol in first[0].metrics for name, group in groups.items()
+        _mean(protocol, name, group, first) for protocol in protocols for name, group in groups.items()
     ]  # fmt: skip
     told = [asdict(row) for row in rows]
     picture = charts.accuracies(told)
@@ -71,13 +77,13 @@ def _mean(protocol: str, name: str, group: Sequence[Artifact], first: Sequence[A
     return Mean(protocol, name, *_interval(values), len(values), _images(group[0]), *gain)
 
 
-def _interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean of some values and its 95 % interval; of a single value no more is known."""
+def _interval(values: np.ndarray) -> tuple[float, float | None, float | None]:
+    """Mean of some values and its 95 % interval; of a single value that is not known."""
     from scipy.stats import t
 
     mean = float(values.mean())
-    if len(values) < 2 or not values.any():
-        return mean, mean, mean
+    if len(values) < 2:
+        return mean, None, None
     half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
     return mean, mean - half, mean + half
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from infra.config import Config
@@ -47,7 +49,7 @@ class CompareConfig(Config):
 
     title: str = "Comparison"
     """Heading of the page."""
-    groups: dict[str, list[str]] = Field(min_length=1)
+    groups: dict[str, Annotated[list[str], Field(min_length=1)]] = Field(min_length=1)
     """Name of each group and the URLs of its reports; the first group is what others are compared with, report by
     report."""
     out: str

@@ -47,7 +47,7 @@ def _told(step: dict[str, Any]) -> Told:
     details = {
         key.replace("_", " "): f"{value:,}" for key, value in step.items() if key in _DETAILS and isinstance(value, int)
     }
-    for level in step.get("levels", []):
+    for level in (each for each in step.get("levels", []) if "kept_of_rare" in each):
         kept = f"{100 * level['kept_of_rare']:.0f} % of {level['images_of_rare']:,} images kept"
         details[f"rarest of {level['clusters']:,} clusters"] = f"{kept}, {100 * level['kept_of_all']:.0f} % of all"
     for name, facts in step.get("sets", {}).items():

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from prefect import flow
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from curation.config import CurateConfig
@@ -15,6 +16,7 @@ from flows import stages
 from flows.config import AblateConfig
 from infra import storage
 from infra.artifacts import open_artifact
+from infra.errors import UserError
 from pretrain.config import CheckpointBackbone, PretrainConfig
 
 _Choice = Callable[[int], str]  # what to train on, given the seed
@@ -31,13 +33,24 @@ def ablate(config: AblateConfig) -> str:
 
 
 def _choices(config: AblateConfig) -> dict[str, _Choice]:
+    """What to train on.
+
+    Raises:
+        UserError: a selection is missing, or judges another corpus.
+    """
+    corpus = open_artifact(config.corpus, "corpus")
+    selections = {name: open_artifact(url, "selection") for name, url in config.selections.items()}
+    for name, each in selections.items():
+        if each.manifest.inputs["corpus"].id != corpus.id:
+            raise UserError(f"selections: {name}: judges another corpus than {config.corpus}; select over that one")
+
     def always(url: str) -> _Choice:
         return lambda seed: url
 
     choices = {name: always(url) for name, url in ({"raw": config.corpus} | config.selections).items()}
     if config.random:
-        last = open_artifact(list(config.selections.values())[-1], "selection")
-        choices["random"] = lambda seed: _random(config, last.metrics["kept"], seed)
+        kept = list(selections.values())[-1].metrics["kept"]
+        choices["random"] = lambda seed: _random(config, kept, seed)
     return choices
 
 
@@ -65,8 +78,10 @@ def _out(config: AblateConfig, stage: str) -> str:
 def show(url: str) -> None:
     """Print a comparison to standard output."""
     table = Table("protocol", "images of", "images", "accuracy, %", "gain, 95 % interval", box=None)
-    for row in open_artifact(url, "report").read_json("report.json")["rows"]:
-        gain = f"{100 * row['gain']:+.2f} ({100 * row['gain_low']:+.2f} – {100 * row['gain_high']:+.2f})"
-        shown = (f"{row['images']:,}", f"{100 * row['value']:.2f}", gain if row["subject"] != "raw" else "")
-        table.add_row(row["protocol"], row["subject"], *shown)
+    rows = open_artifact(url, "report").read_json("report.json")["rows"]
+    for row in rows:
+        gain = "" if row["subject"] == rows[0]["subject"] else f"{100 * row['gain']:+.2f}"
+        if gain and row["gain_low"] is not None:
+            gain += f" ({100 * row['gain_low']:+.2f} – {100 * row['gain_high']:+.2f})"
+        table.add_row(row["protocol"], escape(row["subject"]), f"{row['images']:,}", f"{100 * row['value']:.2f}", gain)
     Console(soft_wrap=True, highlight=False).print(table)

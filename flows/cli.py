@@ -125,7 +125,7 @@ def why(key: str, /, *, selection: str, page: Path | None = None) -> None:
 
 @app.command(sort_key=4)
 def materialize(file: File = None, /, *, config: Annotated[MaterializeConfig, Flags]) -> None:
-    """A selection to a corpus of its own, byte for byte."""
+    """A selection to a corpus of its own, byte for byte; faces may be blurred."""
     from curation.curate import materialize
 
     _made(materialize(config))

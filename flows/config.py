@@ -80,6 +80,14 @@ class AblateConfig(Config):
     evaluate: Annotated[EvaluateSettings, OfItsStage] = EvaluateSettings(baselines=False)
     """Protocols."""
 
+    @model_validator(mode="after")
+    def _names_and_seeds(self) -> AblateConfig:
+        if taken := {"raw", "random"} & set(self.selections):
+            raise ValueError(f"selections: {min(taken)} is what the ablation itself adds; give another name")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {self.seeds}: each counts once")
+        return self
+
 
 class PipelineConfig(Config):
     """From images to a published backbone."""

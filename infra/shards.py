@@ -122,8 +122,22 @@ class _HashedFile(io.RawIOBase):
         super().close()
 
 
-Redact = Callable[[bytes], tuple[bytes, str] | None]
-_SPELLINGS = {"jpg": ("jpg", "jpeg"), "png": ("png",), "webp": ("webp",)}
+Redact = Callable[[str, bytes], tuple[str, bytes] | None]
+
+
+def _redacted(members: dict[str, bytes], redact: Redact) -> tuple[dict[str, str], bool]:
+    """Change members in their places; return new extensions of some, and whether any was changed."""
+    renamed, changed = {}, False
+    for extension, data in list(members.items()):
+        again = redact(extension, data)
+        if again is None:
+            continue
+        new, members[extension] = again
+        changed = True
+        if new != extension:
+            taken = {*members, *renamed.values()}
+            renamed[extension] = new if new not in taken else f"{extension}.{new}"
+    return renamed, changed
 
 
 class CorpusWriter:
@@ -159,10 +173,10 @@ class CorpusWriter:
         self._index.add({"key": key, "shard": len(self.shards), **placed, **row})
 
     def copy(self, corpus: Corpus, row: int, redact: Redact | None = None) -> bool:
-        """Append a sample of another corpus, with its metadata and key; say whether its image was changed.
+        """Append a sample of another corpus, with its metadata and key; say whether a member was changed.
 
         Args:
-            redact: gives an encoded image anew, with its extension, or None to keep its bytes.
+            redact: gives a member anew, as extension and bytes, or None to keep it as it is.
         """
         entry = corpus.entry(row)
         places = {extension_of(each["name"]): each for each in (entry["image"], *entry["members"])}
@@ -173,16 +187,12 @@ class CorpusWriter:
         image = extension_of(entry["image"]["name"])
         if hashlib.sha256(members[image]).hexdigest() != entry["sha256"]:
             raise UserError(f"{corpus.shard_url(entry['shard'])}: sample {entry['key']} changed; ingest it again")
-        columns = {name: entry[name] for name in ("width", "height", "sha256", "label", "caption")}
-        changed = redact(members[image]) if redact is not None else None
-        if changed is not None:
-            del members[image]
-            data, extension = changed
-            image = image if image.lower() in _SPELLINGS[extension] else extension
-            members = {image: data, **members}
-            columns["sha256"] = hashlib.sha256(data).hexdigest()
-        self.add(entry["key"], members, image, columns)
-        return changed is not None
+        renamed, changed = _redacted(members, redact) if redact is not None else ({}, False)
+        members = {renamed.get(extension, extension): data for extension, data in members.items()}
+        image = renamed.get(image, image)
+        columns = {name: entry[name] for name in ("width", "height", "label", "caption")}
+        self.add(entry["key"], members, image, columns | {"sha256": hashlib.sha256(members[image]).hexdigest()})
+        return changed
 
     def _close(self) -> None:
         if self._shard is not None:

@@ -72,13 +72,17 @@ def identity(config: BackboneConfig) -> tuple[dict[str, Any], dict[str, Input]]:
 
 
 def _identity(path: Path) -> str:
-    """A hash of a checkpoint's bytes: of a file, or of all files of a folder."""
+    """A hash of a checkpoint's bytes: of a file, or of all files of a folder that are neither hidden nor compiled."""
     if path.is_dir():
-        files = sorted(each for each in path.rglob("*") if each.is_file() and "__pycache__" not in each.parts)
+        files = sorted(each for each in path.rglob("*") if each.is_file() and not _passed_over(each.relative_to(path)))
         return hash_json([[each.relative_to(path).as_posix(), hash_file(each)] for each in files])
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the path of a checkpoint")
     return hash_file(path)
+
+
+def _passed_over(path: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 
 def default_device() -> torch.device:
@@ -167,7 +171,7 @@ class OpenClip:
 
         try:
             model, _, preprocess = open_clip.create_model_and_transforms(config.model, pretrained=config.checkpoint)
-        except (RuntimeError, KeyError) as error:
+        except Exception as error:  # a damaged file can raise anything in the readers; none runs code of it
             raise UserError(
                 f"{config.checkpoint}: not a checkpoint of {config.model}: {error}".splitlines()[0]
             ) from None

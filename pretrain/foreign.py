@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,12 +108,25 @@ def _scripted(config: TorchScriptBackbone) -> Callable[[Tensor], Tensor]:
 def _of_hub(config: TorchHubBackbone) -> Callable[[Tensor], Tensor]:
     if not (Path(config.repository) / "hubconf.py").is_file():
         raise UserError(f"{config.repository}: no folder with hubconf.py; give a torch.hub repository")
+    before = set(sys.modules)
     try:
         model = torch.hub.load(config.repository, config.model, source="local", pretrained=False)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"model: {config.model}: {error}".splitlines()[0]) from None
+    except Exception as error:  # the repository's own code may raise anything
+        raise UserError(f"{config.repository}: {config.model}: {error}".splitlines()[0]) from None
+    finally:
+        _forget(set(sys.modules) - before, Path(config.repository).resolve())
+    if not isinstance(model, torch.nn.Module):
+        raise UserError(f"{config.repository}: {config.model}: gives no module; name another entry point")
     _fill(model, config.checkpoint)
     return model.requires_grad_(False).eval().to(default_device())
+
+
+def _forget(modules: set[str], folder: Path) -> None:
+    """Of what was imported, what lies in a folder: another repository may have modules of the same names."""
+    for name in modules:
+        file = getattr(sys.modules[name], "__file__", None)
+        if file is not None and Path(file).resolve().is_relative_to(folder):
+            del sys.modules[name]
 
 
 class Normalised:

@@ -18,6 +18,7 @@ from curation.looks import Looks, grey, look, phash
 from curation.similarity.hamming import pairs_within
 from curation.similarity.tiles import CpuTiles, Workers
 from infra.corpora import Corpus
+from tests.conftest import encoded
 from tests.pools import Pool, curated, written
 
 ONE = Workers(CpuTiles(), 1)
@@ -35,6 +36,13 @@ def jpeg(pixels: np.ndarray, quality: int) -> bytes:
 def resized(pixels: np.ndarray, share: float) -> np.ndarray:
     image = Image.fromarray(pixels)
     return np.asarray(image.resize((round(image.width * share), round(image.height * share)), Image.Resampling.LANCZOS))
+
+
+def test_what_is_transparent_is_white_in_grey_too() -> None:
+    data = encoded(Image.fromarray(np.full((16, 16), 7, dtype=np.uint8)), transparency=7)
+    seen = grey(data)
+    assert seen is not None
+    assert (seen == 255).all()
 
 
 def test_the_hash_is_that_of_its_definition() -> None:

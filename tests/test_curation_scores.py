@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from curation.config import CurateConfig, EmbedConfig, FaceBlur, MaterializeConfig
@@ -22,13 +24,19 @@ from curation.curate import materialize
 from curation.embed import embed
 from curation.embedded import load_photographs
 from curation.faces import FaceBlurrer
+from curation.scorers import Head
 from curation.steps.balance_text import Entries, kept_chances
+from curation.steps.config import HeadScorer
 from infra.corpora import Corpus
 from infra.errors import UserError
 from pretrain.config import OpenClipBackbone
 from pretrain.data.decode import decode_rgb
 from tests.conftest import encoded, image_folder, ingested, picture
 from tests.pools import curated, pool, unit, written
+
+
+def silent(checkpoint: str | None) -> Callable[[Sequence[Image.Image]], list[float]]:
+    return lambda images: []
 
 
 def bounds(ledger: list[dict[str, Any]]) -> list[bool]:
@@ -67,7 +75,7 @@ def test_fields_tables_and_plugins_score(tmp_path: Path) -> None:
     pq.write_table(table.slice(1), tmp_path / "scores.parquet")
     second, _ = curated(tmp_path, target, {"kind": "score", "scorer": scorer, "top": 0.5})
     assert second.id != first.id
-    with pytest.raises(UserError, match="no parquet file with columns key and nope"):
+    with pytest.raises(UserError, match="in columns key and nope"):
         curated(tmp_path, target, {"kind": "score", "scorer": {**scorer, "column": "nope"}, "min": 0})
 
     images = [encoded(Image.new("RGB", (8, 8), (grey, grey, grey))) for grey in (10, 200, 90)]
@@ -76,6 +84,63 @@ def test_fields_tables_and_plugins_score(tmp_path: Path) -> None:
     assert bounds(ledger) == [False, True, True]
     with pytest.raises(UserError, match="importable"):
         curated(tmp_path, target, {"kind": "score", "scorer": {**plugin, "name": "nowhere:f"}, "min": 0})
+
+
+def test_what_the_web_calls_a_number_must_be_one(tmp_path: Path) -> None:
+    fields = ["1e999", "Infinity", "NaN", "true", '"Infinity"', "0.5", "null", "[1]", "1e308"]
+    rows = [{"json": f'{{"a": {each}}}'.encode()} for each in fields]
+    step = {"kind": "score", "scorer": {"kind": "field", "field": "a"}, "top": 1.0}
+    artifact, ledger = curated(tmp_path, pool(tmp_path, unit(0, 9), rows=rows), step)
+    assert np.flatnonzero(bounds(ledger)).tolist() == [5, 8]
+    assert artifact.metrics["steps"][0]["least"] == 0.5
+
+
+def test_tables_with_keys_twice_or_without_numbers_are_refused(tmp_path: Path) -> None:
+    target = pool(tmp_path, unit(0, 3))
+    step = {"kind": "score", "scorer": {"kind": "table", "table": str(tmp_path / "t.parquet")}, "min": 2.0}
+    keys = pa.array(["k0002", "k0000"]).dictionary_encode()
+    pq.write_table(pa.table({"key": keys, "score": pa.array([2**60, 1])}), tmp_path / "t.parquet")
+    assert bounds(curated(tmp_path, target, step)[1]) == [False, False, True]
+    for table, message in (
+        ({"key": ["a", "a"], "score": [1.0, 2.0]}, "has keys twice"),
+        ({"key": ["a"], "score": ["high"]}, "no parquet file with keys and numbers"),
+    ):
+        pq.write_table(pa.table(table), tmp_path / "t.parquet")
+        with pytest.raises(UserError, match=message):
+            curated(tmp_path, target, step)
+
+
+def test_a_plugin_does_not_see_damaged_images_and_must_answer_for_each_other(tmp_path: Path) -> None:
+    target = written(tmp_path, [encoded(picture(0)), encoded(picture(1))[:-40]])
+    plugin = {"kind": "plugin", "name": f"{__name__}:brightness"}
+    _, ledger = curated(tmp_path, target, {"kind": "score", "scorer": plugin, "min": 0})
+    assert [row["reason"] for row in ledger] == ["kept", "no_score"]
+    for name, message in ((f"{__name__}:silent", r"\(0,\) numbers for 1 images"), ("math:pi", "no function of images")):
+        with pytest.raises(UserError, match=message):
+            curated(tmp_path, target, {"kind": "score", "scorer": plugin | {"name": name}, "min": 0})
+
+
+def test_layers_of_a_head_are_ordered_by_number_and_nothing_else_is_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 4) for _ in range(6)]
+    deep = nn.Sequential(*(each for layer in layers for each in (layer, nn.ReLU())))
+    save_file(deep.state_dict(), tmp_path / "deep.safetensors")
+    vectors = unit(0, 5).astype(np.float32)
+    found = Head(HeadScorer(checkpoint=str(tmp_path / "deep.safetensors"), activation="relu"))(vectors)
+    with torch.inference_mode():
+        expected = deep[:-1](torch.from_numpy(vectors))[:, 0]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    normal = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 1))
+    named = {f"{name}.{part}": torch.zeros(size) for name in "xy" for part, size in (("weight", (4, 4)), ("bias", 4))}
+    for state in (normal.state_dict(), named, {"positional_embedding": torch.zeros(4, 4)}, {}):
+        save_file(state, tmp_path / "bad.safetensors")
+        with pytest.raises(UserError, match=r"is it a head|number them"):
+            Head(HeadScorer(checkpoint=str(tmp_path / "bad.safetensors")))
+    with pytest.raises(UserError, match="has 4 outputs"):
+        Head(HeadScorer(checkpoint=str(tmp_path / "deep.safetensors"), unit=4))
+    (tmp_path / "page.pt").write_text("<html>404")
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        Head(HeadScorer(checkpoint=str(tmp_path / "page.pt")))
 
 
 @pytest.mark.parametrize(("activation", "output"), [("none", "identity"), ("relu", "softmax"), ("relu", "sigmoid")])
@@ -166,11 +231,11 @@ def test_faces_are_blurred_and_all_else_keeps_its_bytes(tmp_path: Path) -> None:
     face = Image.fromarray(photographs["astronaut"])
     images = [encoded(face, "JPEG", quality=92), encoded(face), encoded(face, "BMP"), encoded(picture(1)), b""]
     blurrer = FaceBlurrer(FaceBlur())
-    for data, extension in zip(images[:3], ("jpg", "png", "png"), strict=True):
-        changed = blurrer.blurred(data)
+    for data, given, extension in zip(images[:3], ("jpeg", "png", "bmp"), ("jpeg", "png", "png"), strict=True):
+        changed = blurrer.blurred(given, data)
         assert changed is not None
-        assert changed[1] == extension
-    assert blurrer.blurred(images[4]) is None
+        assert changed[0] == extension
+    assert blurrer.blurred("jpg", images[4]) is None
     target = written(tmp_path, images[:4])
     selection, _ = curated(tmp_path, target, {"kind": "exact"})
     config = MaterializeConfig(corpus=target.corpus, selection=selection.url, out=str(tmp_path / "plain"))
@@ -190,3 +255,37 @@ def test_faces_are_blurred_and_all_else_keeps_its_bytes(tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"no model")
     with pytest.raises(UserError, match="not a YuNet"):
         FaceBlurrer(FaceBlur(model=str(tmp_path / "bad.onnx")))
+
+
+def test_no_image_of_a_sample_keeps_a_face_and_no_member_is_lost(tmp_path: Path) -> None:
+    face = Image.fromarray(load_photographs()["astronaut"])
+    source = tmp_path / "source.tar"
+    mask = encoded(Image.new("L", (8, 8), 3))
+    files = {
+        "a.bmp": encoded(face, "BMP"),
+        "a.png": mask,
+        "a.orig.jpg": encoded(face, "JPEG", quality=92),
+        "a.json": b"{}",
+    }
+    with tarfile.open(source, "w") as archive:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    corpus = ingested(source, tmp_path / "corpus")
+    entry = corpus.entry(0)
+    selection = tmp_path / "selection"
+    from curation import run
+
+    run(CurateConfig(corpus=corpus.artifact.url, steps=[{"kind": "exact"}], out=str(selection)))
+    config = MaterializeConfig(corpus=corpus.artifact.url, selection=str(selection), out=str(tmp_path / "out"))
+    blurred = Corpus.open(materialize(config.model_copy(update={"blur_faces": FaceBlur()})).url)
+    blurrer, after = FaceBlurrer(FaceBlur()), blurred.entry(0)
+    assert len(after["members"]) == len(entry["members"]) == 3
+    contents = {
+        each["name"]: blurred.read_range(after["shard"], each["offset"], each["size"])
+        for each in (after["image"], *after["members"])
+    }
+    assert mask in contents.values()
+    assert blurred.read_image(0) == contents[after["image"]["name"]]
+    assert not any(blurrer.blurred("x", data) for data in contents.values())

@@ -124,9 +124,12 @@ def test_groups_are_compared_report_by_report(tmp_path: Path) -> None:
     assert (rows["<i>curated"]["gain_low"], rows["<i>curated"]["gain_high"]) == pytest.approx(tuple(gain))
     mean = t.interval(0.95, 5, first.mean(), first.std(ddof=1) / np.sqrt(6))
     assert (rows["raw"]["low"], rows["raw"]["high"]) == pytest.approx(mean)
-    assert rows["one"]["low"] == rows["one"]["value"] == rows["one"]["high"]
+    assert rows["one"]["low"] is rows["one"]["gain_high"] is None
     html = artifact.read_bytes(PAGE).decode()
     assert "<i>curated" not in html
     assert f"{100 * (second - first).mean():+.2f}" in html
+    bare = produce(Plan("report", "x", 1, {}), str(tmp_path / "bare"), lambda directory: {"linear": {"model": 0.1}})
+    with pytest.raises(UserError, match="has no score of a model by knn"):
+        compare(CompareConfig(groups={**urls, "bare": [bare.url]}, out=str(tmp_path / "x")))
     with pytest.raises(UserError, match="no report here"):
         compare(CompareConfig(groups={"raw": [str(tmp_path / "nowhere")]}, out=str(tmp_path / "x")))

@@ -182,7 +182,7 @@ def test_a_torch_hub_repository_embeds_by_its_own_code(tmp_path: Path) -> None:
     before = identity(config)[1]["code"].id
     (repository / "other.py").write_text("pass")
     assert identity(config)[1]["code"].id != before
-    with pytest.raises(UserError, match="model: huge"):
+    with pytest.raises(UserError, match="huge: Cannot find callable"):
         load(TorchHubBackbone(model="huge", **settings))
     with pytest.raises(UserError, match=r"no folder with hubconf\.py"):
         load(TorchHubBackbone(model="tiny", **{**settings, "repository": str(tmp_path)}))

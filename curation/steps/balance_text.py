@@ -21,13 +21,8 @@ def balance_text(context: Context, step: BalanceText) -> Mapping[str, Any]:
     """Keep an image by lot: surely if its caption has an entry that few have, the less likely the more have all."""
     rows = context.verdicts.in_order(context.verdicts.kept())
     entries = Entries(lines_of(step.entries))
-    captions = list(_captions(context, rows))
-    counts = np.zeros(len(entries), dtype=np.int64)
-    found = []
-    for caption in captions:
-        matched = entries.within(caption)
-        counts[matched] += 1
-        found.append(matched)
+    found = [entries.within(caption) for caption in _captions(context, rows)]
+    counts = np.bincount(np.concatenate(found), minlength=len(entries))
     chance = kept_chances(found, counts, step.most)
     drawn = context.generator().random(len(rows)) < chance
     nothing = np.array([not len(each) for each in found], dtype=bool)
@@ -67,14 +62,14 @@ class Entries:
         return len(self._numbers)
 
     def within(self, caption: str) -> np.ndarray:
-        """Numbers of the entries in a caption, each once, int64."""
+        """Numbers of the entries in a caption, each once, int32."""
         words = _words(caption)
         spans = (
             tuple(words[start : start + length])
             for start in range(len(words))
             for length in range(1, min(self._longest, len(words) - start) + 1)
         )
-        return np.array(sorted({self._numbers[span] for span in spans if span in self._numbers}), dtype=np.int64)
+        return np.array(sorted({self._numbers[span] for span in spans if span in self._numbers}), dtype=np.int32)
 
 
 def _words(text: str) -> list[str]:

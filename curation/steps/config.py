@@ -228,6 +228,8 @@ class PluginScorer(Config):
     """`package.module:name`, importable here."""
     checkpoint: str | None = None
     """File that it is called with."""
+    version: str = "1"
+    """Of your code: change it when that gives other numbers, or an earlier selection will be taken for this one."""
 
 
 ScorerConfig = Annotated[
@@ -252,10 +254,10 @@ class Score(Config):
 
     @model_validator(mode="after")
     def _some_bound(self) -> Score:
-        if (self.min is None) == (self.top is None) and self.max is None:
-            raise ValueError("score: give min, max or top")
         if self.min is not None and self.top is not None:
             raise ValueError("score: min and top: give one of both")
+        if self.min is None and self.max is None and self.top is None:
+            raise ValueError("score: give min, max or top")
         return self
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -48,11 +49,14 @@ def _value(field: Any, prefer: list[str]) -> float:
 
 
 def number(field: Any) -> float | None:
-    """A field as a number, if it is one."""
+    """A field as a number, if it is a finite one."""
+    if isinstance(field, bool):
+        return None
     try:
-        return float(field)
+        found = float(field)
     except (TypeError, ValueError, OverflowError):
         return None
+    return found if math.isfinite(found) else None
 
 
 def json_fields(context: Context, rows: np.ndarray, field: str) -> list[Any]:

@@ -89,7 +89,8 @@ def decoded(image: Image.Image, shrink: int = 1, grey: bool = False) -> Image.Im
             image.load()
             upright = ImageOps.exif_transpose(image)
             if grey:
-                return upright if upright.mode == "L" else _to_rgb(upright).convert("L")
+                plain = upright.mode == "L" and "transparency" not in upright.info
+                return upright if plain else _to_rgb(upright).convert("L")
             return _to_rgb(upright)
     except OSError as error:
         raise ImageRejected("truncated" if "truncated" in str(error) else "undecodable") from None
