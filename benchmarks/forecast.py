@@ -77,7 +77,7 @@ def _measured(count: int) -> tuple[Constants, float]:
         assigned = time.process_time()
         join.over(partition, None, lambda done: None)
         ended = time.process_time()
-        (run,) = partition.runs()
+        run = partition.run()
     visits = np.diff(run.starts)
     shares = run.owners / np.maximum(visits, 1)
     pairs = _pairs(visits, shares, cells.crowded).sum()

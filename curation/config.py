@@ -80,7 +80,8 @@ class OnRay(Config):
     """Where what can be done in parts is done."""
 
     ray: str | None = None
-    """Address (host:port, or auto) of a Ray cluster whose machines have Fovea and see the same storage; null: here."""
+    """Address (host:port, or auto) of a Ray cluster; null: here. Its machines have Fovea and see the same folders,
+    $FOVEA_CACHE among them where artifacts are in a bucket."""
 
 
 class EmbedSettings(OnRay):

@@ -17,7 +17,7 @@ from curation.earlier import Earlier
 from curation.similarity.tiles import CpuTiles, Workers, workers
 from curation.steps.config import CaptionScorer, HeadScorer, Score, Step
 from curation.verdicts import Verdicts
-from infra.artifacts import Input
+from infra.artifacts import Artifact, Input, open_artifact
 from infra.cluster import Cluster
 from infra.corpora import Corpus
 from infra.embeddings import Embeddings
@@ -57,7 +57,7 @@ class Inputs:
     evaluation: list[Embeddings]
     curated: Embeddings | None
     selection: Selection | None
-    previous: Earlier | None = None
+    previous: Artifact | None
 
     @classmethod
     def open(cls, config: CurateConfig) -> Inputs:
@@ -66,13 +66,10 @@ class Inputs:
         Raises:
             UserError: something is missing, or belongs to another corpus or backbone.
         """
-        corpus = Corpus.open(config.corpus)
-        embeddings = Embeddings.open(config.embeddings) if config.embeddings else None
-        steps = config.decisive()["steps"]
         inputs = cls(
-            corpus=corpus,
-            embeddings=embeddings,
-            previous=Earlier.open(config.previous, corpus, embeddings, steps) if config.previous else None,
+            corpus=Corpus.open(config.corpus),
+            embeddings=Embeddings.open(config.embeddings) if config.embeddings else None,
+            previous=open_artifact(config.previous, "selection") if config.previous else None,
             evaluation=[Embeddings.open(url) for url in config.evaluation],
             curated=Embeddings.open(config.curated) if config.curated else None,
             selection=Selection.open(config.selection) if config.selection else None,
@@ -96,10 +93,10 @@ class Inputs:
 
     def by_name(self) -> dict[str, Input]:
         """As the manifest names them."""
-        named: dict[str, Corpus | Embeddings | Selection | Earlier | None]
-        named = {"corpus": self.corpus, "embeddings": self.embeddings, "selection": self.selection}
-        named |= {"previous": self.previous, **self.references()}
-        return {name: each.artifact.as_input() for name, each in named.items() if each is not None}
+        named: dict[str, Corpus | Embeddings | Selection | None]
+        named = {"corpus": self.corpus, "embeddings": self.embeddings, "selection": self.selection, **self.references()}
+        found = {name: each.artifact.as_input() for name, each in named.items() if each is not None}
+        return found if self.previous is None else found | {"previous": self.previous.as_input()}
 
     def references(self) -> dict[str, Embeddings]:
         """What the corpus is compared with, always in the same order: saved verdicts know it by its number."""
@@ -127,6 +124,8 @@ class Context:
     """What compares vectors"""
     cores: Workers
     """What does everything else: a thread a core"""
+    earlier: Earlier | None
+    """What to go on from"""
     step: int = 0
     """Number of the step that works"""
     reach: Callable[[float], None] = lambda share: None
@@ -138,13 +137,18 @@ class Context:
         verdicts = Verdicts.after(inputs.selection) if inputs.selection else Verdicts.initial(keys)
         threads = config.workers or len(os.sched_getaffinity(0))
         memory = int(config.memory_gb * (1 << 30))
+        earlier = None
+        if inputs.previous is not None:
+            earlier = Earlier.open(inputs.previous, inputs.corpus, inputs.embeddings)
         cluster = Cluster(config.ray) if config.ray else None
         cores = Workers(CpuTiles(), threads)
         references = {
             name: Reference(name, each.vectors, verdicts.reference(each.keys))
             for name, each in inputs.references().items()
         }
-        return cls(inputs, verdicts, directory, references, memory, config.seed, workers(threads, cluster), cores)
+        return cls(
+            inputs, verdicts, directory, references, memory, config.seed, workers(threads, cluster), cores, earlier
+        )
 
     @property
     def corpus(self) -> Corpus:

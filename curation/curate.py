@@ -12,10 +12,11 @@ import numpy as np
 
 from curation.config import CurateConfig, MaterializeConfig
 from curation.context import SCRATCH, Context, Inputs
+from curation.earlier import SEEN, require_alike, write_seen
 from curation.faces import FaceBlurrer
 from curation.steps.balance import balance
 from curation.steps.balance_text import balance_text
-from curation.steps.config import Step, files_of
+from curation.steps.config import CellSettings, Step, files_of
 from curation.steps.decontaminate import decontaminate
 from curation.steps.exact import exact
 from curation.steps.listed import remove, restore, sample
@@ -64,6 +65,8 @@ def curate(config: CurateConfig) -> Artifact:
         UserError: an input is missing or belongs to another corpus, or a step leaves nothing.
     """
     inputs = Inputs.open(config)
+    if inputs.previous is not None:
+        require_alike(inputs.previous, VERSION, config.decisive()["steps"], inputs.embeddings)
     plan = Plan("selection", "curate", VERSION, config.decisive(), inputs.by_name() | _listed(config))
     return produce(plan, config.out, lambda directory: _select(config, inputs, directory), keep_work=True)
 
@@ -113,6 +116,8 @@ def _apply(step: Step, context: Context) -> dict[str, Any]:
             done += more
 
         context.reach = reach
+        if isinstance(step, CellSettings):
+            write_seen(context.evidence_file(SEEN), context.verdicts.keep)
         told = _STEPS[step.kind](context, step)
         kept = int(context.verdicts.keep.sum())
         advance(images - done, note=f"{kept} kept")

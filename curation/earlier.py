@@ -16,12 +16,34 @@ from curation.similarity.forest import components
 from curation.similarity.kmeans import Centroids
 from curation.similarity.partition import Partition, Run
 from curation.similarity.tiles import Found
-from infra.artifacts import Artifact, open_artifact
+from infra.artifacts import Artifact, Input, open_input
 from infra.corpora import Corpus, same_images
 from infra.embeddings import Embeddings
 from infra.errors import UserError
+from infra.vectors import Vectors
 
-PAIRS = "pairs"
+PAIRS, SEEN = "pairs", "seen.npy"
+_BLOCK = 1 << 14
+
+
+def require_alike(artifact: Artifact, version: int, steps: list[dict[str, Any]], embeddings: Embeddings | None) -> None:
+    """Check that an earlier selection was made as one that is to go on from it.
+
+    Raises:
+        UserError: by other steps, another version, or on vectors of another backbone.
+    """
+    again = "curate without it once"
+    if artifact.manifest.config.get("steps") != steps:
+        raise UserError(f"previous: {artifact.url}: made by other steps; {again}")
+    if not artifact.made_by(version):
+        raise UserError(f"previous: {artifact.url}: made by another version of Fovea; {again}")
+    before = artifact.manifest.inputs.get("embeddings")
+    if embeddings is not None and (before is None or _embeddings(before).backbone != embeddings.backbone):
+        raise UserError(f"previous: {artifact.url}: compared vectors of another backbone; {again}")
+
+
+def _embeddings(given: Input) -> Embeddings:
+    return Embeddings.of(open_input(given, "embeddings"))
 
 
 @dataclass(frozen=True)
@@ -29,30 +51,28 @@ class Earlier:
     """An earlier selection.
 
     Args:
-        place: for each row of its corpus that of this one; -1 where the image is gone or has other bytes.
+        place: for each row of its corpus that of this one; -1 where the image is gone, or its bytes or vector changed.
     """
 
     artifact: Artifact
     place: np.ndarray
 
     @classmethod
-    def open(cls, url: str, corpus: Corpus, embeddings: Embeddings | None, steps: list[dict[str, Any]]) -> Earlier:
-        """Open one that was made by the same steps over an earlier state of a corpus.
+    def open(cls, artifact: Artifact, corpus: Corpus, embeddings: Embeddings | None) -> Earlier:
+        """Open what a selection over an earlier state of a corpus left.
 
         Raises:
-            UserError: it was made by other steps, or on vectors of another backbone.
+            UserError: that corpus or its embeddings are no longer where they were.
         """
-        artifact = open_artifact(url, "selection")
-        if artifact.manifest.config.get("steps") != steps:
-            raise UserError(f"previous: {url}: made by other steps; curate without it once")
-        vectors = artifact.manifest.inputs.get("embeddings")
-        if embeddings is not None and (vectors is None or Embeddings.open(vectors.url).backbone != embeddings.backbone):
-            raise UserError(f"previous: {url}: compared vectors of another backbone; curate without it once")
-        return cls(artifact, same_images(Corpus.open(artifact.manifest.inputs["corpus"].url), corpus))
+        inputs = artifact.manifest.inputs
+        place = same_images(Corpus.of(open_input(inputs["corpus"], "corpus")), corpus)
+        if embeddings is not None:
+            _forget_changed(place, _embeddings(inputs["embeddings"]).vectors, embeddings.vectors)
+        return cls(artifact, place)
 
     def seen(self, step: int, rows: np.ndarray) -> np.ndarray:
         """Which of some rows the step has seen before, bool `[rows]`."""
-        bits = np.load(self._file(step, "seen.npy"), allow_pickle=False)
+        bits = np.load(self._file(step, SEEN), allow_pickle=False)
         before = self.place[np.flatnonzero(np.unpackbits(bits, count=len(self.place)))]
         return np.isin(rows, before[before >= 0])
 
@@ -62,18 +82,14 @@ class Earlier:
             probes, margin = int(file["probes"]), float(file["margin"])
             return Cells(Centroids(file["centroids"]), file["crowded"], probes, margin)
 
-    def runs(self, step: int, names: np.ndarray) -> list[Run]:
+    def visits(self, step: int, names: np.ndarray) -> Run:
         """Who visited which cells.
 
         Args:
             names: what to call each row of this corpus, int64; -1 leaves it out.
         """
-        found: list[Run] = []
         with np.load(self._file(step, "visits.npz"), allow_pickle=False) as file:
-            for number in range(len(file.files) // 3):
-                run = Run(*(file[f"{name}_{number}"] for name in _RUN))
-                found.append(run.moved(self._named(names)))
-        return found
+            return Run(file["rows"], file["starts"], file["owners"]).moved(self._named(names))
 
     def forest(self, step: int, names: np.ndarray) -> tuple[Found, np.ndarray]:
         """The pairs of components that have lost no member, and the members left of those that have; named likewise."""
@@ -86,14 +102,16 @@ class Earlier:
         whole = ~broken[a]
         return (name[a[whole]], name[b[whole]], similar[whole].astype(np.float32)), name[broken & (name >= 0)]
 
-    def hits(self, step: int, reference: str, other: Embeddings) -> pa.Table | None:
-        """What the step found to be like another set, by rows of this corpus; None if it was not these vectors."""
+    def hits(
+        self, step: int, reference: str, other: Embeddings, rows: np.ndarray
+    ) -> tuple[pa.Table | None, np.ndarray]:
+        """What the step found among some rows to be like another set, and which of them it had compared with it."""
         before = self.artifact.manifest.inputs.get(reference)
         if before is None or before.id != other.artifact.id:
-            return None
-        table = pq.read_table(self._file(step, f"{reference}.parquet"))
-        rows = self.place[table["row"].to_numpy()]
-        return table.set_column(0, "row", pa.array(rows)).filter(pa.array(rows >= 0))
+            return None, np.zeros(len(rows), dtype=bool)
+        known, table = self.seen(step, rows), pq.read_table(self._file(step, f"{reference}.parquet"))
+        table = table.set_column(0, "row", pa.array(self.place[table["row"].to_numpy()]))
+        return table.filter(pa.array(np.isin(table["row"].to_numpy(), rows[known]))), known
 
     def _named(self, names: np.ndarray) -> np.ndarray:
         return np.where(self.place >= 0, names[self.place], -1)
@@ -102,7 +120,12 @@ class Earlier:
         return self.artifact.local_file(f"step-{step:02d}-{name}")
 
 
-_RUN = ("rows", "starts", "owners")
+def _forget_changed(place: np.ndarray, before: Vectors, after: Vectors) -> None:
+    """Take rows whose vectors are not the same to the bit for gone: another machine may round otherwise."""
+    for start in range(0, len(place), _BLOCK):
+        there = start + np.flatnonzero(place[start : start + _BLOCK] >= 0)
+        mine, theirs = before.take(there), after.take(place[there])
+        place[there[(mine.view(np.uint16) != theirs.view(np.uint16)).any(axis=1)]] = -1
 
 
 def write_seen(path: Path, kept: np.ndarray) -> None:
@@ -118,9 +141,7 @@ def write_cells(path: Path, cells: Cells) -> None:
 
 def write_visits(path: Path, partition: Partition) -> None:
     """Who visits which cells, by rows of the corpus."""
-    arrays: dict[str, np.ndarray] = {}
-    for number, run in enumerate(partition.runs()):
-        rows = partition.rows[run.rows]
-        few = np.uint32 if rows.max(initial=0) < 1 << 32 else np.int64
-        arrays |= {f"rows_{number}": rows.astype(few), f"starts_{number}": run.starts, f"owners_{number}": run.owners}
-    np.savez(path, **arrays)  # type: ignore[arg-type]
+    run = partition.run()
+    few = np.uint32 if partition.rows.max(initial=0) < 1 << 32 else np.int64
+    arrays = {"rows": partition.rows[run.rows].astype(few), "starts": run.starts, "owners": run.owners}
+    np.savez(path, **arrays)

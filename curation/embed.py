@@ -12,7 +12,7 @@ import numpy as np
 
 from curation.config import EmbedConfig
 from infra import embeddings
-from infra.artifacts import Artifact, Plan, produce
+from infra.artifacts import Artifact, Plan, open_input, produce
 from infra.cluster import Cluster
 from infra.corpora import Corpus, same_images
 from infra.embeddings import Embeddings, backbone_of
@@ -36,11 +36,9 @@ class _Before:
     """For each row of the corpus that of the earlier one; -1 where it was not there or had other bytes"""
 
     @classmethod
-    def open(cls, url: str, corpus: Corpus, backbone: tuple[str, str | None]) -> _Before:
-        found = Embeddings.open(url)
-        if found.backbone != backbone:
-            raise UserError(f"previous: {url}: of another backbone; embed without it")
-        moved = same_images(Corpus.open(found.artifact.manifest.inputs["corpus"].url), corpus)
+    def open(cls, found: Embeddings, corpus: Corpus) -> _Before:
+        earlier = Corpus.of(open_input(found.artifact.manifest.inputs["corpus"], "corpus"))
+        moved = same_images(earlier, corpus)
         place = np.full(len(corpus), -1)
         place[moved[moved >= 0]] = np.flatnonzero(moved >= 0)
         return cls(found, place)
@@ -54,12 +52,15 @@ def embed(config: EmbedConfig) -> Artifact:
     """
     corpus = Corpus.open(config.corpus)
     settings, inputs = backbones.identity(config.backbone)
-    before = _Before.open(config.previous, corpus, backbone_of(settings, inputs)) if config.previous else None
+    previous = Embeddings.open(config.previous) if config.previous else None
+    if previous and (previous.backbone != backbone_of(settings, inputs) or not previous.artifact.made_by(VERSION)):
+        raise UserError(f"previous: {config.previous}: of another backbone or by another Fovea; embed without it")
     plan = Plan("embeddings", "embed", VERSION, settings, {"corpus": corpus.artifact.as_input(), **inputs})
-    return produce(plan, config.out, lambda directory: _write(config, corpus, before, directory), keep_work=True)
+    return produce(plan, config.out, lambda directory: _write(config, corpus, previous, directory), keep_work=True)
 
 
-def _write(config: EmbedConfig, corpus: Corpus, before: _Before | None, directory: Path) -> Mapping[str, Any]:
+def _write(config: EmbedConfig, corpus: Corpus, previous: Embeddings | None, directory: Path) -> Mapping[str, Any]:
+    before = _Before.open(previous, corpus) if previous is not None else None
     parts = [np.arange(start, min(start + _PART_ROWS, len(corpus))) for start in range(0, len(corpus), _PART_ROWS)]
     left = [number for number in range(len(parts)) if not embeddings.part_path(directory, number).exists()]
     done = len(corpus) - sum(len(parts[number]) for number in left)

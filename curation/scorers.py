@@ -17,6 +17,7 @@ from curation.similarity.exact import widened
 from curation.steps.config import CaptionScorer, FieldScorer, HeadScorer, PluginScorer, ScorerConfig, TableScorer
 from curation.steps.preference import json_fields, number
 from infra import storage
+from infra.columns import places, taken
 from infra.embeddings import backbone_of
 from infra.errors import UserError
 from pretrain.data.decode import ImageRejected, decode_rgb
@@ -58,8 +59,8 @@ def _of_table(context: Context, config: TableScorer, rows: np.ndarray) -> Scores
         raise UserError(message.splitlines()[0]) from None
     if pc.count_distinct(keys).as_py() < len(keys):
         raise UserError(f"{config.table}: has keys twice; leave one row of each")
-    place = pc.index_in(context.corpus.table["key"].take(pa.array(rows)), value_set=keys)
-    return np.array(values.take(place.combine_chunks()).to_numpy())
+    place = places(context.corpus.table["key"], keys)[rows]
+    return np.where(place >= 0, values.to_numpy()[place], np.nan) if len(values) else np.full(len(rows), np.nan)
 
 
 def _of_head(context: Context, config: HeadScorer, rows: np.ndarray) -> Scores:
@@ -141,7 +142,7 @@ def _of_caption(context: Context, config: CaptionScorer, rows: np.ndarray) -> Sc
     text, column = backbones.OpenClipText(config.model), context.corpus.table["caption"]
     found = np.full(len(rows), np.nan)
     for some in _batches(len(rows)):
-        captions = column.take(pa.array(rows[some])).to_pylist()
+        captions = taken(column, rows[some]).to_pylist()
         there = np.flatnonzero([bool(each) for each in captions])
         if len(there):
             texts = text.features([captions[place] for place in there])

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra.columns import taken
 from infra.files import appearing
 from infra.selections import SCHEMA, Selection
 
@@ -197,7 +198,7 @@ class Verdicts:
         for number, keys in enumerate(self.references):
             there = (source == number) & (winner != _NOBODY)
             if there.any():
-                names = keys.take(pa.array(winner[there])).combine_chunks().cast(pa.string())
+                names = taken(keys, winner[there]).cast(pa.string())
                 column = pc.replace_with_mask(column, pa.array(there), names)
         return column
 

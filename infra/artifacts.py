@@ -68,6 +68,11 @@ class Artifact:
     def id(self) -> str:
         return self.manifest.id
 
+    def made_by(self, version: int) -> bool:
+        """Whether its stage had this version."""
+        made = self.manifest
+        return Plan(made.kind, made.stage, version, made.config, made.inputs).id == self.id
+
     @property
     def metrics(self) -> dict[str, Any]:
         return self.manifest.metrics
@@ -183,6 +188,18 @@ def open_artifact(url: str, *kinds: Kind) -> Artifact:
         raise UserError(
             f"{url}: is of kind {artifact.manifest.kind}, not {wanted}; give the URL of a {wanted} artifact"
         )
+    return artifact
+
+
+def open_input(given: Input, *kinds: Kind) -> Artifact:
+    """What an artifact was made from, if it is still where it was.
+
+    Raises:
+        UserError: nothing is there any more, or something else.
+    """
+    artifact = open_artifact(given.url, *kinds)
+    if artifact.id != given.id:
+        raise UserError(f"{given.url}: holds another {kinds[0]} than was used then; without that it cannot go on")
     return artifact
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -51,7 +52,7 @@ class Cluster:
         shared, left = ray.put(work), iter(items)
         waiting: deque[Any] = deque()
         while some := list(islice(left, together)):
-            waiting.append(task.remote(shared, some))
+            waiting.append(task.remote(shared, some, os.getcwd()))
             if len(waiting) >= most:
                 yield from self._taken(waiting)
         while waiting:
@@ -82,6 +83,6 @@ class Cluster:
         return ray
 
 
-def _do(work: Callable[[T], R], items: list[T]) -> list[R]:
-    with threadpool_limits(1):  # a task a core
+def _do(work: Callable[[T], R], items: list[T], folder: str) -> list[R]:
+    with contextlib.chdir(folder), threadpool_limits(1):  # relative paths mean the same there; a task a core
         return [work(item) for item in items]

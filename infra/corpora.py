@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from infra import ranges, storage
 from infra.artifacts import Artifact, cache_directory, open_artifact
 from infra.cache import BlockCache, Span
+from infra.columns import digests, places
 from infra.errors import UserError
 from infra.files import appearing, remove_unused
 from infra.ranges import Range
@@ -83,7 +84,10 @@ class Corpus:
         Raises:
             UserError: there is no corpus.
         """
-        artifact = open_artifact(url, "corpus")
+        return cls.of(open_artifact(url, "corpus"))
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> Corpus:
         return cls(artifact, [Shard(**entry) for entry in artifact.read_json(SHARDS)])
 
     @cached_property
@@ -214,14 +218,10 @@ class Corpus:
 
 def same_images(before: Corpus, after: Corpus) -> np.ndarray:
     """For each row of a corpus that of another with the same key and bytes, int64; -1 where there is none."""
-    keys = pc.index_in(before.table["key"], value_set=after.table["key"])
-    rows = pc.fill_null(keys, -1).to_numpy().astype(np.int64)
-    mine, theirs = before.table["sha256"], after.table["sha256"]
-    for start in range(0, len(rows), ROWS):  # hashes as strings: not of all at once
-        some = rows[start : start + ROWS]
-        there = np.flatnonzero(some >= 0)
-        same = pc.equal(mine.slice(start, ROWS).take(there), theirs.take(some[there])).to_numpy()
-        some[there[~same]] = -1
+    rows = places(before.table["key"], after.table["key"])
+    there = np.flatnonzero(rows >= 0)
+    mine, theirs = (digests(each.table["sha256"]) for each in (before, after))
+    rows[there[(mine[there] != theirs[rows[there]]).any(axis=1)]] = -1
     return rows
 
 

@@ -21,10 +21,9 @@ from infra.vectors import Vectors
 KEYS = "keys.parquet"
 
 
-def backbone_of(settings: Mapping[str, Any], inputs: Mapping[str, Input]) -> tuple[str, str | None]:
+def backbone_of(settings: Mapping[str, Any], inputs: Mapping[str, Input]) -> str:
     """What makes vectors, by the settings and inputs of their artifact."""
-    weights = inputs.get("backbone")
-    return hash_json(settings), weights.id if weights else None
+    return hash_json([settings, {name: each.id for name, each in inputs.items() if name != "corpus"}])
 
 
 @dataclass
@@ -36,11 +35,14 @@ class Embeddings:
 
     @classmethod
     def open(cls, url: str) -> Embeddings:
-        artifact = open_artifact(url, "embeddings")
+        return cls.of(open_artifact(url, "embeddings"))
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> Embeddings:
         return cls(artifact, pq.read_table(artifact.local_file(KEYS))["key"])
 
     @property
-    def backbone(self) -> tuple[str, str | None]:
+    def backbone(self) -> str:
         """What made the vectors: only vectors of one backbone can be compared."""
         return backbone_of(self.artifact.manifest.config, self.artifact.manifest.inputs)
 

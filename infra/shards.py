@@ -127,7 +127,8 @@ Redact = Callable[[str, bytes], tuple[str, bytes] | None]
 
 def _redacted(members: dict[str, bytes], redact: Redact) -> tuple[dict[str, str], bool]:
     """Change members in their places; return new extensions of some, and whether any was changed."""
-    renamed, changed = {}, False
+    renamed: dict[str, str] = {}
+    changed = False
     for extension, data in list(members.items()):
         again = redact(extension, data)
         if again is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,54 @@ def test_other_steps_or_another_backbone_cannot_go_on(tmp_path: Path) -> None:
     config = CurateConfig(corpus=corpus.corpus, steps=[{"kind": "exact"}], previous=first, out=str(tmp_path / "b"))
     with pytest.raises(UserError, match="made by other steps"):
         run(config)
+
+
+def test_what_was_replaced_or_made_otherwise_is_not_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = State(3, tmp_path)
+    before = state.write()
+    first = state.curated(before, "a").artifact.url
+    state.grow(30)
+    corpus = state.write()
+    done = state.curated(corpus, "b", first)
+    monkeypatch.setattr("curation.curate.VERSION", 99)
+    with pytest.raises(UserError, match="made by another version"):
+        state.curated(corpus, "c", first)
+    monkeypatch.undo()
+    shutil.rmtree(before.corpus)
+    assert state.curated(corpus, "b", first).artifact == done.artifact  # what is done needs nothing
+    Path(corpus.corpus).rename(before.corpus)
+    with pytest.raises(UserError, match="holds another corpus than was used then"):
+        state.curated(Pool(before.corpus, corpus.embeddings, corpus.keys), "c", first)
+
+
+def test_vectors_that_came_out_otherwise_are_compared_anew(tmp_path: Path) -> None:
+    vectors = planted(5, 500, 12)
+    steps: dict[str, Any] = {"steps": [{"kind": "near_duplicates", "threshold": 0.8}]}
+    changed = vectors.copy()
+    changed[:250] = np.nextafter(changed[:250], np.float16(2))
+    states = [pool(tmp_path, vectors, "one"), pool(tmp_path, changed, "two", keys=[f"one{i:04d}" for i in range(500)])]
+    places = [{"corpus": each.corpus, "embeddings": each.embeddings} for each in states]
+    first = run(CurateConfig(**places[0], **steps, out=str(tmp_path / "a")))
+    second, alone = (
+        Selection.open(run(CurateConfig(**places[1], **steps, previous=url, out=str(tmp_path / name))).url)
+        for url, name in ((first.url, "b"), (None, "c"))
+    )
+    np.testing.assert_equal(verdicts(second), verdicts(alone))
+
+
+def test_cells_that_are_far_too_few_are_learned_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("curation.similarity.cells.ALONE", 100)
+    vectors, steps = planted(5, 2000, 12), {"steps": [{"kind": "near_duplicates", "threshold": 0.8}]}
+    places = [{"corpus": each.corpus, "embeddings": each.embeddings} for each in (
+        pool(tmp_path, vectors[:90]), pool(tmp_path, vectors, "all", keys=[f"k{i:04d}" for i in range(2000)]),
+    )]  # fmt: skip
+    first = run(CurateConfig.model_validate({**places[0], **steps, "out": str(tmp_path / "a")}))
+    second = run(CurateConfig.model_validate({**places[1], **steps, "previous": first.url, "out": str(tmp_path / "b")}))
+    alone = run(CurateConfig.model_validate({**places[1], **steps, "out": str(tmp_path / "c")}))
+    assert [each.metrics["steps"][0]["cells"] for each in (first, second, alone)] == [1, 103, 103]
+    np.testing.assert_equal(verdicts(Selection.open(second.url)), verdicts(Selection.open(alone.url)))
 
 
 def test_images_that_are_the_same_are_not_embedded_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

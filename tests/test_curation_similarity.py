@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,8 +28,9 @@ from curation.similarity.kmeans import Centroids, nearest, train
 from curation.similarity.nearest import best_above, k_nearest, ranked
 from curation.similarity.selfjoin import Join
 from curation.similarity.tiles import CpuTiles, TorchTiles, Workers
+from infra.columns import taken
 from infra.vectors import Vectors
-from tests.pools import halved, planted, unit
+from tests.pools import curated, halved, planted, pool, unit
 
 ROOT = Path(__file__).parents[1]
 ONE = Workers(CpuTiles(), 1)
@@ -393,3 +395,25 @@ def test_seeds_are_different_rows_that_lie_apart() -> None:
     assert len(set((chosen // 50).tolist())) >= 38  # of a draw by chance 25 would be
     same = seeding.spread(np.repeat(vectors[:3], 5, axis=0), 10, Workers(CpuTiles(), 1), np.random.default_rng(1))
     assert len(np.unique(same)) == 10
+
+
+def test_artifacts_of_ties_are_the_same_for_any_memory_and_moment_of_saving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = np.repeat(planted(2, 400, 16), 3, axis=0)
+    step = {"kind": "near_duplicates", "threshold": 0.7, "cells": 30}
+    hashes = []
+    for number, (memory, seconds) in enumerate(((1.0, 60.0), (1e-4, 60.0), (3e-4, -1.0))):
+        monkeypatch.setattr("curation.similarity.selfjoin._SAVE_SECONDS", seconds)
+        artifact, _ = curated(tmp_path / str(number), pool(tmp_path, vectors), step, memory_gb=memory)
+        hashes.append({file.path: file.sha256 for file in artifact.manifest.files})
+    assert hashes[0] == hashes[1] == hashes[2]
+    assert {"step-00-pairs.parquet", "step-00-visits.npz", "selection.parquet"} <= set(hashes[0])
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.lists(st.integers(0, 10_000), max_size=20))
+def test_rows_of_chunked_strings_are_arrows(sizes: list[int], wanted: list[int]) -> None:
+    chunks = [pa.array([f"{number}-{i}" for i in range(size)], pa.string()) for number, size in enumerate(sizes)]
+    column = pa.chunked_array(chunks, pa.string())
+    rows = np.array(wanted, dtype=np.int64) % max(len(column), 1) if len(column) else np.empty(0, dtype=np.int64)
+    assert taken(column, rows).to_pylist() == column.take(pa.array(rows)).to_pylist()

@@ -87,21 +87,23 @@ def _spanning(rows: int, a: np.ndarray, b: np.ndarray, scores: np.ndarray) -> Ed
             labels = components(rows, upper[0], upper[1])
             rest = ~high & (labels[a] != labels[b])
             a, b, scores = (np.concatenate([x, y[rest]]) for x, y in zip(upper, (a, b, scores), strict=True))
-    low, high = np.minimum(a, b), np.maximum(a, b)
-    order = _by_pair(low * rows + high)
-    low, high, scores = low[order], high[order], scores[order]
+    pair, scores = _by_pair(np.minimum(a, b) * rows + np.maximum(a, b), scores)
+    low, high = np.divmod(pair, rows)
+    best = np.argsort(-scores, kind="stable")  # of equal ones the first pair: there is only one such forest
+    rank = np.empty(len(best))
+    rank[best] = np.arange(1, len(best) + 1)
     starts = np.concatenate([[0], np.cumsum(np.bincount(low, minlength=rows))])
-    # Of a pair that stood here twice scipy would add up the weights.
-    graph = csr_array((2.0 - scores.astype(np.float64), high, starts), shape=(rows, rows))
-    tree = minimum_spanning_tree(graph).tocoo()
-    return tree.row.astype(np.int64), tree.col.astype(np.int64), (2.0 - tree.data).astype(np.float32)
+    tree = minimum_spanning_tree(csr_array((rank, high, starts), shape=(rows, rows))).tocoo()
+    chosen = np.sort(best[tree.data.astype(np.int64) - 1])
+    return low[chosen], high[chosen], scores[chosen]
 
 
-def _by_pair(pair: np.ndarray) -> np.ndarray:
-    """Places of the pairs in rising order, each pair once."""
+def _by_pair(pair: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs in rising order, each once with its highest score: two tiles may round it differently."""
     order = np.argsort(pair, kind="stable")
-    ordered = pair[order]
-    return order[np.concatenate([[True], ordered[1:] != ordered[:-1]])] if len(order) else order
+    pair, scores = pair[order], scores[order]
+    first = np.flatnonzero(np.diff(pair, prepend=-1))
+    return (pair[first], np.maximum.reduceat(scores, first)) if len(first) else (pair, scores)
 
 
 def components(rows: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,10 +102,9 @@ class Partition:
     _fresh: list[_Held] = field(default_factory=list)
     _known: list[_Held] = field(default_factory=list)
 
-    def know(self, runs: Sequence[Run]) -> Partition:
+    def know(self, run: Run) -> Partition:
         """Add visits of rows, by their places, that have been joined with one another."""
-        everyone = np.arange(len(self.rows))
-        self._known += [_Held(run, everyone, self.vectors, self.rows) for run in runs]
+        self._known.append(_Held(run, np.arange(len(self.rows)), self.vectors, self.rows))
         return self
 
     def fill(self, places: np.ndarray, workers: Workers) -> Partition:
@@ -116,10 +114,22 @@ class Partition:
             self._add(places[first : first + size], workers, alone=size >= len(places))
         return self
 
-    def runs(self) -> Iterator[Run]:
+    def run(self) -> Run:
         """All visits, by places."""
-        for held in (*self._known, *self._fresh):
-            yield Run(held.places[held.run.rows], held.run.starts, held.run.owners)
+        runs = [(held.run, held.places) for held in (*self._known, *self._fresh)]
+        owners = np.sum([run.owners for run, _ in runs], axis=0)
+        visits = np.sum([np.diff(run.starts) for run, _ in runs], axis=0)
+        starts = np.concatenate([[0], np.cumsum(visits)])
+        rows = np.empty(starts[-1], dtype=np.int64)
+        free = [starts[:-1].copy(), starts[:-1] + owners]  # where the next owner and the next visitor of each cell go
+        for run, places in runs:
+            for begins, count, at in (
+                (run.starts[:-1], run.owners, free[0]),
+                (run.starts[:-1] + run.owners, np.diff(run.starts) - run.owners, free[1]),
+            ):
+                rows[_stretches(at, count)] = places[run.rows[_stretches(begins, count)]]
+                at += count
+        return Run(rows, starts, owners)
 
     def _add(self, places: np.ndarray, workers: Workers, alone: bool) -> None:
         rows, vectors, cells = self.rows[places], self.vectors, self.cells
@@ -166,6 +176,11 @@ class Partition:
             return Members(np.empty(0, dtype=np.int64), np.empty((0, self.vectors.dim), dtype=np.float16), 0)
         rows, vectors = (np.concatenate(each) for each in zip(*pieces, strict=True))
         return Members(rows, vectors, sum(part[0].stop - part[0].start for part in parts))
+
+
+def _stretches(begins: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Numbers that follow one another from each of some, int64 `[counts.sum()]`."""
+    return np.repeat(begins - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
 
 
 _COLUMNS = ("rows", "cells", "owners")

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +33,8 @@ _VECTORS_SHARE, _PAIRS_SHARE = 0.4, 0.2  # of the memory; the rest is for tiles 
 class Known:
     """What an earlier join of some of the rows has found, by places."""
 
-    runs: Sequence[Run]
-    """Visits of the rows that were joined with one another"""
+    visits: Run
+    """Of the rows that were joined with one another"""
     edges: Found
     """Their forest"""
     fresh: np.ndarray
@@ -61,8 +60,9 @@ class Join:
     def partition(self, vectors: Vectors, rows: np.ndarray, known: Known | None = None) -> Partition:
         """Rows of `vectors`, rising, by the cells they visit."""
         partition = Partition(self.cells, vectors, rows, self.directory, int(self.memory * _VECTORS_SHARE))
-        fresh = np.arange(len(rows)) if known is None else known.fresh
-        return partition.know([] if known is None else known.runs).fill(fresh, self.workers)
+        if known is None:
+            return partition.fill(np.arange(len(rows)), self.workers)
+        return partition.know(known.visits).fill(known.fresh, self.workers)
 
     def run(self, vectors: Vectors, rows: np.ndarray, reach: Callable[[int], object] = lambda done: None) -> Forest:
         """The forest over places in `rows`, which rise; `reach` is told how many cells are done."""
@@ -79,7 +79,7 @@ class Join:
             if (cell + 1) % _TOGETHER == 0 or cell == left[-1]:
                 reach(cell + 1)
                 if time.monotonic() - saved > _SAVE_SECONDS:
-                    self._save(forest, cell + 1)
+                    self._save(forest, cell + 1, self._identity(partition, known))
                     saved = time.monotonic()
         forest.settle()
         self._path.unlink(missing_ok=True)
@@ -94,22 +94,24 @@ class Join:
         waiting, rows = int(self.memory * _PAIRS_SHARE / PAIR_BYTES), len(partition.rows)
         if self._path.exists():
             forest, facts = Forest.load(self._path, waiting)
-            if forest.rows == rows and facts["of"] == self._identity:
+            if forest.rows == rows and facts["of"] == self._identity(partition, known):
                 return forest, facts["done"]
         forest = Forest(rows, waiting)
         if known is not None:
             forest.add(*known.edges)
         return forest, 0
 
-    def _save(self, forest: Forest, done: int) -> None:
+    def _save(self, forest: Forest, done: int, of: int) -> None:
         with appearing(self._path) as partial:
-            forest.save(partial, done=done, of=self._identity)
+            forest.save(partial, done=done, of=of)
 
-    @cached_property
-    def _identity(self) -> int:
-        content = self.cells.centroids.vectors.tobytes() + self.cells.crowded.tobytes()
-        rule = repr((self.threshold, self.cells.probes, self.cells.margin)).encode()
-        return int.from_bytes(hashlib.sha256(content + rule).digest()[:7], "big")
+    def _identity(self, partition: Partition, known: Known | None) -> int:
+        """Of what is joined and how, the vectors apart."""
+        digest = hashlib.sha256(repr((self.threshold, self.cells.probes, self.cells.margin)).encode())
+        fresh = [] if known is None else [known.fresh, *known.edges]
+        for array in (self.cells.centroids.vectors, self.cells.crowded, partition.rows, *fresh):
+            digest.update(np.ascontiguousarray(array).data)
+        return int.from_bytes(digest.digest()[:7], "big")
 
     def _cell(self, partition: Partition, cell: int) -> Found:
         """The new pairs of a cell; of one where all are alike a forest of them, since they would be too many."""

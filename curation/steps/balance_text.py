@@ -11,6 +11,7 @@ import numpy as np
 from curation.context import Context
 from curation.steps.config import BalanceText
 from curation.steps.listed import lines_of
+from infra.columns import taken
 from infra.errors import UserError
 
 _WORD = re.compile(r"\w+")
@@ -79,4 +80,4 @@ def _words(text: str) -> list[str]:
 def _captions(context: Context, rows: np.ndarray) -> Iterator[str]:
     column = context.corpus.table["caption"]
     for start in range(0, len(rows), _ROWS):
-        yield from (each or "" for each in column.take(rows[start : start + _ROWS]).to_pylist())
+        yield from (each or "" for each in taken(column, rows[start : start + _ROWS]).to_pylist())

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 
 from curation.context import Context, Reference
-from curation.earlier import write_seen
 from curation.similarity.nearest import best_above
 from curation.steps.config import Decontaminate
 from curation.steps.joined import joined
@@ -32,7 +31,6 @@ class Hits:
 def decontaminate(context: Context, step: Decontaminate) -> Mapping[str, Any]:
     """Drop images that an evaluation image is like, or that hang together with such."""
     rows = context.verdicts.kept()
-    write_seen(context.evidence_file("seen.npy"), context.verdicts.keep)
     near = [_near(context, step, rows, reference) for reference in context.evaluation]
     groups = None
     if step.count_components or step.drop == "components":
@@ -56,11 +54,9 @@ def decontaminate(context: Context, step: Decontaminate) -> Mapping[str, Any]:
 def _near(context: Context, step: Decontaminate, rows: np.ndarray, reference: Reference) -> Hits:
     """What is near one set; what an earlier curation has compared with it is not compared again."""
     before, known = None, np.zeros(len(rows), dtype=bool)
-    if (previous := context.inputs.previous) is not None:
-        before = previous.hits(context.step, reference.name, context.inputs.references()[reference.name])
-    if previous is not None and before is not None:
-        known = previous.seen(context.step, rows)
-        before = before.filter(pa.array(np.isin(before["row"].to_numpy(), rows[known])))
+    if context.earlier is not None:
+        of = context.inputs.references()[reference.name]
+        before, known = context.earlier.hits(context.step, reference.name, of, rows)
     found = best_above(context.vectors, rows[~known], reference.vectors, step.threshold - _MARGIN, context.workers)
     near = pa.table({"row": found.rows, "evaluation_row": found.others, "similarity": found.scores})
     near = near if before is None else pa.concat_tables([near, before]).sort_by("row")

@@ -20,6 +20,7 @@ from curation.similarity.selfjoin import Join, Known
 from curation.steps.config import CellSettings
 
 _CURVE = 40  # thresholds of the curve
+_OUTGROWN = 4  # times as many cells as there are would be made now
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,8 @@ class Joined:
 
 def joined(context: Context, settings: CellSettings, threshold: float) -> Joined:
     """Join what is kept, on from what an earlier curation has joined; leave as evidence what a later one needs."""
-    rows, previous = context.verdicts.kept(), context.inputs.previous
-    cells = _cells(context, settings, rows) if previous is None else previous.cells(context.step)
-    known = None if previous is None else _known(previous, context.step, rows, len(context.corpus))
+    rows = context.verdicts.kept()
+    cells, known = _cells_and_known(context, settings, rows)
     join = Join(cells, threshold, context.workers, context.scratch(), context.memory)
     partition = join.partition(context.vectors, rows, known)
     forest = join.over(partition, known, lambda done: context.reach(done / len(cells)))
@@ -79,20 +79,28 @@ def joined(context: Context, settings: CellSettings, threshold: float) -> Joined
     context.evidence(PAIRS, found.table())
     earlier.write_cells(context.evidence_file("cells.npz"), cells)
     earlier.write_visits(context.evidence_file("visits.npz"), partition)
-    earlier.write_seen(context.evidence_file("seen.npy"), context.verdicts.keep)
     return found
 
 
-def _known(previous: Earlier, step: int, rows: np.ndarray, images: int) -> Known:
+def _cells_and_known(context: Context, settings: CellSettings, rows: np.ndarray) -> tuple[Cells, Known | None]:
+    """Those of an earlier join, as long as they are not far too few for what the corpus has become."""
+    if context.earlier is not None:
+        cells = context.earlier.cells(context.step)
+        if settings.cells or count_for(len(rows)) <= _OUTGROWN * len(cells):
+            return cells, _known(context.earlier, context.step, rows, len(context.corpus))
+    return _cells(context, settings, rows), None
+
+
+def _known(before: Earlier, step: int, rows: np.ndarray, images: int) -> Known:
     """What an earlier join found among some rows of the corpus. What a component that lost a member held together is
     joined anew."""
     names = np.full(images, -1)
     names[rows] = np.arange(len(rows))
-    edges, parted = previous.forest(step, names)
-    fresh = ~previous.seen(step, rows)
+    edges, parted = before.forest(step, names)
+    fresh = ~before.seen(step, rows)
     fresh[parted] = True
     names[rows[fresh]] = -1
-    return Known(previous.runs(step, names), edges, np.flatnonzero(fresh))
+    return Known(before.visits(step, names), edges, np.flatnonzero(fresh))
 
 
 def _cells(context: Context, settings: CellSettings, rows: np.ndarray) -> Cells:
