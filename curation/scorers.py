@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from curation.fields import json_fields, number
 from curation.similarity.exact import widened
 from curation.steps.config import CaptionScorer, FieldScorer, HeadScorer, PluginScorer, ScorerConfig, TableScorer
-from curation.steps.preference import json_fields, number
 from infra import storage
 from infra.columns import places, taken
 from infra.embeddings import backbone_of
@@ -44,7 +44,7 @@ def scores(context: Context, config: ScorerConfig, rows: np.ndarray) -> Scores:
 
 
 def _of_field(context: Context, config: FieldScorer, rows: np.ndarray) -> Scores:
-    found = [number(each) for each in json_fields(context, rows, config.field)]
+    found = [number(each) for each in json_fields(context.corpus, rows, config.field)]
     return np.array([np.nan if each is None else each for each in found])
 
 

@@ -191,10 +191,20 @@ class Corpus:
         Raises:
             UserError: the shard is gone or shorter than the index says.
         """
-        (data,) = self._read([(shard, offset, size)])
-        if len(data) != size:
-            raise UserError(f"{self.shard_url(shard)}: shorter than the index says; it changed, so ingest it again")
+        (data,) = self.read_ranges([(shard, offset, size)])
         return data
+
+    def read_ranges(self, places: Sequence[tuple[int, int, int]]) -> list[bytes]:
+        """Of some (shard, offset, size) the bytes, read together.
+
+        Raises:
+            UserError: a shard is gone or shorter than the index says.
+        """
+        found = self._read(places)
+        for (shard, _, size), data in zip(places, found, strict=True):
+            if len(data) != size:
+                raise UserError(f"{self.shard_url(shard)}: shorter than the index says; it changed, so ingest it again")
+        return found
 
     def _read(self, places: Sequence[tuple[int, int, int]]) -> list[bytes]:
         if self.cache is not None and places and not storage.is_local(self.shard_url(places[0][0])):

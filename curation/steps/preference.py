@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 from typing import Any
 
 import numpy as np
 
 from curation.context import Context
+from curation.fields import json_fields, number
 from curation.steps.config import NearDuplicates
-from infra.errors import UserError
+from infra.columns import taken
 
 
 def preferred(context: Context, step: NearDuplicates, rows: np.ndarray) -> np.ndarray:
@@ -21,17 +20,17 @@ def preferred(context: Context, step: NearDuplicates, rows: np.ndarray) -> np.nd
     if step.representative == "resolution":
         value = pixels(context, rows)
     elif step.representative == "bytes":
-        value = table["image"].take(rows).combine_chunks().field("size").to_numpy().astype(np.float64)
+        value = taken(table["image"], rows).field("size").to_numpy().astype(np.float64)
     else:
         assert step.field is not None
-        value = np.array([_value(each, step.prefer) for each in json_fields(context, rows, step.field)])
+        value = np.array([_value(each, step.prefer) for each in json_fields(context.corpus, rows, step.field)])
     return np.lexsort((ranks, -value))
 
 
 def pixels(context: Context, rows: np.ndarray) -> np.ndarray:
     """Width times height of some images, float64 `[m]`."""
-    taken = context.corpus.table.select(["width", "height"]).take(rows)
-    return taken["width"].to_numpy().astype(np.float64) * taken["height"].to_numpy()
+    sides = context.corpus.table.select(["width", "height"]).take(rows)
+    return sides["width"].to_numpy().astype(np.float64) * sides["height"].to_numpy()
 
 
 def first_of_each(labels: np.ndarray) -> np.ndarray:
@@ -46,39 +45,3 @@ def _value(field: Any, prefer: list[str]) -> float:
         return -float(prefer.index(str(field)) if str(field) in prefer else len(prefer))
     found = number(field)
     return -np.inf if found is None else found
-
-
-def number(field: Any) -> float | None:
-    """A field as a number, if it is a finite one."""
-    if isinstance(field, bool):
-        return None
-    try:
-        found = float(field)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return found if math.isfinite(found) else None
-
-
-def json_fields(context: Context, rows: np.ndarray, field: str) -> list[Any]:
-    """A field of each image's .json file; None where there is none.
-
-    Raises:
-        UserError: no image has it.
-    """
-    corpus, found = context.corpus, []
-    for row in rows.tolist():
-        entry = corpus.entry(row)
-        place = next((each for each in entry["members"] if each["name"].endswith(".json")), None)
-        content = corpus.read_range(entry["shard"], place["offset"], place["size"]) if place else b"null"
-        found.append(_field(content, field))
-    if len(found) and all(each is None for each in found):
-        raise UserError(f"field: {field}: no image's .json has it; mend the step's field")
-    return found
-
-
-def _field(content: bytes, name: str) -> Any:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):  # from the web: anything may be in it
-        return None
-    return value.get(name) if isinstance(value, dict) else None
