@@ -18,7 +18,7 @@ _VISIT_BYTES = 30  # of a visit while a run is sorted; few rows visit as many ce
 
 @dataclass(frozen=True)
 class Members:
-    """Who visits a cell: first its owners, each sort by rising row."""
+    """Who visits a cell: first its owners."""
 
     rows: np.ndarray
     """Places among the partitioned rows, int64 `[m]`"""
