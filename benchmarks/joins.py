@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +75,33 @@ def scikit_learn(vectors: np.ndarray) -> int:
     radius = float(np.sqrt(2 - 2 * THRESHOLD))
     graph = NearestNeighbors(algorithm="brute").fit(vectors).radius_neighbors_graph(vectors, radius)
     return int(len(vectors) - connected_components(graph, directed=False)[0])
+
+
+def autofaiss(vectors: np.ndarray) -> int:
+    """The index that autofaiss chooses, 64 neighbours of each row."""
+    from autofaiss import build_index
+
+    index: Any = build_index(
+        vectors, save_on_disk=False, metric_type="ip", max_index_memory_usage="1G", current_memory_available="4G",
+        nb_cores=1, verbose=30,
+    )[0]  # fmt: skip
+    similar, found = index.search(vectors, _NEIGHBOURS)
+    rows, columns = np.nonzero(similar >= THRESHOLD)
+    return removed(len(vectors), iter([(rows, found[rows, columns])]))
+
+
+def fastdup(vectors: np.ndarray) -> int:
+    """fastdup over given vectors, 64 neighbours of each row."""
+    os.environ["SENTRY_OPT_OUT"] = "1"
+    import fastdup
+
+    with tempfile.TemporaryDirectory() as folder:
+        fastdup.save_binary_feature(folder, [f"{row:09d}.jpg" for row in range(len(vectors))], vectors)
+        settings = {"d": vectors.shape[1], "nearest_neighbors_k": _NEIGHBOURS, "threshold": THRESHOLD, "num_threads": 1}
+        fastdup.run("", work_dir=folder, run_mode=2, **settings)
+        with (Path(folder) / "similarity.csv").open(newline="") as file:
+            pairs = [(int(row["from"][:9]), int(row["to"][:9])) for row in csv.DictReader(file)]
+    return removed(len(vectors), iter([tuple(np.array(pairs, dtype=np.int64).T)]))
 
 
 def fovea(vectors: np.ndarray, threads: int = 1, memory: int = 4 << 30) -> int:

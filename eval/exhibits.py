@@ -151,12 +151,14 @@ class Exhibits:
         members, seeds = (self._evidence(number, name) for name in ("members", "seeds"))
         counts = np.bincount(seeds["cluster"].to_numpy(), minlength=step["clusters"])
         order = np.argsort(-counts, kind="stable")
-        with_seeds = order[: self.count][counts[order[: self.count]] > 0]
-        without = _spread(np.flatnonzero(counts == 0), self.count)
+        asked = order[: self.count][counts[order[: self.count]] > 0]
+        there = np.unique(members["cluster"].to_numpy())
+        unasked = _spread(there[counts[there] == 0], self.count)
         note = "Seed images, the pool images nearest to the centroid, and the first that did not come in."
+        groups, others = ([self._cluster(int(each), members, seeds) for each in some] for some in (asked, unasked))
         return [
-            Gallery("Clusters of the seed", note, [self._cluster(each, members, seeds) for each in with_seeds]),
-            Gallery("Clusters without seed images", note, [self._cluster(each, members, seeds) for each in without]),
+            Gallery("Clusters of the seed", note, groups),
+            Gallery("Clusters without seed images", "The pool images nearest to the centroid.", others),
         ]
 
     def _cluster(self, cluster: int, members: pa.Table, seeds: pa.Table) -> list[Picture]:
