@@ -22,7 +22,7 @@ from curation.similarity import kmeans, seeding
 from curation.similarity.audit import audit, wilson
 from curation.similarity.cells import Cells
 from curation.similarity.exact import dots, rounded, slack, widened
-from curation.similarity.forest import Forest
+from curation.similarity.forest import Forest, _falling
 from curation.similarity.index import CompressedIndex
 from curation.similarity.kmeans import Centroids, nearest, train
 from curation.similarity.nearest import best_above, k_nearest, ranked
@@ -409,6 +409,12 @@ def test_artifacts_of_ties_are_the_same_for_any_memory_and_moment_of_saving(
         hashes.append({file.path: file.sha256 for file in artifact.manifest.files})
     assert hashes[0] == hashes[1] == hashes[2]
     assert {"step-00-pairs.parquet", "step-00-visits.npz", "selection.parquet"} <= set(hashes[0])
+
+
+@given(st.lists(st.floats(-2, 2, width=32), max_size=50))
+def test_the_order_of_pairs_is_that_of_their_similarities(values: list[float]) -> None:
+    scores = np.array(values, dtype=np.float32) + np.float32(0)  # of -0 too
+    np.testing.assert_array_equal(_falling(scores), np.argsort(-scores, kind="stable"))
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.lists(st.integers(0, 10_000), max_size=20))
