@@ -134,15 +134,23 @@ class Partition:
     def _add(self, places: np.ndarray, workers: Workers, alone: bool) -> None:
         rows, vectors, cells = self.rows[places], self.vectors, self.cells
         starts, one = range(0, len(rows), _BLOCK), workers.alone()
-
-        def visits(start: int) -> Visits:
-            found = cells.visits(vectors.take(rows[start : start + _BLOCK]), one)
-            return Visits(found.rows + start, found.cells.astype(np.int32), found.owners)
-
-        run = self._sorted(list(workers.map(visits, starts)))
         held = np.empty((len(rows), vectors.dim), dtype=np.float16)
         for start in starts:
             held[start : start + _BLOCK] = vectors.take(rows[start : start + _BLOCK])
+
+        def here(some: slice) -> np.ndarray:
+            return held[some]
+
+        def there(some: slice) -> np.ndarray:  # other machines read for themselves
+            return vectors.take(rows[some])
+
+        read = here if workers.cluster is None else there
+
+        def visits(start: int) -> Visits:
+            found = cells.visits(read(slice(start, start + _BLOCK)), one)
+            return Visits(found.rows + start, found.cells.astype(np.int32), found.owners)
+
+        run = self._sorted(list(workers.map(visits, starts)))
         self._fresh.append(_Held(run, places, held if alone else self._spilled(held, run.rows), rows))
 
     def _sorted(self, found: list[Visits]) -> Run:
