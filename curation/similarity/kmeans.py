@@ -162,12 +162,13 @@ def _or_nearer(
         cut = (own - doubt).astype(np.float32)[:, None]
         row, near, _ = workers.tiles.above(few.hold(rows[some], workers), held, cut)
         near = others[near]
-        different = near != labels[some][row]
-        row, near = row[different], near[different]
-        row, near = np.concatenate([row, np.arange(len(own))]), np.concatenate([near, labels[some]])
-        similar = np.concatenate([centroids.similarities(rows[some], row[: -len(own)], near[: -len(own)]), own])
-        order = np.lexsort((near, -similar, row))
-        return near[order][np.searchsorted(row[order], np.arange(len(own)))]
+        similar = centroids.similarities(rows[some], row, near)
+        better = (similar > own[row]) | ((similar == own[row]) & (near < labels[some][row]))
+        row, near, similar = row[better], near[better], similar[better]
+        order = np.lexsort((-near, similar, row))
+        found = labels[some].copy()
+        found[row[order]] = near[order]  # of several for a row the last stays
+        return found
 
     if not len(others) or not len(rows):
         return labels
