@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import rows
+from benchmarks.joins import learned
 from benchmarks.planted import planted
 from benchmarks.rows import Row
-from curation.similarity.cells import SAMPLE, Cells, count_for
+from curation.similarity.cells import SAMPLE, count_for
 from curation.similarity.selfjoin import Join
 from curation.similarity.tiles import CpuTiles, Workers
 from curation.steps.config import NearDuplicates
@@ -66,11 +67,10 @@ class Machines:
 def _measured(count: int) -> tuple[Constants, float]:
     """Constants, and the CPU-seconds of the whole join."""
     vectors, settings = Vectors([planted(count, _DIM, 1, 0.65)]), NearDuplicates()
-    workers, cells_count, everyone = Workers(CpuTiles(), 1), count_for(count), np.arange(count)
+    workers, everyone = Workers(CpuTiles(), 1), np.arange(count)
     started = time.process_time()
-    sample = vectors.take(np.random.default_rng(0).permutation(count)[: SAMPLE * cells_count])
-    cells = Cells.learn(sample, cells_count, settings.probes, settings.margin, workers)
-    learned = time.process_time()
+    cells = learned(vectors, workers)
+    began = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         join = Join(cells, settings.threshold, workers, Path(folder), 8 << 30)
         partition = join.partition(vectors, everyone)
@@ -82,7 +82,7 @@ def _measured(count: int) -> tuple[Constants, float]:
     shares = run.owners / np.maximum(visits, 1)
     pairs = _pairs(visits, shares, cells.crowded).sum()
     constants = Constants(
-        assigning=2.0 * count * cells_count * _DIM / (assigned - learned),
+        assigning=2.0 * count * len(cells) * _DIM / (assigned - began),
         joining=2.0 * _DIM * pairs / (ended - assigned),
         visits=visits.sum() / count,
         sizes=visits / visits.mean(),

@@ -7,11 +7,16 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+
+if TYPE_CHECKING:
+    from curation.similarity.cells import Cells
+    from curation.similarity.tiles import Workers
+    from infra.vectors import Vectors
 
 THRESHOLD = 0.6
 _BLOCK = 2048
@@ -104,18 +109,24 @@ def fastdup(vectors: np.ndarray) -> int:
     return removed(len(vectors), iter([tuple(np.array(pairs, dtype=np.int64).T)]))
 
 
+def learned(vectors: Vectors, workers: Workers) -> Cells:
+    """The cells that Fovea makes for some vectors, by the settings of its step."""
+    from curation.similarity.cells import SAMPLE, Cells, count_for
+    from curation.steps.config import NearDuplicates
+
+    settings, count = NearDuplicates(), count_for(len(vectors))
+    sample = vectors.take(np.random.default_rng(0).permutation(len(vectors))[: SAMPLE * count])
+    return Cells.learn(sample, count, settings.probes, settings.margin, workers)
+
+
 def fovea(vectors: np.ndarray, threads: int = 1, memory: int = 4 << 30) -> int:
     """Fovea's join by cells."""
-    from curation.similarity.cells import SAMPLE, Cells, count_for
     from curation.similarity.selfjoin import Join
     from curation.similarity.tiles import CpuTiles, Workers
-    from curation.steps.config import NearDuplicates
     from infra.vectors import Vectors
 
-    settings, workers = NearDuplicates(), Workers(CpuTiles(), threads)
-    source, count = Vectors([vectors]), count_for(len(vectors))
-    sample = source.take(np.random.default_rng(0).permutation(len(vectors))[: SAMPLE * count])
-    cells = Cells.learn(sample, count, settings.probes, settings.margin, workers)
+    source, workers = Vectors([vectors]), Workers(CpuTiles(), threads)
+    cells = learned(source, workers)
     with tempfile.TemporaryDirectory() as folder:
         forest = Join(cells, THRESHOLD, workers, Path(folder), memory).run(source, np.arange(len(vectors)))
     return len(forest.edges()[0])

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import rows
+from benchmarks.joins import learned
 from benchmarks.planted import planted
 from benchmarks.rows import Row
 from curation.similarity.audit import audit
-from curation.similarity.cells import SAMPLE, Cells, count_for
 from curation.similarity.selfjoin import Join
 from curation.similarity.tiles import CpuTiles, Workers
 from curation.steps.config import NearDuplicates
@@ -42,9 +42,7 @@ def _measure(count: int, folder: Path) -> Sequence[Row]:
     workers = Workers(CpuTiles(), len(os.sched_getaffinity(0)))
     memory.forget_peak()
     cpu, clock = time.process_time(), time.monotonic()
-    cells_count = count_for(len(vectors))
-    chosen = np.random.default_rng(0).permutation(len(vectors))[: SAMPLE * cells_count]
-    cells = Cells.learn(vectors.take(chosen), cells_count, settings.probes, settings.margin, workers)
+    cells = learned(vectors, workers)
     everyone = np.arange(len(vectors))
     forest = Join(cells, settings.threshold, workers, folder, _MEMORY).run(vectors, everyone)
     took = time.process_time() - cpu, time.monotonic() - clock

@@ -22,7 +22,7 @@ from infra.cluster import Cluster
 from infra.corpora import Corpus
 from infra.embeddings import Embeddings
 from infra.errors import UserError
-from infra.selections import Selection
+from infra.selections import Selection, evidence_name
 from infra.vectors import Vectors
 
 SCRATCH = ".scratch"
@@ -179,7 +179,7 @@ class Context:
 
     def evidence_file(self, name: str) -> Path:
         """Of the step in the artifact."""
-        return self.directory / f"step-{self.step:02d}-{name}"
+        return self.directory / evidence_name(self.step, name)
 
     def shuffled(self, rows: np.ndarray, count: int, purpose: str = "") -> np.ndarray:
         """At most `count` of some rows, drawn and in an order that depend on their keys alone."""

@@ -20,6 +20,7 @@ from infra.artifacts import Artifact, Input, open_input
 from infra.corpora import Corpus, same_images
 from infra.embeddings import Embeddings
 from infra.errors import UserError
+from infra.selections import evidence_name
 from infra.vectors import Vectors
 
 PAIRS, SEEN = "pairs", "seen.npy"
@@ -117,7 +118,7 @@ class Earlier:
         return np.where(self.place >= 0, names[self.place], -1)
 
     def _file(self, step: int, name: str) -> Path:
-        return self.artifact.local_file(f"step-{step:02d}-{name}")
+        return self.artifact.local_file(evidence_name(step, name))
 
 
 def _forget_changed(place: np.ndarray, before: Vectors, after: Vectors) -> None:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from curation.config import FaceBlur
 from infra.errors import UserError
-from pretrain.data.decode import ImageRejected, decode_rgb
+from pretrain.data.decode import ImageRejected, decoded, open_image
 
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels"""
@@ -35,16 +35,16 @@ class FaceBlurrer:
         """An encoded image again with its faces blurred, and its extension: in its own format, others become PNG. None
         if it has none or is no image."""
         try:
-            image = decode_rgb(data)
+            opened = open_image(data)
+            image, kind = decoded(opened), opened.format
         except ImageRejected:
             return None
         boxes = self._detect(np.asarray(image))
         if not boxes:
             return None
-        kind = Image.open(io.BytesIO(data)).format or ""
         buffer = io.BytesIO()
         found = blur(image, [self._widened(box, image.size) for box in boxes])
-        found.save(buffer, _WRITTEN.get(kind, "PNG"), quality=_QUALITY)
+        found.save(buffer, _WRITTEN.get(kind or "", "PNG"), quality=_QUALITY)
         return (extension if kind in _WRITTEN else "png"), buffer.getvalue()
 
     def _widened(self, box: Box, size: tuple[int, int]) -> Box:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from eval.gallery import Gallery, Picture, Shelf
 from infra.artifacts import Artifact, find
-from infra.selections import Selection
+from infra.selections import Selection, evidence_name
 
 _GROUP = 5  # pictures of a group
 
@@ -203,7 +203,7 @@ class Exhibits:
             yield shown
 
     def _evidence(self, number: int, name: str) -> pa.Table:
-        return pq.read_table(self.artifact.local_file(f"step-{number:02d}-{name}.parquet"))
+        return pq.read_table(self.artifact.local_file(evidence_name(number, f"{name}.parquet")))
 
     def _because(self, reason: str) -> pa.Table:
         return self.ledger.filter(pc.equal(self.ledger["reason"], reason))

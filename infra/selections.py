@@ -48,5 +48,10 @@ class Selection:
             raise UserError(f"{self.artifact.url}: judges another corpus than {owner}; give one over it")
 
 
+def evidence_name(step: int, name: str) -> str:
+    """The file in which a step of a selection leaves what it compared."""
+    return f"step-{step:02d}-{name}"
+
+
 def write(directory: Path, ledger: pa.Table) -> None:
     pq.write_table(ledger.cast(SCHEMA), directory / LEDGER)

@@ -47,6 +47,7 @@ class Cells:
     @classmethod
     def learn(cls, sample: np.ndarray, count: int, probes: int, margin: float, workers: Workers) -> Cells:
         """Learn cells from a sample of rows in random order, float16 `[m, dim]`."""
+        workers = workers.here()
         free = cls(train(sample, np.arange(count), _ITERATIONS, workers), np.zeros(count, dtype=bool), probes, margin)
         visits = np.bincount(free.visits(sample, workers).cells, minlength=count)
         return cls(free.centroids, visits > _CROWDED * visits.mean(), probes, margin)

@@ -33,15 +33,21 @@ def learn(
     sample: np.ndarray, count: int, workers: Workers, generator: np.random.Generator, spherical: bool = True
 ) -> Centroids:
     """Centroids of a sample of rows, float16 `[m, dim]`, m at least `count`."""
-    return train(sample, spread(sample, count, workers, generator), _ITERATIONS, workers, spherical)
+    here = workers.here()
+    return train(sample, spread(sample, count, here, generator), _ITERATIONS, here, spherical)
 
 
 def assign(vectors: Vectors, rows: np.ndarray, centroids: Centroids, workers: Workers) -> Assigned:
     """The nearest centroid of each of some rows."""
+    one = workers.alone()
+
+    def block(start: int) -> tuple[np.ndarray, np.ndarray]:
+        some = vectors.take(rows[start : start + _BLOCK])
+        labels = nearest(some, centroids, one)
+        return labels.astype(np.int32), centroids.similarity(some, labels)
+
     labels, similarity = np.empty(len(rows), dtype=np.int32), np.empty(len(rows))
-    for start in range(0, len(rows), _BLOCK):
-        block = vectors.take(rows[start : start + _BLOCK])
-        found = nearest(block, centroids, workers)
-        labels[start : start + len(block)] = found
-        similarity[start : start + len(block)] = centroids.similarity(block, found)
+    starts = range(0, len(rows), _BLOCK)
+    for start, found in zip(starts, workers.map(block, starts), strict=True):
+        labels[start : start + _BLOCK], similarity[start : start + _BLOCK] = found
     return Assigned(labels, similarity)

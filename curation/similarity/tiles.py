@@ -110,6 +110,10 @@ class Workers:
         """One thread of them."""
         return Workers(self.tiles, 1)
 
+    def here(self) -> Workers:
+        """Those of this machine: for work that would be sent more often than it is worth."""
+        return Workers(self.tiles, self.threads)
+
     def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Results in the order of the items; only a few wait at a time. `work` must not change what it was given."""
         if self.cluster is not None:
