@@ -133,19 +133,19 @@ def _layer(state: Mapping[str, Any], name: str) -> Layer:
 
 
 def _of_caption(context: Context, config: CaptionScorer, rows: np.ndarray) -> Scores:
-    from pretrain import backbones
+    from pretrain import backbones, image_text
 
     embedded = context.inputs.embeddings
     assert embedded is not None
     if embedded.backbone != backbone_of(*backbones.identity(config.model)):
         raise UserError(f"score: {embedded.artifact.url}: not by {config.model.checkpoint}; embed with that model")
-    text, column = backbones.OpenClipText(config.model), context.corpus.table["caption"]
+    text, column = image_text.load(config.model), context.corpus.table["caption"]
     found = np.full(len(rows), np.nan)
     for some in _batches(len(rows)):
         captions = taken(column, rows[some]).to_pylist()
         there = np.flatnonzero([bool(each) for each in captions])
         if len(there):
-            texts = text.features([captions[place] for place in there])
+            texts = text.texts([captions[place] for place in there])
             images = widened(context.vectors.take(rows[some][there]))
             found[np.arange(some.start, some.stop)[there]] = np.einsum("ij,ij->i", images, texts)
     return found

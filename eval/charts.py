@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 INK, ACCENT, MUTED = "#1c2430", "#2f6f8f", "#c9d3da"
 _SERIES = ("#2f6f8f", "#c2703d", "#5b8c5a", "#8a5a8c", "#7a7a7a", "#b0903a")
@@ -89,6 +90,97 @@ def evenness(levels: Sequence[Mapping[str, Any]]) -> bytes:
     axes.set_ylabel("effective share", fontsize=8, color=INK)
     axes.legend(fontsize=7, frameon=False)
     _plain(axes)
+    return _png(figure)
+
+
+def along(values: Sequence[float], scores: Sequence[float], label: str, what: str, log: bool = False) -> bytes:
+    """Scores of the values of a setting, the best marked."""
+    figure = _figure(4.4, 2.4)
+    axes = figure.add_subplot(1, 1, 1)
+    axes.plot(values, [100 * each for each in scores], color=_SERIES[0], linewidth=1.6, marker="o", markersize=3)
+    if log:
+        axes.set_xscale("log")
+    _marked(axes, values[max(range(len(scores)), key=scores.__getitem__)])
+    axes.set_xlabel(label, fontsize=8, color=INK)
+    axes.set_ylabel(f"{what}, %", fontsize=8, color=INK)
+    _plain(axes)
+    return _png(figure)
+
+
+def grid_curves(settings: Sequence[tuple[str, float]], scores: Sequence[float]) -> bytes:
+    """One line a kind of probe, over its learning rates."""
+    figure = _figure(5.2, 2.8)
+    axes = figure.add_subplot(1, 1, 1)
+    for number, name in enumerate(dict.fromkeys(name for name, _ in settings)):
+        points = sorted((rate, score) for (kind, rate), score in zip(settings, scores, strict=True) if kind == name)
+        rates, values = [rate for rate, _ in points], [100 * score for _, score in points]
+        axes.plot(rates, values, color=_SERIES[number % len(_SERIES)], label=name, marker="o", markersize=3)
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate", fontsize=8, color=INK)
+    axes.set_ylabel("accuracy, %", fontsize=8, color=INK)
+    axes.legend(fontsize=7, frameon=False)
+    _plain(axes)
+    return _png(figure)
+
+
+def damage_curves(severities: Sequence[int], errors: Mapping[str, Sequence[float]]) -> bytes:
+    """One small panel a corruption: its error over severities."""
+    columns = 5
+    rows = -(-len(errors) // columns)
+    figure = _figure(1.7 * columns, 1.4 * rows)
+    for number, (name, values) in enumerate(errors.items()):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        axes.plot(severities, [100 * each for each in values], color=_SERIES[0], marker="o", markersize=3)
+        axes.set_ylim(0, 100)
+        axes.set_title(name.replace("_", " "), fontsize=8, color=INK, loc="left")
+        _plain(axes)
+    return _png(figure)
+
+
+def confusion(labels: NDArray[Any], found: NDArray[Any], names: Sequence[str]) -> bytes:
+    """Share of each true class (rows) taken for each class (columns); the darker the more."""
+    import numpy as np
+
+    counts = np.zeros((len(names), len(names)))
+    np.add.at(counts, (labels, found), 1)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = min(2.0 + 0.28 * len(names), 9)
+    figure = _figure(side, side)
+    axes = figure.add_subplot(1, 1, 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    ticks = range(len(names))
+    shown = [name.replace("$", r"\$")[:18] for name in names]
+    axes.set_xticks(ticks, shown, rotation=90, fontsize=7)
+    axes.set_yticks(ticks, shown, fontsize=7)
+    axes.set_xlabel("answer", fontsize=8, color=INK)
+    axes.set_ylabel("truth", fontsize=8, color=INK)
+    if len(names) <= 12:
+        for row, column in np.ndindex(*shares.shape):
+            if counts[row, column]:
+                ink = "white" if shares[row, column] > 0.5 else INK
+                axes.text(
+                    column, row, f"{100 * shares[row, column]:.0f}", ha="center", va="center", fontsize=7, color=ink
+                )
+    return _png(figure)
+
+
+def scattered(places: NDArray[Any], labels: NDArray[Any] | None, names: Sequence[str]) -> bytes:
+    """Points `[n, 2]` coloured by class."""
+    from matplotlib import colormaps
+
+    figure = _figure(6.4, 4.8)
+    axes = figure.add_subplot(1, 1, 1)
+    if labels is None:
+        axes.scatter(places[:, 0], places[:, 1], s=5, color=ACCENT, linewidths=0)
+    else:
+        colours = colormaps["tab20"]
+        for number in sorted(set(labels.tolist())):
+            name = names[number].replace("$", r"\$")[:18] if len(names) <= 20 else None
+            some = places[labels == number]
+            axes.scatter(some[:, 0], some[:, 1], s=6, color=colours(number % 20), linewidths=0, label=name)
+        if len(names) <= 20:
+            axes.legend(fontsize=7, frameon=False, markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set_axis_off()
     return _png(figure)
 
 

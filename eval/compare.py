@@ -14,29 +14,37 @@ from eval import charts
 from eval.config import CompareConfig
 from eval.gallery import data_uri
 from eval.rendering import PAGE, rendered
+from eval.scores import student
+from eval.summary import headline_rows
 from infra.artifacts import Artifact, Plan, find, open_artifact, produce
 from infra.errors import UserError
 
-VERSION = 1
+VERSION = 2
 _SUBJECT = "model"  # of a report: not its baselines
+Headlines = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of one protocol over the reports of a group, with its 95 % interval by Student's t, all 0 to 1."""
+    """The mean of one protocol's headline over the reports of a group, with its 95 % interval: by Student's t over
+    several reports, of a single one its own."""
 
     protocol: str
+    metric: str
     subject: str
     value: float
     low: float | None
-    """None, as all bounds, where a single report tells nothing of them"""
     high: float | None
+    share: bool
+    """Whether all are shares, shown in percent"""
+    better: str
     reports: int
     images: int
     """That the first report's backbone was trained on; 0 where it was not trained here"""
     gain: float
     """Mean of the differences to the first group's reports, one by one"""
     gain_low: float | None
+    """By Student's t; None, as the other bound, where a single report tells nothing of it"""
     gain_high: float | None
 
 
@@ -53,39 +61,52 @@ def compare(config: CompareConfig) -> Artifact:
 
 
 def _write(title: str, groups: Mapping[str, Sequence[Artifact]], directory: Path) -> Mapping[str, Any]:
-    first = next(iter(groups.values()))
-    protocols = first[0].metrics
-    for each in (report for group in groups.values() for report in group):
-        if missing := [name for name in protocols if _SUBJECT not in each.metrics.get(name, {})]:
-            raise UserError(f"{each.url}: has no score of a model by {missing[0]}; evaluate all alike")
+    told = {name: [_headlines(each) for each in group] for name, group in groups.items()}
+    trained_on = {name: _images(group[0]) for name, group in groups.items()}
+    first = next(iter(told.values()))
+    protocols = _common(groups, told)
     rows = [
-        _mean(protocol, name, group, first) for protocol in protocols for name, group in groups.items()
-    ]  # fmt: skip
-    told = [asdict(row) for row in rows]
-    picture = charts.accuracies(told)
-    (directory / "report.json").write_text(json.dumps({"rows": told}, indent=1))
+        _mean(protocol, name, [each[protocol] for each in group], [each[protocol] for each in first], trained_on[name])
+        for protocol in protocols
+        for name, group in told.items()
+    ]
+    picture = charts.accuracies([asdict(row) for row in rows if row.share])
+    (directory / "report.json").write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=1))
     (directory / "comparison.png").write_bytes(picture)
     page = rendered("compare", title=title, rows=rows, first=next(iter(groups)), chart=data_uri(picture, "image/png"))
     (directory / PAGE).write_text(page, encoding="utf-8")
     return {row.protocol: {each.subject: each.value for each in rows if each.protocol == row.protocol} for row in rows}
 
 
-def _mean(protocol: str, name: str, group: Sequence[Artifact], first: Sequence[Artifact]) -> Mean:
-    values, theirs = (np.array([each.metrics[protocol][_SUBJECT] for each in some]) for some in (group, first))
+def _headlines(report: Artifact) -> Headlines:
+    """The first row of each protocol of the model."""
+    if not any(file.path == "report.json" for file in report.manifest.files):
+        raise UserError(f"{report.url}: tells no scores; give reports of fovea eval")
+    rows = headline_rows(report.read_json("report.json")["rows"])
+    return {row["protocol"]: row for row in rows if row["subject"] == _SUBJECT}
+
+
+def _common(groups: Mapping[str, Sequence[Artifact]], told: Mapping[str, Sequence[Headlines]]) -> list[str]:
+    """Protocols of the first report, which all others must have."""
+    reports = [report for group in groups.values() for report in group]
+    headlines = [each for group in told.values() for each in group]
+    for report, each in zip(reports, headlines, strict=True):
+        if missing := [name for name in headlines[0] if name not in each]:
+            raise UserError(f"{report.url}: has no score of a model by {missing[0]}; evaluate all alike")
+    return list(headlines[0])
+
+
+def _mean(
+    protocol: str, name: str, group: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]], images: int
+) -> Mean:
+    values, theirs = (np.array([each["value"] for each in some], dtype=float) for some in (group, first))
     paired = min(len(values), len(theirs))
-    gain = _interval(values[:paired] - theirs[:paired])
-    return Mean(protocol, name, *_interval(values), len(values), _images(group[0]), *gain)
-
-
-def _interval(values: np.ndarray) -> tuple[float, float | None, float | None]:
-    """Mean of some values and its 95 % interval; of a single value that is not known."""
-    from scipy.stats import t
-
-    mean = float(values.mean())
-    if len(values) < 2:
-        return mean, None, None
-    half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-    return mean, mean - half, mean + half
+    value, low, high = student(values)
+    if len(group) == 1:
+        low, high = group[0]["low"], group[0]["high"]
+    metric, share, better = (first[0][key] for key in ("metric", "share", "better"))
+    gain = student(values[:paired] - theirs[:paired])
+    return Mean(protocol, metric, name, value, low, high, share, better, len(values), images, *gain)
 
 
 def _images(report: Artifact) -> int:

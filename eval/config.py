@@ -1,47 +1,121 @@
-"""Settings of evaluation and of the run's page."""
+"""Settings of evaluation and of the pages that tell of it."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from infra.config import Config
+from eval.tasks.config import TaskConfig
+from infra.config import Config, load_yaml
 from pretrain.config import BackboneConfig
+
+SUITES = Path(__file__).with_name("suites")
+
+
+def suite_tasks(name: str) -> list[Any]:
+    """The tasks of a suite that comes with Fovea, or of a YAML file.
+
+    Raises:
+        ValueError: there is none of this name.
+        UserError: the file is missing, or is not YAML.
+    """
+    path = SUITES / f"{name}.yaml"
+    if name.isidentifier() and not path.is_file() and not Path(name).exists():
+        known = ", ".join(sorted(each.stem for each in SUITES.glob("*.yaml")))
+        raise ValueError(f"{name}: no such suite; there are {known}, or give the path of a file")
+    tasks = load_yaml(path if path.is_file() else name).get("tasks")
+    if not isinstance(tasks, list):
+        raise ValueError(f"{name}: has no list of tasks; see eval/suites")
+    return tasks
+
+
+class Gate(Config):
+    """How far scores may fall below an earlier report."""
+
+    report: str
+    """URL of the earlier report."""
+    drop: float = Field(0.01, ge=0)
+    """How far the headline of each protocol may fall, 0 to 1 for shares."""
+    protocols: list[str] = Field(default_factory=list)
+    """Names of the protocols that are looked at; none: all that both reports have."""
 
 
 class EvaluateSettings(Config):
-    """Protocols and their settings."""
+    """Protocols and what they share."""
 
-    knn_k: int = Field(20, ge=1)
-    """Neighbours that vote."""
-    knn_temperature: float = Field(0.07, gt=0)
-    """A vote weighs exp(cosine / this)."""
-    linear_c: list[float] = Field(default_factory=lambda: [0.01, 0.1, 1.0, 10.0, 100.0], min_length=1)
-    """Inverse regularisation strengths of the linear probe; the best on held-out training images is taken."""
-    held_out: float = Field(0.2, gt=0, lt=1)
-    """Share of the training images that chooses it."""
+    suite: str | None = None
+    """Name of a suite (quick, imagenet, full) or path of a YAML file with `tasks`, which come before `tasks`."""
+    tasks: list[TaskConfig] = Field(default_factory=list, min_length=1)
+    """Protocols. Without suite and tasks: the suite quick."""
     bootstrap: int = Field(1000, ge=10)
     """Resamples of the test set for the 95 % intervals."""
     baselines: bool = True
-    """Measure the untrained network and raw pixels beside the backbone."""
+    """Measure the untrained network and raw pixels beside the backbone, where features are all it takes."""
+    pictures: int = Field(10, ge=0)
+    """Images in each picture; 0: no pictures."""
     seed: int = Field(0, ge=0)
-    """Seed of the split and of the resampling."""
+    """Seed of splits, draws and resampling."""
     batch: int = Field(256, ge=1)
     """Images a forward pass."""
+    workers: int = Field(0, ge=0)
+    """Processes that load images; 0: this one."""
+    gate: Gate | None = None
+    """Fail where scores fell."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_suite(cls, given: Any) -> Any:
+        """Tasks written out, so that a report knows what was done, whatever becomes of a suite's file."""
+        if not isinstance(given, dict):
+            return given
+        suite, tasks = given.get("suite"), given.get("tasks")
+        if suite is None and tasks is None:
+            suite = "quick"
+        if suite is None or not isinstance(tasks, list | None):
+            return given
+        return given | {"suite": None, "tasks": [*suite_tasks(suite), *(tasks or [])]}
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> EvaluateSettings:
+        names = [task.protocol for task in self.tasks]
+        if twice := sorted({each for each in names if names.count(each) > 1}):
+            raise ValueError(f"tasks: {twice[0]} is there twice; give one a name")
+        return self
 
 
 class EvaluateConfig(EvaluateSettings):
-    """Backbone, training and test corpus in, report out."""
+    """Backbone and datasets in, report out."""
 
     model: BackboneConfig
     """The backbone."""
-    train: str
-    """URL of the labelled corpus that kNN and probe learn from."""
-    test: str
-    """URL of the labelled corpus that is scored."""
-    out: str
+    datasets: dict[str, str] = Field(min_length=1)
+    """Names that tasks use (train, test, ...) and URLs of their corpora."""
+    leaks: dict[str, str] = Field(default_factory=dict)
+    """For names of datasets the URL of a selection over each: what it drops was seen in training, and scores are given
+    with and without it."""
+    features: str | None = None
+    """URL below which features are kept for other evaluations; null: `features` beside the report."""
+    out: str = "runs/eval/{id}"
     """URL of the report; {id} stands for its id."""
+
+    def runnable(self) -> list[TaskConfig]:
+        """The tasks whose datasets are given."""
+        return [task for task in self.tasks if set(task.datasets()) <= set(self.datasets)]
+
+    def left_out(self) -> dict[str, list[str]]:
+        """Names of tasks that miss datasets, and which."""
+        wanted = {task.protocol: {*task.datasets(), *task.optional_datasets()} for task in self.tasks}
+        found = {name: sorted(names - set(self.datasets)) for name, names in wanted.items()}
+        return {name: missing for name, missing in found.items() if missing}
+
+    @model_validator(mode="after")
+    def _some_can_run(self) -> EvaluateConfig:
+        if not self.runnable():
+            name, missing = next(iter(self.left_out().items()))
+            raise ValueError(f"datasets: {name} needs {', '.join(missing)}; give each as datasets.NAME")
+        return self
 
 
 class CompareConfig(Config):
@@ -52,7 +126,7 @@ class CompareConfig(Config):
     groups: dict[str, Annotated[list[str], Field(min_length=1)]] = Field(min_length=1)
     """Name of each group and the URLs of its reports; the first group is what others are compared with, report by
     report."""
-    out: str
+    out: str = "runs/compare/{id}"
     """URL of the report; {id} stands for its id."""
 
 

@@ -1,42 +1,45 @@
-"""Evaluate: a backbone and its baselines by kNN and linear probe, in one run, to a report."""
+"""Evaluate: a backbone and its baselines by a list of protocols, to a report."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from eval import knn, linear
+from eval import protocols, summary
+from eval.bench import Bench
 from eval.config import EvaluateConfig
-from eval.pictures import patch_pca
-from eval.scores import Score, accuracy
+from eval.frozen import Extraction
+from eval.overview import overview
+from eval.scores import Outcome, Score
+from eval.subject import Subject
+from eval.tasks.config import Linear, TaskConfig
+from infra import storage
 from infra.artifacts import Artifact, Plan, produce
-from infra.corpora import Corpus
-from infra.errors import UserError
+from infra.files import appearing
 from pretrain import backbones
-from pretrain.backbones import CheckpointedViT
 from pretrain.config import BackboneConfig, CheckpointBackbone, PixelDescriptor
-from pretrain.features import extract
 
-VERSION = 1
+VERSION = 2
 _PIXELS = PixelDescriptor(side=32, frequencies=32, whiten=0.0)
+_HOW = {"model", "datasets", "leaks", "features", "out", "batch", "workers", "gate", "suite"}
+_DONE = ".done"
 
 
 def evaluate(config: EvaluateConfig) -> Artifact:
-    """Score a backbone; return the report artifact.
+    """Score a backbone; return the report artifact. What was scored before an interruption is not scored again.
 
     Raises:
-        UserError: the backbone or a corpus is missing, or a corpus has no labels.
+        UserError: the backbone or a dataset is missing, or does not fit a task.
     """
-    train, test = Corpus.open(config.train), Corpus.open(config.test)
+    bench = Bench.open(config)
     identity, inputs = backbones.identity(config.model)
-    inputs |= {"train": train.artifact.as_input(), "test": test.artifact.as_input()}
-    settings = config.model_dump(mode="json", exclude={"model", "train", "test", "out", "batch"}) | {"model": identity}
-    plan = Plan("report", "evaluate", VERSION, settings, inputs)
-    return produce(plan, config.out, lambda directory: _write(config, train, test, directory))
+    settings = config.model_dump(mode="json", exclude=_HOW) | {"model": identity, "left_out": config.left_out()}
+    files = protocols.files_of(config.runnable())
+    plan = Plan("report", "evaluate", VERSION, settings | {"files": files}, {**inputs, **bench.inputs})
+    return produce(plan, config.out, lambda directory: _write(config, bench, directory), keep_work=True)
 
 
 def subjects(config: EvaluateConfig) -> dict[str, BackboneConfig]:
@@ -49,32 +52,64 @@ def subjects(config: EvaluateConfig) -> dict[str, BackboneConfig]:
     return found
 
 
-def _write(config: EvaluateConfig, train: Corpus, test: Corpus, directory: Path) -> Mapping[str, Any]:
-    if train.classes != test.classes:
-        raise UserError(f"{config.test}: has other classes than {config.train}; ingest both the same way")
-    if len(set(train.labels)) < 2 or not len(test.labels):
-        raise UserError(f"{config.train}: has one class only; a probe needs two or more")
-    rows: list[Score] = []
-    for name, backbone_config in subjects(config).items():
-        backbone = backbones.load(backbone_config)
-        rows += _score(name, backbone, config, train, test)
-        if name == "model" and isinstance(backbone, CheckpointedViT):
-            patch_pca(backbone, test, 10, directory / "pca.png")
-    (directory / "report.json").write_text(json.dumps({"rows": [row.as_dict() for row in rows]}, indent=1))
-    return {row.protocol: {each.subject: each.value for each in rows if each.protocol == row.protocol} for row in rows}
+def _write(config: EvaluateConfig, bench: Bench, directory: Path) -> Mapping[str, Any]:
+    scores: list[Score] = []
+    (directory / _DONE).mkdir(exist_ok=True)
+    for name, backbone in subjects(config).items():
+        subject = Subject(name, backbone, _extraction(config), _features(config))
+        for task in config.runnable():
+            if name == "model" or protocols.of_baseline(task, backbone):
+                scores += _scored(task, subject, bench, directory)
+        if name == "model" and config.pictures:
+            _draw(overview(subject, bench), directory)
+    scores.sort(key=lambda score: [task.protocol for task in config.tasks].index(score.protocol))  # stable
+    told = {"rows": [score.as_dict() for score in scores], "left_out": config.left_out()}
+    (directory / "report.json").write_text(json.dumps(told, indent=1))
+    summary.write(config, told, directory)
+    return headlines(scores)
 
 
-def _score(name: str, backbone: backbones.Backbone, config: EvaluateConfig, train: Corpus, test: Corpus) -> list[Score]:
-    bank = extract(backbone, train, config.batch, f"evaluate {name}: train")
-    queries = extract(backbone, test, config.batch, f"evaluate {name}: test")
-    classes = int(max(train.labels.max(), test.labels.max())) + 1
-    nearest = knn.predict(bank, train.labels, queries, classes, config.knn_k, config.knn_temperature)
-    probe = linear.predict(bank, train.labels, queries, config.linear_c, config.held_out, config.seed)
-    return [
-        _accuracy("knn", name, nearest, test.labels, config),
-        _accuracy("linear", name, probe, test.labels, config),
-    ]
+def headlines(scores: list[Score]) -> dict[str, dict[str, float]]:
+    """The first score of each protocol and subject."""
+    found: dict[str, dict[str, float]] = {}
+    for score in scores:
+        found.setdefault(score.protocol, {}).setdefault(score.subject, score.value)
+    return found
 
 
-def _accuracy(protocol: str, name: str, found: np.ndarray, labels: np.ndarray, config: EvaluateConfig) -> Score:
-    return accuracy(protocol, name, found == labels, config.bootstrap, config.seed)
+def _extraction(config: EvaluateConfig) -> Extraction:
+    blocks = [max(task.blocks) for task in config.runnable() if isinstance(task, Linear)]
+    return Extraction(max(blocks, default=1), 1, config.seed, config.batch, config.workers)
+
+
+def _features(config: EvaluateConfig) -> str:
+    """Where features go: beside the report, so that other reports of a run find them."""
+    below = config.features or storage.join(config.out.rstrip("/").rpartition("/")[0] or ".", "features")
+    return storage.join(below, "{id}")
+
+
+def _scored(task: TaskConfig, subject: Subject, bench: Bench, directory: Path) -> list[Score]:
+    """Scores of one task, new ones or those of an attempt that was interrupted; pictures go to the directory."""
+    done = directory / _DONE / f"{bench.settings.tasks.index(task)}-{subject.name}.json"
+    if done.exists():
+        return [Score(**row) for row in json.loads(done.read_text())]
+    outcome: Outcome = protocols.run(task, subject, bench)
+    _draw({f"{task.protocol} {name}": data for name, data in outcome.pictures.items()}, directory)
+    with appearing(done, 0o644) as partial:
+        partial.write_text(json.dumps([asdict(score) for score in outcome.scores]))
+    return outcome.scores
+
+
+def _draw(pictures: Mapping[str, bytes], directory: Path) -> None:
+    for name, data in pictures.items():
+        (directory / f"{_file_name(name)}.png").write_bytes(data)
+
+
+def _file_name(name: str) -> str:
+    """A name as a file may have it."""
+    return "".join(_plain(name)).strip("-")
+
+
+def _plain(name: str) -> Iterator[str]:
+    for letter in name.lower():
+        yield letter if letter.isalnum() or letter in "-_." else "-"

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from eval import charts
+from eval import charts, summary
 from eval.config import ReportConfig
 from eval.exhibits import Exhibits
 from eval.gallery import data_uri
@@ -20,7 +20,7 @@ from infra.lineage import Ancestor, ancestors
 from infra.progress import progress
 from pretrain import telemetry
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _write(config: ReportConfig, artifacts: Mapping[str, Artifact], directory: P
             elif kind == "checkpoint":
                 sections["curves"].append(_curves(name, artifact))
             elif kind == "report":
-                sections["scores"] += _scores(name, artifact)
+                sections["scores"] += [summary.of_artifact(name, artifact)] if _has_scores(artifact) else []
             advance(note=name)
     lineage = ancestors(each.as_input() for each in artifacts.values())
     html = render(config, sections, lineage, artifacts)
@@ -105,14 +105,8 @@ def _curves(name: str, artifact: Artifact) -> Chart:
     return Chart(name, note, data_uri(picture, "image/png"))
 
 
-def _scores(name: str, artifact: Artifact) -> list[dict[str, Any]]:
-    if not any(file.path == "report.json" for file in artifact.manifest.files):
-        return []
-    rows = artifact.read_json("report.json")["rows"]
-    pca = None
-    if any(file.path == "pca.png" for file in artifact.manifest.files):
-        pca = data_uri(artifact.read_bytes("pca.png"), "image/png")
-    return [{"name": name, "rows": rows, "chart": data_uri(charts.accuracies(rows), "image/png"), "pca": pca}]
+def _has_scores(artifact: Artifact) -> bool:
+    return artifact.manifest.stage == "evaluate"
 
 
 def render(

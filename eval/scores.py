@@ -2,33 +2,129 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import numpy as np
+
+from eval.chance import generator
+
+_PERCENTILES = (2.5, 97.5)
+Better = Literal["higher", "lower", "neither"]
 
 
 @dataclass(frozen=True)
 class Score:
-    """One line of a report: a share of correct answers and its 95 % bootstrap interval, all 0 to 1."""
+    """One line of a report."""
 
     protocol: str
+    metric: str
+    """`accuracy`, `mIoU`, ..."""
     subject: str
+    """`model`, or a baseline."""
     value: float
-    low: float
-    high: float
+    """0 to 1 for shares, else in the metric's unit."""
+    low: float | None
+    """Of the 95 % interval; None where there is none"""
+    high: float | None
     images: int
+    share: bool = True
+    """Whether it is a share, shown in percent"""
+    better: Better = "higher"
+    leaked: int = 0
+    """Of the images those that were seen in training, or near-duplicates of such"""
+    without_leaks: float | None = None
+    """The value on the other images"""
+    note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def accuracy(protocol: str, subject: str, correct: np.ndarray, resamples: int, seed: int) -> Score:
-    """Score a bool array of answers.
+@dataclass(frozen=True)
+class Outcome:
+    """What a protocol says of one backbone; its first score is the headline."""
 
-    Resampling n answers with replacement and averaging them is a binomial draw, so that is what is drawn.
-    """
-    n, share = len(correct), float(correct.mean())
-    means = np.random.Generator(np.random.Philox(seed)).binomial(n, share, resamples) / n
-    low, high = (float(each) for each in np.percentile(means, [2.5, 97.5]))
-    return Score(protocol, subject, share, low, high, n)
+    scores: list[Score]
+    pictures: dict[str, bytes] = field(default_factory=dict)
+    """PNG by name."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Makes the scores of one protocol and backbone."""
+
+    protocol: str
+    subject: str
+    resamples: int
+    """Of the images, for intervals."""
+    seed: int
+
+    def accuracy(self, metric: str, correct: np.ndarray, leaked: np.ndarray | None = None, note: str = "") -> Score:
+        """Score a bool array of answers.
+
+        Resampling n answers with replacement and averaging them is a binomial draw, so that is what is drawn.
+
+        Args:
+            leaked: bool, for each answer whether its image was seen in training.
+        """
+        n, share = len(correct), float(correct.mean())
+        drawn = self._generator().binomial(n, share, self.resamples) / n
+        score = self.plain(metric, share, n, note=note, share=True)
+        return _with(score, drawn, leaked, lambda rows: float(correct[rows].mean()))
+
+    def over_images(
+        self,
+        metric: str,
+        images: int,
+        value: Callable[[np.ndarray], float],
+        leaked: np.ndarray | None = None,
+        note: str = "",
+        share: bool = True,
+        better: Better = "higher",
+    ) -> Score:
+        """Score what a function says of all images, and of as many drawn with replacement.
+
+        Args:
+            value: rows of images, int64, some of them several times, to the score.
+        """
+        chance = self._generator()
+        drawn = np.array([value(chance.integers(0, images, images)) for _ in range(self.resamples)])
+        score = self.plain(metric, value(np.arange(images)), images, note=note, share=share, better=better)
+        return _with(score, drawn, leaked, value)
+
+    def over_draws(self, metric: str, values: Sequence[float], images: int, note: str = "") -> Score:
+        """Score the mean over repeated draws, with Student's t interval."""
+        mean, low, high = student(np.asarray(values, dtype=float))
+        return Score(self.protocol, metric, self.subject, mean, low, high, images, note=note)
+
+    def plain(
+        self, metric: str, value: float, images: int, note: str = "", share: bool = False, better: Better = "higher"
+    ) -> Score:
+        """A number without an interval."""
+        return Score(self.protocol, metric, self.subject, value, None, None, images, share, better, note=note)
+
+    def _generator(self) -> np.random.Generator:
+        return generator(self.seed, "bootstrap")
+
+
+def student(values: np.ndarray) -> tuple[float, float | None, float | None]:
+    """Mean of some values and its 95 % interval by Student's t; of a single value that is not known."""
+    from scipy.stats import t
+
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, None, None
+    half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    return mean, mean - half, mean + half
+
+
+def _with(score: Score, drawn: np.ndarray, leaked: np.ndarray | None, value: Callable[[np.ndarray], float]) -> Score:
+    """A score with its interval, and the value on the images that did not leak."""
+    low, high = (float(each) for each in np.nanpercentile(drawn, _PERCENTILES))
+    found: dict[str, Any] = asdict(score) | {"low": low, "high": high}
+    if leaked is not None:
+        kept = np.flatnonzero(~leaked)
+        found |= {"leaked": int(leaked.sum()), "without_leaks": value(kept) if len(kept) else None}
+    return Score(**found)

@@ -65,9 +65,9 @@ def _scored(config: AblateConfig, images: str, seed: int) -> str:
     settings = dict(config.pretrain) | {"schedule": schedule}
     trained = stages.pretrain(PretrainConfig(**settings, corpora=[images], out=_out(config, "pretrain")))
     model = CheckpointBackbone(url=trained)
-    corpora = {"train": config.train, "test": config.test}
+    datasets = {"train": config.train, "test": config.test}
     return stages.evaluate(
-        EvaluateConfig(**dict(config.evaluate), **corpora, model=model, out=_out(config, "evaluate"))
+        EvaluateConfig(**dict(config.evaluate), datasets=datasets, model=model, out=_out(config, "evaluate"))
     )
 
 

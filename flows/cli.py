@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +20,7 @@ from distill.config import DistillConfig, PublishConfig
 from eval.config import EvaluateConfig, ReportConfig
 from flows.config import AblateConfig, PipelineConfig
 from infra.config import Config, describe, load_yaml
-from infra.errors import Preempted, UserError
+from infra.errors import Preempted, Regression, UserError
 from infra.launch.job import TRY_AGAIN, USER_MISTAKE
 from pretrain.config import PlanConfig, PretrainConfig
 
@@ -47,6 +48,11 @@ File = Annotated[
     Parameter(help="YAML file with the same keys as the flags; for pretrain, plan and curate also a recipe's name."),
 ]
 Flags = Parameter(name="*")
+Model = Annotated[str | None, Parameter(help="The backbone; or one YAML file with the same keys as the flags, alone.")]
+Suite = Annotated[
+    str | None,
+    Parameter(help="quick, imagenet, full, or a YAML file with tasks, and datasets perhaps."),
+]
 
 
 @app.command(sort_key=0)
@@ -157,14 +163,35 @@ def distill(file: File = None, /, *, config: Annotated[DistillConfig, Flags]) ->
 
 
 @app.command(name="eval", sort_key=8)
-def evaluate(file: File = None, /, *, config: Annotated[EvaluateConfig, Flags]) -> None:
-    """A backbone to a report: kNN and linear probe, beside the untrained network and raw pixels."""
-    from eval.evaluate import evaluate
+def evaluate(model: Model = None, suite: Suite = None, /, *, config: Annotated[EvaluateConfig, Flags]) -> None:
+    """A backbone to a report, by a suite of protocols, beside the untrained network and raw pixels.
+
+    MODEL is the URL of a checkpoint or of a published backbone, timm:NAME,
+    open_clip:MODEL/TAG, transformers:OWNER/NAME, a folder of transformers,
+    hub:FOLDER:ENTRY@FILE, torchscript:FILE or pixels; behind a name, @FILE
+    stands for weights in a file. A dataset is the URL of a corpus, a folder of
+    class folders, shards, torchvision:NAME/SPLIT, or pairs:IMAGES:MAPS.
+    """
+    from flows.evaluation import evaluate, show
 
     artifact = evaluate(config)
-    for protocol, values in artifact.metrics.items():
-        shown = ", ".join(f"{subject} {100 * value:.1f} %" for subject, value in values.items())
-        print(f"{protocol}: {shown}", file=sys.stderr)
+    show(artifact)
+    _made(artifact)
+
+
+@app.command(sort_key=9)
+def compare(*reports: str, title: str = "Comparison", out: str = "runs/compare/{id}") -> None:
+    """Reports of evaluations side by side: one table, one picture, one page.
+
+    Args:
+        reports: URLs of reports, or NAME=URL; the others are compared with the first.
+        title: heading of the page.
+        out: URL of the comparison; {id} stands for its id.
+    """
+    from flows.evaluation import compare, show_comparison
+
+    artifact = compare(reports, title, out)
+    show_comparison(artifact)
     _made(artifact)
 
 
@@ -222,13 +249,30 @@ _CONFIGS: dict[str, type[Config]] = {
 @app.meta.default
 def _with_file(*tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]) -> None:
     """Read the YAML file that follows a command, if there is one, beneath its flags."""
-    if len(tokens) > 1 and not tokens[1].startswith("-") and tokens[0] in _CONFIGS:
+    if tokens[:1] == ("eval",):
+        content = _named(list(takewhile(lambda token: not token.startswith("-"), tokens[1:])))
+        app["eval"].config = [cyclopts.config.Dict({"eval": content}, source=" ".join(tokens[1:3]))]
+    elif len(tokens) > 1 and not tokens[1].startswith("-") and tokens[0] in _CONFIGS:
         file = _recipe(tokens[0], tokens[1])
         content = load_yaml(file)
         _check(content, _CONFIGS[tokens[0]], tokens[1])
         # Below the command's name: on top, keys that are named like a command (pretrain, say) would be passed over.
         app[tokens[0]].config = [cyclopts.config.Dict({tokens[0]: content}, source=tokens[1])]
     app(tokens, exit_on_error=False, print_error=False)
+
+
+def _named(words: list[str]) -> dict[str, Any]:
+    """What is evaluated and how, by the words before the flags: a file alone, or a model and a suite."""
+    from pretrain.naming import named
+
+    if len(words) == 1 and words[0].endswith((".yaml", ".yml")):
+        content = load_yaml(words[0])
+    else:
+        content = {"model": named(words[0])} if words else {}
+        if len(words) > 1:
+            content |= load_yaml(words[1]) if words[1].endswith((".yaml", ".yml")) else {"suite": words[1]}
+    _check(content, EvaluateConfig, " ".join(words))
+    return content
 
 
 def _recipe(command: str, name: str) -> str:
@@ -264,6 +308,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Preempted as stopped:
         print(f"fovea: {stopped}", file=sys.stderr)
         sys.exit(TRY_AGAIN)
+    except Regression as error:
+        print(f"fovea: {error}", file=sys.stderr)
+        sys.exit(1)
     except ChildProcessError as error:  # its own traceback or message was shown
         print(f"fovea: {error}", file=sys.stderr)
         sys.exit(1)

@@ -43,8 +43,23 @@ class Sources(Config):
     """The labelled set that kNN and probe learn from."""
     seed: str | None = None
     """The curated seed of retrieval; joins the pool in training."""
+    evaluation: dict[str, str] = Field(default_factory=dict)
+    """Further datasets that tasks of `evaluate` name. The pool is not decontaminated against them, but leaks are
+    counted."""
 
-    _expand = field_validator("*", mode="before")(expand)
+    _expand = field_validator("pool", "test", "train", "seed", mode="before")(expand)
+
+    @field_validator("evaluation", mode="before")
+    @classmethod
+    def _expand_each(cls, value: Any) -> Any:
+        return {name: expand(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("evaluation")
+    @classmethod
+    def _no_role(cls, value: dict[str, str]) -> dict[str, str]:
+        if taken := set(value) & {"pool", "test", "train", "seed"}:
+            raise ValueError(f"{min(taken)} is a role of its own; give the dataset another name")
+        return value
 
 
 class KnownLeaks(Config):
@@ -77,7 +92,7 @@ class AblateConfig(Config):
     """URL of the labelled corpus that is scored."""
     pretrain: Annotated[PretrainSettings, OfItsStage] = PretrainSettings()
     """The small backbone: all choices get the same steps and batches, the seed apart."""
-    evaluate: Annotated[EvaluateSettings, OfItsStage] = EvaluateSettings(baselines=False)
+    evaluate: Annotated[EvaluateSettings, OfItsStage] = Field(default_factory=lambda: EvaluateSettings(baselines=False))
     """Protocols."""
 
     @model_validator(mode="after")
@@ -116,12 +131,16 @@ class PipelineConfig(Config):
     """The teacher."""
     distill: Annotated[DistillSettings, OfItsStage] = DistillSettings()
     """The student."""
-    evaluate: Annotated[EvaluateSettings, OfItsStage] = EvaluateSettings()
+    evaluate: Annotated[EvaluateSettings, OfItsStage] = Field(default_factory=EvaluateSettings)
     """Protocols for both."""
     publish: Annotated[PublishSettings, OfItsStage] = PublishSettings()
     """The published student."""
     report: Annotated[ReportSettings, OfItsStage] = ReportSettings()
     """The page."""
+
+    def evaluation_sets(self) -> list[str]:
+        """Names of the further datasets."""
+        return list(self.sources.evaluation) if self.sources is not None else []
 
     @model_validator(mode="after")
     def _one_source(self) -> PipelineConfig:

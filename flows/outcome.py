@@ -40,8 +40,17 @@ def _curation(summary: dict[str, Any]) -> Table | None:
 
 
 def _evaluation(summary: dict[str, Any]) -> Table:
-    subjects = list(summary["knn"])
-    table = Table("accuracy, %", *subjects, box=None)
-    for protocol in ("knn", "linear"):
-        table.add_row(protocol, *(f"{100 * summary[protocol][each]:.1f}" for each in subjects))
+    protocols = summary["evaluation"]
+    subjects = list(dict.fromkeys(name for told in protocols.values() for name in told["values"]))
+    table = Table("protocol", "metric", *subjects, box=None)
+    for protocol, told in protocols.items():
+        values = [told["values"].get(name) for name in subjects]
+        table.add_row(protocol, told["metric"], *(shown(value, told["share"]) for value in values))
     return table
+
+
+def shown(value: float | None, share: bool) -> str:
+    """A score as people read it: shares in percent."""
+    if value is None:
+        return ""
+    return f"{100 * value:.1f} %" if share else f"{value:.4g}"

@@ -10,6 +10,7 @@ from typing import Any
 from prefect import flow
 
 from curation.config import CurateConfig, EmbedConfig, EmbedSettings, IngestConfig, MaterializeConfig
+from curation.steps.config import Decontaminate
 from distill.config import DistillConfig, PublishConfig
 from eval.config import EvaluateConfig, ReportConfig
 from flows import stages, summary
@@ -51,10 +52,11 @@ def pipeline(config: PipelineConfig) -> dict[str, Any]:
     corpora = _ingest(run, sources)
     curated = _curate(run, corpora)
     training = [curated, *([corpora["seed"]] if "seed" in corpora else [])]
+    leaks = _leaks(run, corpora, training)
     teacher = run.done("pretrain", stages.pretrain(_pretrain_config(run, training)))
-    _evaluate(run, "evaluate-teacher", teacher, corpora)
+    _evaluate(run, "evaluate-teacher", teacher, corpora, leaks)
     student = run.done("distill", stages.distill(_distill_config(run, teacher, training)))
-    _evaluate(run, "evaluate-student", student, corpora)
+    _evaluate(run, "evaluate-student", student, corpora, leaks)
     _publish(run, student, corpora)
     facts = summary.curation_scores(config, run.urls, truth)
     _report(run, facts)
@@ -79,7 +81,8 @@ def _ingest(run: Run, sources: Sources) -> dict[str, str]:
     """Corpora by role; one source in two roles is one corpus."""
     corpora: dict[str, str] = {}
     ingested: dict[str, str] = {}
-    for role, source in sources.model_dump(exclude_none=True).items():
+    named = sources.model_dump(exclude_none=True)
+    for role, source in (named | named.pop("evaluation")).items():
         if source not in ingested:
             settings = IngestConfig(**dict(run.config.ingest), source=source, out=run.out("ingest"))
             ingested[source] = run.done(f"ingest-{role}", stages.ingest(settings))
@@ -87,8 +90,10 @@ def _ingest(run: Run, sources: Sources) -> dict[str, str]:
     return corpora
 
 
-def _embed(run: Run, stage: str, settings: EmbedSettings, corpus: str) -> str:
-    config = EmbedConfig(**dict(settings), corpus=corpus, out=run.out("embed"))
+def _embed(run: Run, stage: str, settings: EmbedSettings, corpus: str, previous: str | None = None) -> str:
+    if stage in run.urls:
+        return run.urls[stage]
+    config = EmbedConfig(**dict(settings), corpus=corpus, previous=previous, out=run.out("embed"))
     return run.done(stage, stages.embed(config))
 
 
@@ -136,12 +141,38 @@ def _distill_config(run: Run, teacher: str, corpora: list[str]) -> DistillConfig
     return DistillConfig(**settings, teacher_checkpoint=teacher, corpora=corpora, out=run.out("distill"))
 
 
-def _evaluate(run: Run, stage: str, checkpoint: str, corpora: dict[str, str]) -> None:
+def _leaks(run: Run, corpora: dict[str, str], training: list[str]) -> dict[str, str]:
+    """Selections over the evaluation sets: what they drop is a near-duplicate of something that is trained on.
+
+    Near is what the decontamination of the pool takes for it; where there is none, nothing is looked for.
+    """
+    steps = [each for each in run.config.deduplicate.steps if isinstance(each, Decontaminate)]
+    if not steps:
+        return {}
+    step = steps[0].model_copy(update={"drop": "hits", "count_components": False})
+    before = run.urls["embed-pool-copies"]
+    seen = [
+        _embed(run, f"embed-training-copies-{i}", run.config.copies, url, before if i == 0 else None)
+        for i, url in enumerate(training)
+    ]
+    found = {}
+    for name in ("test", *run.config.evaluation_sets()):
+        embedded = _embed(run, f"embed-{name}-copies", run.config.copies, corpora[name])
+        config = CurateConfig(
+            corpus=corpora[name], embeddings=embedded, evaluation=seen, steps=[step], out=run.out("leaks")
+        )
+        found[name] = run.done(f"leaks-{name}", stages.curate(config))
+    return found
+
+
+def _evaluate(run: Run, stage: str, checkpoint: str, corpora: dict[str, str], leaks: dict[str, str]) -> None:
+    names = ("train", "test", *run.config.evaluation_sets())
     config = EvaluateConfig(
         **dict(run.config.evaluate),
         model=CheckpointBackbone(url=checkpoint),
-        train=corpora["train"],
-        test=corpora["test"],
+        datasets={name: corpora[name] for name in names},
+        leaks=leaks,
+        features=storage.join(run.config.root, "features"),
         out=run.out(stage),
     )
     run.done(stage, stages.evaluate(config))

@@ -45,15 +45,15 @@ def knn_probe(config: PretrainConfig, settings: ProbeSettings) -> Probe:
         raise UserError(f"health.probe: {settings.train} and {settings.test} need the same labels")
 
     def score(backbone: VisionTransformer, steps: int) -> Mapping[str, float]:
-        from eval import knn
+        from eval.tasks.knn import predict
         from pretrain.backbones import CheckpointedViT
         from pretrain.features import extract
 
         model = CheckpointedViT.of(backbone, config.model.image_size, config.views.mean, config.views.std)
         bank, queries = (extract(model, corpus, _BATCH, "probe", shown=False) for corpus in (train, test))
         classes = int(max(train.labels.max(), test.labels.max())) + 1
-        found = knn.predict(bank, train.labels, queries, classes, settings.k, _TEMPERATURE)
-        return {"knn": float((found == test.labels).mean())}
+        (votes,) = predict(bank, train.labels, queries, classes, [min(settings.k, len(bank))], _TEMPERATURE)
+        return {"knn": float((votes.argmax(1) == test.labels).mean())}
 
     return score
 

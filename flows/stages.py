@@ -64,8 +64,8 @@ def _trained(room: Room, config: PretrainConfig | DistillConfig) -> str:
 
 @flow
 def evaluate(config: EvaluateConfig) -> str:
-    """A backbone to a report."""
-    from eval import run
+    """A backbone to a report; fails where scores fell further than its gate allows."""
+    from flows.evaluation import evaluate as run
 
     return run(config).url
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from curation.scoring import score_embedded, score_known_leaks
+from eval.summary import headline_rows
 from flows.config import PipelineConfig
 from infra import storage
 from infra.artifacts import Artifact, find
@@ -30,10 +31,9 @@ def write(
 ) -> dict[str, Any]:
     """Collect the summary, write it below the root and return it."""
     artifacts = {stage: _artifact(url) for stage, url in urls.items()}
-    teacher, student = (artifacts[f"evaluate-{who}"].metrics for who in ("teacher", "student"))
     content = {
         **scores,
-        **{protocol: _accuracies(teacher[protocol], student[protocol]) for protocol in ("knn", "linear")},
+        "evaluation": _evaluation(*(artifacts[f"evaluate-{who}"] for who in ("teacher", "student"))),
         "publish": {"timm_max_abs_diff": artifacts["publish"].metrics["timm_max_abs_diff"]},
         "artifacts": {stage: {"id": each.id, "url": each.url} for stage, each in artifacts.items()},
         "seconds": _making(config, artifacts, seconds),
@@ -60,7 +60,14 @@ def _artifact(url: str) -> Artifact:
     return artifact
 
 
-def _accuracies(teacher: dict[str, float], student: dict[str, float]) -> dict[str, float]:
-    names = {"teacher": teacher.get("model"), "student": student.get("model")}
-    names |= {baseline: teacher.get(baseline) for baseline in ("untrained", "pixels")}
-    return {name: value for name, value in names.items() if value is not None}
+def _evaluation(teacher: Artifact, student: Artifact) -> dict[str, dict[str, Any]]:
+    """The headline of each protocol: metric, whether it is a share, and values of both backbones and the baselines."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in headline_rows(teacher.read_json("report.json")["rows"]):
+        name = "teacher" if row["subject"] == "model" else row["subject"]
+        told = found.setdefault(row["protocol"], {"metric": row["metric"], "share": row["share"], "values": {}})
+        told["values"][name] = row["value"]
+    for protocol, told in found.items():
+        first = told["values"].pop("teacher")
+        told["values"] = {"teacher": first, "student": student.metrics[protocol]["model"], **told["values"]}
+    return found

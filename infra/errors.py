@@ -13,3 +13,7 @@ class Preempted(Exception):
 
     The command line exits with code 75, "try again" (EX_TEMPFAIL), on which launchers requeue.
     """
+
+
+class Regression(Exception):
+    """Scores fell below what was asked for. Nobody's mistake, and no success either."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from infra.artifacts import Input
 from infra.errors import UserError
 from infra.hashing import hash_file, hash_json
-from pretrain import weights
+from pretrain import published, weights
 from pretrain.checkpoints import Checkpoint
 from pretrain.config import (
     BackboneConfig,
@@ -25,8 +25,9 @@ from pretrain.config import (
     PixelDescriptor,
     TorchHubBackbone,
 )
+from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.models.official import from_official
-from pretrain.models.vit import Features, VisionTransformer
+from pretrain.models.vit import VisionTransformer
 
 
 class Backbone(Protocol):
@@ -37,6 +38,51 @@ class Backbone(Protocol):
 
     def features(self, batch: Tensor) -> Tensor:
         """A stack of preprocessed images to float32 `[n, dim]`."""
+
+
+@dataclass
+class Tokens:
+    """What a block says of n images; float32, on the CPU or the GPU."""
+
+    class_token: Tensor
+    """`[n, dim]`; of a network without one the mean of its patches"""
+    patch_tokens: Tensor
+    """`[n, h, w, dim]`"""
+
+
+@runtime_checkable
+class TokenBackbone(Backbone, Protocol):
+    """A backbone that tells of every patch, too."""
+
+    @property
+    def side(self) -> int:
+        """Side in pixels that images are brought to."""
+
+    @property
+    def patch(self) -> int:
+        """Side in pixels of what a patch token stands for; sides of images are multiples of it."""
+
+    @property
+    def any_size(self) -> bool:
+        """Whether images may have other sides than `side`."""
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Images that are not preprocessed, uint8 `[n, H, W, 3]`, to what `layers` takes."""
+
+    def layers(self, batch: Tensor, blocks: int) -> tuple[Tensor, list[Tokens]]:
+        """What `features` gives, and the tokens after each of the last blocks, through the final norm, the last last.
+        Of a network with fewer blocks, all."""
+
+
+def with_tokens(backbone: Backbone, who: str) -> TokenBackbone:
+    """The same backbone, known to have patch tokens.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not isinstance(backbone, TokenBackbone):
+        raise UserError(f"{who}: this backbone gives one vector an image and no patch tokens; leave the task out")
+    return backbone
 
 
 def load(config: BackboneConfig) -> Backbone:
@@ -65,7 +111,7 @@ def identity(config: BackboneConfig) -> tuple[dict[str, Any], dict[str, Input]]:
         return settings, {"backbone": Checkpoint.open(config.url).artifact.as_input()}
     if isinstance(config, PixelDescriptor):
         return settings, {}
-    weights = {"backbone": Input(id=_identity(Path(config.checkpoint)), url=config.checkpoint)}
+    weights = {"backbone": Input(id=_identity(published.path(config)), url=config.checkpoint)}
     if not isinstance(config, TorchHubBackbone):
         return settings, weights
     return settings, weights | {"code": Input(id=_identity(Path(config.repository)), url=config.repository)}
@@ -153,14 +199,32 @@ class CheckpointedViT:
     def preprocess(self, image: Image.Image) -> np.ndarray:
         return center_crop(image, self.side)
 
-    def features(self, batch: Tensor) -> Tensor:
-        return self.tokens(batch).class_token.float().cpu()
+    @property
+    def patch(self) -> int:
+        return self.model.config.patch_size
+
+    @property
+    def any_size(self) -> bool:
+        return True
 
     @torch.inference_mode()
-    def tokens(self, batch: Tensor) -> Features:
-        """Class and patch tokens of preprocessed images, uint8 `[n, side, side, 3]`."""
-        pixels = batch.to(self.mean.device).permute(0, 3, 1, 2).float() / 255
-        return self.model([(pixels - self.mean) / self.std])[0]
+    def features(self, batch: Tensor) -> Tensor:
+        return self.model([self.pixels(batch)])[0].class_token.float().cpu()
+
+    def normalised(self, images: Tensor) -> Tensor:
+        return images
+
+    @torch.inference_mode()
+    def layers(self, batch: Tensor, blocks: int) -> tuple[Tensor, list[Tokens]]:
+        pixels = self.pixels(batch)
+        found = self.model.intermediate(pixels, blocks)
+        grid = tuple(side // self.patch for side in pixels.shape[-2:])
+        tokens = [Tokens(each.class_token.float(), each.patch_tokens.float().unflatten(1, grid)) for each in found]
+        return tokens[-1].class_token.cpu(), tokens
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """What the network takes of images, uint8 `[n, H, W, 3]`."""
+        return (images.to(self.mean.device).permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
 
 
 class OpenClip:
@@ -177,6 +241,11 @@ class OpenClip:
             ) from None
         self._preprocess: Any = preprocess
         self.model = model.requires_grad_(False).eval().to(default_device())
+        visual = self.model.visual
+        self.side = max(_pair(visual.image_size))
+        self.patch = max(_pair(getattr(visual, "patch_size", 32)))  # ResNets shrink by 32
+        self.any_size = False
+        self._normalise = Normaliser(visual.image_mean or IMAGENET_MEAN, visual.image_std or IMAGENET_STD)
 
     def preprocess(self, image: Image.Image) -> Tensor:
         return self._preprocess(image)
@@ -185,21 +254,36 @@ class OpenClip:
     def features(self, batch: Tensor) -> Tensor:
         return self.model.encode_image(batch.to(default_device())).float().cpu()
 
-
-class OpenClipText:
-    """The text tower of an open_clip model."""
-
-    def __init__(self, config: OpenClipBackbone) -> None:
-        import open_clip
-
-        self.model = OpenClip(config).model
-        self._tokenize: Any = open_clip.get_tokenizer(config.model)
+    def normalised(self, images: Tensor) -> Tensor:
+        return self._normalise(images)
 
     @torch.inference_mode()
-    def features(self, texts: Sequence[str]) -> np.ndarray:
-        """Texts to vectors of unit length, float32 `[n, dim]`."""
-        found = self.model.encode_text(self._tokenize(list(texts)).to(default_device()), normalize=True)
-        return found.float().cpu().numpy()
+    def layers(self, batch: Tensor, blocks: int) -> tuple[Tensor, list[Tokens]]:
+        options = {"normalize_intermediates": True, "output_extra_tokens": True}
+        found = self.model.visual.forward_intermediates(batch.to(default_device()), blocks, **options)
+        maps, prefixes = found["image_intermediates"], found.get("image_intermediates_prefix")
+        tokens = [tokens_of(each, prefixes[i] if prefixes else None) for i, each in enumerate(maps)]
+        return found["image_features"].float().cpu(), tokens
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
+
+
+class Normaliser:
+    """Images, uint8 `[n, H, W, 3]`, to normalised ones, float32 `[n, 3, H, W]`."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self._mean, self._std = (torch.tensor(each).view(1, 3, 1, 1) for each in (mean, std))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images.permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
+
+
+def tokens_of(grid: Tensor, prefix: Tensor | None) -> Tokens:
+    """Tokens of a map `[n, dim, h, w]` and of what stands before it, `[n, tokens, dim]`, the class token first."""
+    patches = grid.float().permute(0, 2, 3, 1)
+    return Tokens(patches.mean((1, 2)) if prefix is None else prefix[:, 0].float(), patches)
 
 
 def center_crop(image: Image.Image, side: int) -> np.ndarray:

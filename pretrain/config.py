@@ -301,6 +301,9 @@ class PlanConfig(PretrainSettings):
     """Not read."""
 
 
+PUBLISHED = "published"  # in place of a path: what the library itself gives out under the model's name
+
+
 class PixelDescriptor(Config):
     """Low frequencies of a small thumbnail: a descriptor that needs no training."""
 
@@ -331,7 +334,8 @@ class OfficialBackbone(Config):
 
     kind: Literal["official"] = "official"
     checkpoint: str
-    """Path of its weights on this machine."""
+    """Path of its weights on this machine, or a name to fetch them by: of timm `published`, of open_clip a tag, of
+    transformers OWNER/NAME."""
     architecture: VisionTransformerConfig = VisionTransformerConfig()
     """The dimensions and parts it was trained with."""
     input_size: int = Field(224, ge=8)
@@ -349,7 +353,8 @@ class OpenClipBackbone(Config):
     model: str
     """The model's name in its library."""
     checkpoint: str
-    """Path of its weights on this machine."""
+    """Path of its weights on this machine, or a name to fetch them by: of timm `published`, of open_clip a tag, of
+    transformers OWNER/NAME."""
 
 
 class TimmBackbone(Config):
@@ -359,7 +364,8 @@ class TimmBackbone(Config):
     model: str
     """The model's name in its library."""
     checkpoint: str
-    """Path of its weights on this machine."""
+    """Path of its weights on this machine, or a name to fetch them by: of timm `published`, of open_clip a tag, of
+    transformers OWNER/NAME."""
 
 
 class TransformersBackbone(Config):
@@ -367,7 +373,8 @@ class TransformersBackbone(Config):
 
     kind: Literal["transformers"] = "transformers"
     checkpoint: str
-    """Path of its weights on this machine."""
+    """Path of its weights on this machine, or a name to fetch them by: of timm `published`, of open_clip a tag, of
+    transformers OWNER/NAME."""
 
 
 class TorchHubBackbone(Config):
@@ -379,7 +386,8 @@ class TorchHubBackbone(Config):
     model: str
     """The model's name in its library."""
     checkpoint: str
-    """Path of its weights on this machine."""
+    """Path of its weights on this machine, or a name to fetch them by: of timm `published`, of open_clip a tag, of
+    transformers OWNER/NAME."""
     input_size: int = Field(224, ge=8)
     """Side in pixels that images are brought to; a multiple of the patch size."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -393,7 +401,8 @@ class TorchScriptBackbone(Config):
 
     kind: Literal["torchscript"] = "torchscript"
     checkpoint: str
-    """Path of its weights on this machine."""
+    """Path of its weights on this machine, or a name to fetch them by: of timm `published`, of open_clip a tag, of
+    transformers OWNER/NAME."""
     input_size: int = Field(224, ge=8)
     """Side in pixels that images are brought to; a multiple of the patch size."""
     mean: tuple[float, float, float] = IMAGENET_MEAN

@@ -26,9 +26,16 @@ class _Images(Dataset[torch.Tensor]):
         return torch.as_tensor(np.array(self.backbone.preprocess(image)))
 
 
+def images_of(
+    backbone: Backbone, corpus: Corpus, rows: Sequence[int], batch: int, workers: int = 0
+) -> Iterator[torch.Tensor]:
+    """Preprocessed images of some rows, a stack at a time; loaded in `workers` processes, or here."""
+    yield from DataLoader(_Images(corpus, backbone, rows), batch_size=batch, num_workers=workers)
+
+
 def of_rows(backbone: Backbone, corpus: Corpus, rows: Sequence[int], batch: int) -> Iterator[np.ndarray]:
     """Features of some rows, float32 `[<= batch, dim]` at a time."""
-    for images in DataLoader(_Images(corpus, backbone, rows), batch_size=batch):
+    for images in images_of(backbone, corpus, rows, batch):
         yield backbone.features(images).numpy()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,15 @@ from PIL import Image
 from torch import Tensor
 
 from infra.errors import UserError
-from pretrain import weights
-from pretrain.backbones import Backbone, center_crop, default_device
-from pretrain.config import TimmBackbone, TorchHubBackbone, TorchScriptBackbone, TransformersBackbone
+from pretrain import published, weights
+from pretrain.backbones import Backbone, Normaliser, Tokens, center_crop, default_device, tokens_of
+from pretrain.config import (
+    TimmBackbone,
+    TorchHubBackbone,
+    TorchScriptBackbone,
+    TransformersBackbone,
+)
+from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,7 +37,9 @@ def load(config: TimmBackbone | TransformersBackbone | TorchHubBackbone | TorchS
     if isinstance(config, TimmBackbone):
         return Timm(config)
     if isinstance(config, TorchHubBackbone):
-        return Normalised(_of_hub(config), config)
+        module = _of_hub(config)
+        layered = hasattr(module, "get_intermediate_layers") and isinstance(getattr(module, "patch_size", None), int)
+        return Hub(module, config) if layered else Normalised(module, config)
     if isinstance(config, TransformersBackbone):
         return Transformers(config)
     return Normalised(_scripted(config), config)
@@ -42,13 +51,16 @@ class Timm:
     def __init__(self, config: TimmBackbone) -> None:
         import timm
 
-        try:
-            model = timm.create_model(config.model, pretrained=False, num_classes=0)
-        except RuntimeError as error:
-            raise UserError(f"model: {config.model}: {error}; timm.list_models() has the names") from None
-        _fill(model, config.checkpoint)
+        weights = published.path(config)
+        model: Any = _of_timm(config)
+        _fill(model, str(weights / "model.safetensors" if weights.is_dir() else weights))
+        data = timm.data.resolve_model_data_config(model)
         self.model = model.requires_grad_(False).eval().to(default_device())
-        self._preprocess: Any = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+        self._preprocess: Any = timm.data.create_transform(**data)
+        self._normalise = Normaliser(data["mean"], data["std"])
+        self.side = max(data["input_size"][1:])
+        self.patch = int(getattr(model, "feature_info", [{"reduction": 32}])[-1]["reduction"])
+        self.any_size = bool(getattr(model, "dynamic_img_size", not hasattr(model, "patch_embed")))
 
     def preprocess(self, image: Image.Image) -> Tensor:
         return self._preprocess(image)
@@ -56,6 +68,32 @@ class Timm:
     @torch.inference_mode()
     def features(self, batch: Tensor) -> Tensor:
         return self.model(batch.to(default_device())).float().cpu()
+
+    def normalised(self, images: Tensor) -> Tensor:
+        return self._normalise(images)
+
+    @torch.inference_mode()
+    def layers(self, batch: Tensor, blocks: int) -> tuple[Tensor, list[Tokens]]:
+        takes = inspect.signature(self.model.forward_intermediates).parameters
+        options = {name: True for name in ("norm", "return_prefix_tokens") if name in takes}
+        last, found = self.model.forward_intermediates(batch.to(default_device()), blocks, **options)
+        vectors = self.model.forward_head(last, pre_logits=True)
+        pairs = [each if isinstance(each, tuple) else (each, None) for each in found]
+        return vectors.float().cpu(), [tokens_of(grid, prefix) for grid, prefix in pairs]
+
+
+def _of_timm(config: TimmBackbone) -> nn.Module:
+    """A model without classifier; a Vision Transformer takes images of any size."""
+    import timm
+
+    name = f"local-dir:{config.checkpoint}" if Path(config.checkpoint).is_dir() else config.model
+    try:
+        try:
+            return timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
+        except TypeError:  # not a Vision Transformer
+            return timm.create_model(name, pretrained=False, num_classes=0)
+    except RuntimeError as error:
+        raise UserError(f"model: {config.model}: {error}; timm.list_models() has the names") from None
 
 
 def _fill(model: nn.Module, path: str) -> None:
@@ -79,23 +117,58 @@ class Transformers:
             from transformers import AutoImageProcessor, AutoModel
         except ImportError:
             raise UserError("backbone: kind transformers needs its package; pip install transformers") from None
-        if not Path(config.checkpoint).is_dir():
+        self.folder = folder = published.path(config)
+        if not folder.is_dir():
             raise UserError(f"{config.checkpoint}: no such folder; give what save_pretrained wrote")
         try:
-            model = AutoModel.from_pretrained(config.checkpoint, local_files_only=True, use_safetensors=True)
-            self._processor: Any = AutoImageProcessor.from_pretrained(config.checkpoint, local_files_only=True)
+            model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            self._processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise UserError(f"{config.checkpoint}: not a model of transformers: {error}".splitlines()[0]) from None
-        self.model = getattr(model, "vision_model", model).requires_grad_(False).eval().to(default_device())
+        self.whole = model.requires_grad_(False).eval().to(default_device())
+        self.model = getattr(model, "vision_model", model)
+        settings = self.model.config
+        self._sized = (
+            {}
+            if "interpolate_pos_encoding" not in inspect.signature(self.model.forward).parameters
+            else {"interpolate_pos_encoding": True}
+        )
+        self.side = int(getattr(settings, "image_size", 224))
+        self.patch = int(getattr(settings, "patch_size", 32))
+        self.any_size = bool(self._sized) or settings.model_type.startswith(("dinov2", "dinov3", "convnext", "resnet"))
+        self._normalise = Normaliser(
+            getattr(self._processor, "image_mean", None) or IMAGENET_MEAN,
+            getattr(self._processor, "image_std", None) or IMAGENET_STD,
+        )
 
     def preprocess(self, image: Image.Image) -> Tensor:
         return self._processor(image, return_tensors="pt")["pixel_values"][0]
 
     @torch.inference_mode()
     def features(self, batch: Tensor) -> Tensor:
-        found = self.model(pixel_values=batch.to(default_device()))
+        return self._vectors(self.model(pixel_values=batch.to(default_device()), **self._sized))
+
+    def _vectors(self, found: Any) -> Tensor:
         pooled = getattr(found, "pooler_output", None)
         return (found.last_hidden_state[:, 0] if pooled is None else pooled).flatten(1).float().cpu()
+
+    def normalised(self, images: Tensor) -> Tensor:
+        return self._normalise(images)
+
+    @torch.inference_mode()
+    def layers(self, batch: Tensor, blocks: int) -> tuple[Tensor, list[Tokens]]:
+        found = self.model(pixel_values=batch.to(default_device()), output_hidden_states=True, **self._sized)
+        grid = tuple(side // self.patch for side in batch.shape[-2:])
+        return self._vectors(found), [self._tokens(each, grid) for each in found.hidden_states[1:][-blocks:]]
+
+    def _tokens(self, hidden: Tensor, grid: tuple[int, ...]) -> Tokens:
+        if hidden.ndim == 4:  # a convolutional network's map
+            return tokens_of(hidden, None)
+        for name in ("layernorm", "post_layernorm", "norm"):
+            hidden = getattr(self.model, name, lambda tokens: tokens)(hidden)
+        prefix = hidden.shape[1] - grid[0] * grid[1]
+        patches = hidden[:, prefix:].unflatten(1, grid).permute(0, 3, 1, 2)
+        return tokens_of(patches, hidden[:, :prefix] if prefix else None)
 
 
 def _scripted(config: TorchScriptBackbone) -> Callable[[Tensor], Tensor]:
@@ -105,7 +178,7 @@ def _scripted(config: TorchScriptBackbone) -> Callable[[Tensor], Tensor]:
         raise UserError(f"{config.checkpoint}: not a TorchScript module: {error}".splitlines()[0]) from None
 
 
-def _of_hub(config: TorchHubBackbone) -> Callable[[Tensor], Tensor]:
+def _of_hub(config: TorchHubBackbone) -> nn.Module:
     if not (Path(config.repository) / "hubconf.py").is_file():
         raise UserError(f"{config.repository}: no folder with hubconf.py; give a torch.hub repository")
     before = set(sys.modules)
@@ -135,12 +208,31 @@ class Normalised:
     def __init__(self, module: Callable[[Tensor], Tensor], config: TorchScriptBackbone | TorchHubBackbone) -> None:
         self.module = module
         self.side = config.input_size
-        self.mean, self.std = (torch.tensor(each).view(1, 3, 1, 1) for each in (config.mean, config.std))
+        self._normalise = Normaliser(config.mean, config.std)
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         return center_crop(image, self.side)
 
     @torch.inference_mode()
     def features(self, batch: Tensor) -> Tensor:
-        pixels = (batch.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
-        return self.module(pixels.to(default_device())).float().cpu()
+        return self.module(self._normalise(batch).to(default_device())).float().cpu()
+
+
+class Hub(Normalised):
+    """A module with DINOv2's `get_intermediate_layers`."""
+
+    any_size = True
+
+    def __init__(self, module: Any, config: TorchHubBackbone) -> None:
+        super().__init__(module, config)
+        self.layered = module
+        self.patch: int = module.patch_size
+
+    def normalised(self, images: Tensor) -> Tensor:
+        return images
+
+    @torch.inference_mode()
+    def layers(self, batch: Tensor, blocks: int) -> tuple[Tensor, list[Tokens]]:
+        options = {"reshape": True, "return_class_token": True}
+        found = self.layered.get_intermediate_layers(self._normalise(batch).to(default_device()), blocks, **options)
+        return self.features(batch), [tokens_of(grid, token[:, None]) for grid, token in found]

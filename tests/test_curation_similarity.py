@@ -23,12 +23,12 @@ from curation.similarity.audit import audit, wilson
 from curation.similarity.cells import Cells
 from curation.similarity.exact import dots, rounded, slack, widened
 from curation.similarity.forest import Forest, _falling
-from curation.similarity.index import CompressedIndex
 from curation.similarity.kmeans import Centroids, nearest, train
 from curation.similarity.nearest import best_above, k_nearest, ranked
 from curation.similarity.selfjoin import Join
 from curation.similarity.tiles import CpuTiles, TorchTiles, Workers
 from infra.columns import taken
+from infra.neighbours import CompressedIndex
 from infra.vectors import Vectors
 from tests.pools import curated, halved, planted, pool, unit
 

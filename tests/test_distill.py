@@ -123,9 +123,7 @@ def published(embedded: Embedded, student: Checkpoint, tmp_path_factory: pytest.
     report = evaluate(
         EvaluateConfig(
             model=CheckpointBackbone(url=student.artifact.url),
-            train=embedded.seed,
-            test=embedded.test,
-            knn_k=5,
+            datasets={"train": embedded.seed, "test": embedded.test},
             out=str(out / "report"),
         )
     )
@@ -168,8 +166,9 @@ def test_the_model_cards_snippet_gives_our_features(embedded: Embedded, student:
 def test_the_card_tells_numbers_lineage_and_licence(published: Path) -> None:
     card = (published / "README.md").read_text()
     assert card.startswith("---\nlicense: cc0-1.0\n")
-    assert "| knn | model |" in card
-    assert "| linear | untrained |" in card
+    assert "| knn | accuracy, k = " in card
+    assert "| logistic | accuracy | untrained |" in card
+    assert "| health | RankMe | model |" in card
     lineage = json.loads((published / "lineage.json").read_text())
     assert {each["stage"] for each in lineage} >= {"source", "ingest", "pretrain", "distill", "evaluate"}
     known: set[str] = set()

@@ -70,8 +70,28 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         (["pretrain", "--corpora", "/nope", "--out", "o"], "/nope: no corpus or selection here"),
         (["pretrain", "--corpora", "x", "--out", "o", "--optimizer.clip", "-1"], "optimizer.clip"),
         (
-            ["eval", "--model.kind", "checkpoint", "--model.url", "/n", "--train", "a", "--test", "b", "--out", "o"],
-            "a: no corpus here",
+            [
+                "eval",
+                "--model.kind",
+                "checkpoint",
+                "--model.url",
+                "/n",
+                "--datasets.train",
+                "a",
+                "--datasets.test",
+                "b",
+            ],
+            "a: not found",
+        ),
+        (["eval", "nobody", "quick"], "nobody: no backbone by this name; give URL of a checkpoint"),
+        (["eval", "pixels", "quik", "--datasets.train", "a"], "quik: no such suite; there are full, imagenet, quick"),
+        (["eval", "pixels", "--datasets.train", "a"], "datasets: knn needs test; give each as datasets.NAME"),
+        (["eval", "timm:nobody", "--datasets.train", "torchvision:CIFAR11/train", "--datasets.test", "x"], "CIFAR11"),
+        (["compare", "a"], "compare: needs two reports or more"),
+        (["compare", "a", "b"], "a: no report here"),
+        (
+            ["eval", "pixels", "--datasets.train", "pairs:a:b", "--datasets.test", "x"],
+            "pairs:a:b: give two folders of this machine",
         ),
         (["run", "--root", "x"], "either sources or embedded"),
     ],
@@ -145,7 +165,7 @@ def pipeline(root: Path) -> dict[str, object]:
         },
         "pretrain": TINY,
         "distill": STUDENT,
-        "evaluate": {"knn_k": 5, "linear_c": [1.0]},
+        "evaluate": {"tasks": [{"kind": "knn", "k": [5]}, {"kind": "logistic", "strengths": [1.0]}], "pictures": 4},
     }
     PipelineConfig.model_validate(settings)
     return settings
@@ -172,9 +192,11 @@ def test_the_pipeline_runs_resumes_and_survives_kill(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert set(summary) == {
-        *("dedup", "decontamination", "retrieval", "knn", "linear", "publish", "artifacts", "seconds", "config"),
+        *("dedup", "decontamination", "retrieval", "evaluation", "publish", "artifacts", "seconds", "config"),
     }
-    assert set(summary["knn"]) == set(summary["linear"]) == {"teacher", "student", "untrained", "pixels"}
+    assert set(summary["evaluation"]) == {"knn", "logistic"}
+    for told in summary["evaluation"].values():
+        assert set(told["values"]) == {"teacher", "student", "untrained", "pixels"}
     assert summary["publish"]["timm_max_abs_diff"] <= 1e-5
     for stage, each in summary["artifacts"].items():
         artifact = find(each["url"])
@@ -217,7 +239,7 @@ def test_an_ablation_trains_on_each_choice_and_compares(embedded: Embedded, tmp_
         "train": embedded.seed,
         "test": embedded.test,
         "pretrain": TINY | {"schedule": {"steps": 3, "batch": 16}},
-        "evaluate": {"knn_k": 5, "linear_c": [1.0], "baselines": False},
+        "evaluate": {"tasks": [{"kind": "knn", "k": [5]}], "baselines": False, "pictures": 0},
     }
     (tmp_path / "ablate.yaml").write_text(yaml.safe_dump(settings))
     done = fovea("ablate", str(tmp_path / "ablate.yaml"), PREFECT_HOME=str(tmp_path / "prefect"))

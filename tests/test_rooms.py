@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("infra", "pretrain", "curation", "distill", "eval", "flows")
 BEHIND_ONE_MODULE = {
     "deepspeed": {"pretrain/sharding/zero.py"},
-    "faiss": {"curation/similarity/index.py"},
+    "faiss": {"infra/neighbours.py"},
     "xformers": {"pretrain/models/attention.py"},
 }
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from curation.context import Context
 from curation.similarity.audit import share
-from curation.similarity.index import CompressedIndex, sample_size
 from curation.similarity.nearest import best_above, k_nearest, ranked
 from curation.steps.config import Retrieve
+from infra.neighbours import CompressedIndex, sample_size
 
 _EXACT_WORK = 4e11  # products: seed images times images times dimensions
 _WIDER = 8  # times as many candidates are taken from the index as are wanted

@@ -58,11 +58,18 @@ def _sdpa(qkv: Tensor, shapes: Sequence[Shape], rotations: Sequence[Rotation] | 
 
 
 def _reference(qkv: Tensor, shapes: Sequence[Shape], rotations: Sequence[Rotation] | None = None) -> Tensor:
-    outputs = []
-    for query, key, value in _groups(qkv, shapes, rotations):
-        weights = (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(-1)
-        outputs.append(_packed(weights @ value))
-    return torch.cat(outputs)
+    groups = _groups(qkv, shapes, rotations)
+    return torch.cat([_packed(_weights(query, key) @ value) for query, key, value in groups])
+
+
+def _weights(query: Tensor, key: Tensor) -> Tensor:
+    return (query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5).softmax(-1)
+
+
+def attention_weights(qkv: Tensor, shape: Shape, rotations: Sequence[Rotation] | None = None) -> Tensor:
+    """What each token of one group of crops attends to, `[crops, heads, tokens, tokens]`, rows summing to 1."""
+    ((query, key, _),) = _groups(qkv, [shape], rotations)
+    return _weights(query, key)
 
 
 def _require_xformers() -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.models.attention import Attention, Shape, attention
+from pretrain.models.attention import Attention, Shape, attention, attention_weights
 from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.linear import normed_linear, scaled_linear
 from pretrain.models.rope import Rotation
@@ -32,6 +32,11 @@ class Attend(nn.Module):
     ) -> Tensor:
         qkv = normed_linear(x, norm, self.qkv, self._bias()).unflatten(1, (3, self.heads, -1))
         return scaled_linear(self.attention(qkv, shapes, rotations), self.proj, scale)
+
+    def weights(self, x: Tensor, norm: nn.LayerNorm, shape: Shape, rotations: Rotations) -> Tensor:
+        """Attention of every token to every other, `[crops, heads, tokens, tokens]`, of one group of crops."""
+        qkv = normed_linear(x, norm, self.qkv, self._bias()).unflatten(1, (3, self.heads, -1))
+        return attention_weights(qkv, shape, rotations)
 
     def _bias(self) -> Tensor | None:
         if not self.keyless:

@@ -6,8 +6,10 @@ crop alone. Parameter names are timm's where timm has the part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +116,7 @@ class VisionTransformer(nn.Module):
         tokens = [self.tokens(images, mask) for images, mask in zip(crops, masks or [None] * len(crops), strict=True)]
         if kept is not None:
             tokens = [self._only(group, kept) for group in tokens]
-        grids = [tuple(side // self.config.patch_size for side in images.shape[-2:]) for images in crops]
+        grids = [self._grid(images) for images in crops]
         packed = self._run(tokens, grids)
         return [self._features(x, local=i > 0) for i, x in enumerate(packed)]
 
@@ -127,14 +129,42 @@ class VisionTransformer(nn.Module):
     def _run(self, tokens: Sequence[Tensor], grids: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Groups `[B, tokens, dim]` through all blocks, before the final norm."""
         shapes: list[Shape] = [(group.shape[0], group.shape[1]) for group in tokens]
-        x = torch.cat([group.flatten(0, 1) for group in tokens])
+        x = deque(self._through(torch.cat([group.flatten(0, 1) for group in tokens]), shapes, grids), maxlen=1).pop()
+        parts = x.split([crops * length for crops, length in shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def _through(self, x: Tensor, shapes: Sequence[Shape], grids: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
+        """Packed tokens after each block."""
         rotations = self._rotations(grids)
         for i, block in enumerate(self.blocks):
             if i and self.rope is not None and self.rope.varies:  # DINOv3 augments positions anew for each block
                 rotations = self._rotations(grids)
             x = run_block(block, x, shapes, rotations, self.execution)
-        parts = x.split([crops * length for crops, length in shapes])
-        return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+            yield x
+
+    def intermediate(self, images: Tensor, blocks: int) -> list[Features]:
+        """Features of images `[B, 3, H, W]` after each of the last blocks, in order, all through the final norm."""
+        tokens, grid = self.tokens(images), self._grid(images)
+        shape = (tokens.shape[0], tokens.shape[1])
+        found = deque(self._through(tokens.flatten(0, 1), [shape], [grid]), maxlen=blocks)
+        return [Features(*self._features(x.unflatten(0, shape), local=False)) for x in found]
+
+    def class_attention(self, images: Tensor) -> Tensor:
+        """How the class token of each image `[B, 3, H, W]` attends to its patches in the last block, by head.
+
+        Returns:
+            `[B, heads, H / patch, W / patch]`; what falls on registers and the class token itself is left out.
+        """
+        tokens, grid = self.tokens(images), self._grid(images)
+        shape, x, last = (tokens.shape[0], tokens.shape[1]), tokens.flatten(0, 1), self.blocks[-1]
+        assert isinstance(last, Block)
+        before = islice(self._through(x, [shape], [grid]), len(self.blocks) - 1)
+        x = deque(chain([x], before), maxlen=1).pop()
+        weights = last.attn.weights(x, last.norm1, shape, self._rotations([grid]))
+        return weights[:, :, 0, 1 + self.config.registers :].unflatten(-1, grid)
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        return images.shape[-2] // self.config.patch_size, images.shape[-1] // self.config.patch_size
 
     def _rotations(self, grids: Sequence[tuple[int, ...]]) -> Rotations:
         if self.rope is None:

@@ -1,4 +1,4 @@
-"""A compressed index of many vectors. The only module that imports faiss."""
+"""The vectors nearest to others, exactly or by a compressed index. The only module that imports faiss."""
 
 from __future__ import annotations
 
@@ -13,6 +13,31 @@ _POINTS = 64  # training vectors a cell
 _CELL = 512  # vectors a cell, about
 _PROBES = 32
 _CODE = 4  # dimensions that share a byte
+_MOST_ON_GPU = 2048  # neighbours
+_GPU_BYTES = 1 << 30
+
+
+def nearest(queries: np.ndarray, bank: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors of a bank with the largest inner products, exactly, on the GPU if there is one.
+
+    Products are made block by block, so beside the vectors and the answer it takes some tens of MB.
+
+    Args:
+        queries: float32 `[q, dim]`.
+        bank: float32 `[n, dim]`.
+        count: how many of them, at most n.
+
+    Returns:
+        Products, float32, and rows of the bank, int64, both `[q, count]`, the largest first.
+    """
+    import faiss
+
+    queries, bank = (np.ascontiguousarray(each, dtype=np.float32) for each in (queries, bank))
+    if hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() and count <= _MOST_ON_GPU:
+        by, memory = faiss.METRIC_INNER_PRODUCT, _GPU_BYTES
+        limits: dict[str, Any] = {"metric": by, "vectorsMemoryLimit": memory, "queriesMemoryLimit": memory}
+        return faiss.knn_gpu(faiss.StandardGpuResources(), queries, bank, count, **limits)
+    return faiss.knn(queries, bank, count, metric=faiss.METRIC_INNER_PRODUCT)
 
 
 class CompressedIndex:

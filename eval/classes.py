@@ -1,0 +1,121 @@
+"""Answers of classifiers on the set they were made for, and on others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.bench import Bench
+from eval.charts import confusion
+from eval.scores import Outcome, Score, Scorer
+from eval.subject import Subject
+from eval.tasks.config import Classification, OtherSet
+from infra.config import load_yaml
+from infra.corpora import Corpus
+from infra.errors import UserError
+
+Classify = Callable[[Corpus], np.ndarray]
+"""Of each image how much speaks for each class, float32 `[n, classes]`."""
+_MOST_CLASSES = 60  # of a confusion matrix that can be read
+
+
+def classified(
+    task: Classification, subject: Subject, bench: Bench, names: list[str], classify: Classify, metric: str = "accuracy"
+) -> Outcome:
+    """Score a classifier on its test set and on the others that the task names.
+
+    Args:
+        names: of the classes that it knows.
+        metric: what the share of right answers is called.
+    """
+    scorer, labels = bench.scorer(task, subject.name), bench.labels(task.test)
+    found = classify(bench.corpus(task.test)).argmax(1)
+    scores = [scorer.accuracy(metric, found == labels, bench.leaked.get(task.test))]
+    for other in task.also:
+        if other.dataset in bench.corpora:
+            scores.append(_on(other, scorer, bench, names, classify))
+    pictures = {}
+    if bench.settings.pictures and subject.name == "model" and 2 <= len(names) <= _MOST_CLASSES:
+        pictures["confusion"] = confusion(labels, found, names)
+    return Outcome(scores, pictures)
+
+
+def _on(other: OtherSet, scorer: Scorer, bench: Bench, names: list[str], classify: Classify) -> Score:
+    """Accuracy on another set: an answer is right when it is one of the classes that the image's class stands for."""
+    meaning = _meaning(other, bench, names)  # [classes of the other set, classes]
+    labels = bench.labels(other.dataset)
+    scored: np.ndarray = np.asarray(meaning.any(1))[labels]
+    if not scored.any():
+        raise UserError(f"datasets: {other.dataset} shows none of the classes that are known; give a class map")
+    found = classify(bench.corpus(other.dataset))
+    if other.restrict:
+        found = np.where(meaning.any(0), found, -np.inf)
+    correct = meaning[labels, found.argmax(1)][scored]
+    leaked = bench.leaked.get(other.dataset)
+    return scorer.accuracy(f"accuracy on {other.dataset}", correct, None if leaked is None else leaked[scored])
+
+
+def _meaning(other: OtherSet, bench: Bench, names: list[str]) -> np.ndarray:
+    """Which of the known classes each class of another set is, bool `[theirs, known]`."""
+    theirs = bench.class_names(other.dataset)
+    given: dict[str, Any] = load_yaml(other.classes) if other.classes is not None else {name: name for name in names}
+    place = {name: number for number, name in enumerate(names)}
+    meaning = np.zeros((len(theirs), len(names)), dtype=bool)
+    for row, name in enumerate(theirs):
+        for each in _listed(given.get(name, [])):
+            if each not in place:
+                raise UserError(f"{other.classes}: {name}: {each} is no class of the training set; mend the map")
+            meaning[row, place[each]] = True
+    return meaning
+
+
+def _listed(value: Any) -> list[str]:
+    return [str(each) for each in value] if isinstance(value, list) else [str(value)]
+
+
+def spoken_names(file: str | None, bench: Bench, dataset: str) -> list[str]:
+    """Classes as one would say them.
+
+    Raises:
+        UserError: the file lacks one.
+    """
+    own = bench.class_names(dataset)
+    if file is None:
+        return [name.replace("_", " ") for name in own]
+    given = load_yaml(file)
+    if missing := [name for name in own if name not in given]:
+        raise UserError(f"{file}: has no name for the class {missing[0]}; add it")
+    return [str(given[name]) for name in own]
+
+
+def held_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to learn from and rows that choose settings, int64; each class in both, where it has enough images."""
+    from sklearn.model_selection import train_test_split
+
+    _, counts = np.unique(labels, return_counts=True)
+    stratify = labels if counts.min() >= 2 and len(labels) * share >= len(counts) else None
+    fit, choose = train_test_split(np.arange(len(labels)), test_size=share, random_state=seed, stratify=stratify)
+    return np.sort(fit), np.sort(choose)
+
+
+def per_class(labels: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+    """Rows of `count` images of each class, or all of a class that has fewer, int64 in order."""
+    chosen = [generator.permutation(np.flatnonzero(labels == each))[:count] for each in np.unique(labels)]
+    return np.sort(np.concatenate(chosen))
+
+
+def prompts(name: str) -> list[str]:
+    """Templates of a file in eval/prompts, or of one at a path: one a line, `{}` for the class."""
+    file = Path(__file__).with_name("prompts") / f"{name}.txt"
+    path = file if file.is_file() else Path(name)
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError):
+        known = ", ".join(sorted(each.stem for each in file.parent.glob("*.txt")))
+        raise UserError(f"prompts: {name}: no such file; there are {known}, or give the path of a text file") from None
+    if not lines or any(line.count("{}") != 1 for line in lines):
+        raise UserError(f"prompts: {name}: every line needs {{}} once, in the place of the class")
+    return lines

@@ -1,0 +1,191 @@
+"""Frozen features of a backbone over a dataset, kept as an artifact: the backbone runs once, whatever reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from eval.views import view
+from infra.artifacts import Artifact, Plan, produce
+from infra.corpora import Corpus
+from infra.files import appearing
+from infra.progress import progress
+from pretrain.backbones import Backbone, TokenBackbone, identity
+from pretrain.config import BackboneConfig
+from pretrain.data.decode import decode_rgb
+
+VERSION = 1
+_LAYOUT = "layout.json"
+_PART_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Rows of features: one an image, or one a view of each image, the views of an image one after another."""
+
+    artifact: Artifact
+    views: int
+    vector: int
+    """Width of what `Backbone.features` gives."""
+    blocks: list[int]
+    """Widths of the class tokens of the last blocks, the last last; none where the backbone has no tokens"""
+    mean: int
+    """Width of the mean of the last block's patch tokens."""
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> Frozen:
+        return cls(artifact, **artifact.read_json(_LAYOUT))
+
+    @cached_property
+    def parts(self) -> list[np.ndarray]:
+        """Rows of all columns, float32, mapped from disk."""
+        names = sorted(file.path for file in self.artifact.manifest.files if file.path.endswith(".npy"))
+        return [np.load(self.artifact.local_file(name), mmap_mode="r", allow_pickle=False) for name in names]
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([len(part) for part in self.parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def vectors(self) -> np.ndarray:
+        """Vectors of the centres of all images at unit length, float32 `[n, vector]`."""
+        found = self.raw()
+        return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+
+    def raw(self) -> np.ndarray:
+        """The same as the backbone gives them."""
+        return np.concatenate([part[:, : self.vector] for part in self.parts])[:: self.views]
+
+    def columns(self, start: int, stop: int) -> np.ndarray:
+        """Some columns of all rows, float32, in memory."""
+        return np.concatenate([np.ascontiguousarray(part[:, start:stop]) for part in self.parts])
+
+    def probe_width(self, blocks: int, pooled: bool) -> int:
+        """How wide the input of a linear probe is."""
+        return sum(self.blocks[-blocks:]) + (self.mean if pooled else 0) if self.blocks else self.vector
+
+    def probe_columns(self, blocks: int, pooled: bool) -> np.ndarray:
+        """Which columns a linear probe reads: class tokens of some last blocks and the mean of patch tokens."""
+        if not self.blocks:
+            return np.arange(self.vector)
+        end = self.vector + sum(self.blocks)
+        return np.arange(end - sum(self.blocks[-blocks:]), end + (self.mean if pooled else 0))
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """All columns of some rows, float32 `[m, width]`, in their order."""
+        part = np.searchsorted(self._ends, rows, side="right")
+        found = np.empty((len(rows), self.parts[0].shape[1]), dtype=np.float32)
+        for number in np.unique(part):
+            wanted = part == number
+            found[wanted] = self.parts[number][rows[wanted] - (self._ends[number] - len(self.parts[number]))]
+        return found
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How features are taken: on images `batch` at a time, loaded by `workers` processes."""
+
+    blocks: int
+    """Last blocks whose class tokens are kept."""
+    views: int
+    seed: int
+    batch: int
+    workers: int
+
+
+def freeze(backbone: Backbone, config: BackboneConfig, corpus: Corpus, how: Extraction, out: str, title: str) -> Frozen:
+    """Features of a corpus: those that were kept, or new ones."""
+    settings, inputs = identity(config)
+    decisive = {"model": settings, "blocks": how.blocks, "views": how.views}
+    if how.views > 1:
+        decisive |= {"seed": how.seed}
+    plan = Plan("embeddings", "freeze", VERSION, decisive, {"corpus": corpus.artifact.as_input(), **inputs})
+
+    def write(directory: Path) -> Mapping[str, Any]:
+        return _write(backbone, corpus, how, directory, title)
+
+    return Frozen.of(produce(plan, out, write, keep_work=True))
+
+
+class _Views(Dataset[torch.Tensor]):
+    def __init__(self, backbone: Backbone, corpus: Corpus, how: Extraction, rows: range) -> None:
+        self.backbone, self.corpus, self.how, self.rows = backbone, corpus, how, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> torch.Tensor:
+        row = self.rows[place]
+        image = decode_rgb(self.corpus.read_image(row))
+        return torch.stack([view(self.backbone, image, row, number, self.how.seed) for number in range(self.how.views)])
+
+
+def _write(backbone: Backbone, corpus: Corpus, how: Extraction, directory: Path, title: str) -> Mapping[str, Any]:
+    """Parts that appear when they are whole; what a killed attempt left is gone on from."""
+    part_rows = _part_rows(backbone, corpus, how)
+    starts = range(0, len(corpus), part_rows)
+    left = [start for start in starts if not _part(directory, start).exists()]
+    done = len(corpus) - sum(min(part_rows, len(corpus) - start) for start in left)
+    with progress(title, len(corpus), done) as advance:
+        for start in left:
+            rows = range(start, min(start + part_rows, len(corpus)))
+            found = []
+            for features in _rows(backbone, corpus, how, rows):
+                found.append(features)
+                advance(len(features) // how.views)
+            with appearing(_part(directory, start), 0o644) as partial, partial.open("wb") as file:
+                np.save(file, np.concatenate(found))
+    layout = _layout(backbone, corpus, how)
+    (directory / _LAYOUT).write_text(json.dumps(layout | {"views": how.views}))
+    return {"images": len(corpus), "views": how.views}
+
+
+def _part(directory: Path, start: int) -> Path:
+    return directory / f"rows-{start:012d}.npy"
+
+
+def _part_rows(backbone: Backbone, corpus: Corpus, how: Extraction) -> int:
+    layout = _layout(backbone, corpus, how)
+    width = layout["vector"] + sum(layout["blocks"]) + layout["mean"]
+    return max(_PART_BYTES // (4 * width * how.views), how.batch)
+
+
+def _layout(backbone: Backbone, corpus: Corpus, how: Extraction) -> dict[str, Any]:
+    """Widths, by a look at the first image."""
+    (pieces,) = _pieces(backbone, _Views(backbone, corpus, how, range(1))[0][:1], how)
+    vector, blocks, mean = pieces
+    return {"vector": vector.shape[1], "blocks": [each.shape[1] for each in blocks], "mean": mean.shape[1]}
+
+
+def _rows(backbone: Backbone, corpus: Corpus, how: Extraction, rows: range) -> Iterator[np.ndarray]:
+    """Features of some images, float32 `[images * views, width]` at a time."""
+    loader = DataLoader(
+        _Views(backbone, corpus, how, rows), batch_size=max(how.batch // how.views, 1), num_workers=how.workers
+    )
+    for images in loader:
+        for vector, blocks, mean in _pieces(backbone, images.flatten(0, 1), how):
+            yield np.concatenate([vector, *blocks, mean], axis=1)
+
+
+_Pieces = tuple[np.ndarray, list[np.ndarray], np.ndarray]
+
+
+def _pieces(backbone: Backbone, batch: torch.Tensor, how: Extraction) -> Iterator[_Pieces]:
+    """Vectors, class tokens of blocks, and means of patch tokens."""
+    if not isinstance(backbone, TokenBackbone):
+        plain = backbone.features(batch).numpy()
+        yield plain, [], plain[:, :0]
+        return
+    vectors, layers = backbone.layers(batch, how.blocks)
+    blocks = [each.class_token.cpu().numpy() for each in layers]
+    yield vectors.numpy(), blocks, layers[-1].patch_tokens.mean((1, 2)).cpu().numpy()

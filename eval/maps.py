@@ -1,0 +1,106 @@
+"""Patch tokens of images beside the maps (masks, depths) that belong to them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from eval.grids import Grids
+from eval.subject import Subject
+from infra.corpora import Corpus
+from infra.errors import UserError
+from infra.progress import progress
+from infra.shards import extension_of
+from pretrain.backbones import TokenBackbone
+from pretrain.data.decode import decode_rgb
+
+_TOGETHER = 8  # images a forward pass: there are many patches
+
+
+def side_for(backbone: TokenBackbone, size: int) -> int:
+    """The side that images are brought to: the asked one in whole patches, or the only one that there is."""
+    return max(size // backbone.patch, 1) * backbone.patch if backbone.any_size else backbone.side
+
+
+def squared(image: Image.Image, side: int) -> np.ndarray:
+    """A whole image squeezed to a square, uint8 `[side, side, 3]`."""
+    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+
+
+def patch_tokens(backbone: TokenBackbone, images: np.ndarray) -> Tensor:
+    """Of images, uint8 `[n, H, W, 3]`, the last block's patch tokens, float32 `[n, h, w, dim]`, on the CPU."""
+    batch = backbone.normalised(torch.from_numpy(np.array(images)))
+    return backbone.layers(batch, 1)[1][-1].patch_tokens.float().cpu()
+
+
+def grids(subject: Subject, corpus: Corpus, size: int, task: str) -> Grids:
+    """Patch tokens of all images of a dataset."""
+    backbone = subject.tokens(task)
+    side, tokens = side_for(backbone, size), None
+    known = (corpus.artifact.id, side)
+    if known in subject.grids:
+        return subject.grids[known]
+    with progress(f"patches of {subject.name}", len(corpus)) as advance:
+        for start in range(0, len(corpus), _TOGETHER):
+            rows = range(start, min(start + _TOGETHER, len(corpus)))
+            images = np.stack([squared(decode_rgb(corpus.read_image(row)), side) for row in rows])
+            found = patch_tokens(backbone, images).numpy()
+            if tokens is None:
+                tokens = subject.scratch((len(corpus), *found.shape[1:]))
+            tokens[start : start + len(found)] = found
+            advance(len(rows))
+    if tokens is None:
+        raise UserError(f"{corpus.artifact.url}: has no images; give a dataset that has")
+    return subject.grids.setdefault(known, Grids(tokens))
+
+
+def read_map(corpus: Corpus, row: int, extension: str) -> np.ndarray:
+    """The map beside an image, `[H, W]`: numbers as they are stored, of a PNG of one channel or of a palette.
+
+    Raises:
+        UserError: there is none, or it is no such image.
+    """
+    entry = corpus.entry(row)
+    member = next((each for each in entry["members"] if extension_of(each["name"]) == extension), None)
+    if member is None:
+        raise UserError(f"{corpus.artifact.url}: {entry['key']} has no {extension} beside it; set the task's member")
+    data = corpus.read_range(entry["shard"], member["offset"], member["size"])
+    try:
+        values = np.asarray(Image.open(io.BytesIO(data)))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise UserError(f"{corpus.artifact.url}: {member['name']} is no readable image; mend it") from None
+    if values.ndim != 2:
+        raise UserError(f"{corpus.artifact.url}: {member['name']} has {values.shape[-1]} channels; a map has one")
+    return values
+
+
+def patch_shares(values: np.ndarray, classes: np.ndarray, shape: tuple[int, int], side: int) -> np.ndarray:
+    """What share of each patch each class has, float32 `[h * w, classes]`; of what is none of them nothing.
+
+    Args:
+        values: class of each pixel `[H, W]`.
+        classes: numbers that count, int64, ascending.
+        shape: patches in height and width.
+        side: of the square that the image was squeezed to, at most; maps are brought near it, by nearest pixels.
+    """
+    cell = max(round(side / shape[0]), 1)
+    rows = (np.arange(shape[0] * cell) + 0.5) * values.shape[0] / (shape[0] * cell)
+    columns = (np.arange(shape[1] * cell) + 0.5) * values.shape[1] / (shape[1] * cell)
+    squeezed = values[rows.astype(int)[:, None], columns.astype(int)[None]]
+    places = np.searchsorted(classes, squeezed).clip(0, len(classes) - 1)
+    known = classes[places] == squeezed
+    patch = (np.arange(shape[0] * cell) // cell)[:, None] * shape[1] + (np.arange(shape[1] * cell) // cell)[None]
+    flat = (patch * len(classes) + places)[known]
+    counts = np.bincount(flat, minlength=shape[0] * shape[1] * len(classes))
+    return (counts.reshape(-1, len(classes)) / cell**2).astype(np.float32)
+
+
+def enlarged(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """Maps `[c, h, w]` at the size of an image, `[c, H, W]`, between patches linearly."""
+    return F.interpolate(values[None], size=tuple(shape), mode="bilinear", align_corners=False)[0]

@@ -1,0 +1,1 @@
+"""Pictures of what a backbone sees, as PNG bytes."""

@@ -1,0 +1,86 @@
+"""What patches look like to a backbone, and where its class token looks."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+
+from eval import maps
+from eval.pictures.sheet import TILE, sheet, spread, tile
+from infra.corpora import Corpus
+from pretrain.backbones import CheckpointedViT, TokenBackbone, center_crop, default_device
+from pretrain.data.decode import decode_rgb
+
+_LEAST = 0.1  # share of patches that a foreground has, at least
+_HEADS = 6
+
+
+def patch_pca(backbone: TokenBackbone, corpus: Corpus, count: int) -> bytes:
+    """Images above the first principal components of their patch tokens, as colours (DINOv2, figure 1).
+
+    Images are spread over the corpus and shown at twice the backbone's side where it can, for a finer grid. The first
+    component of all their patches together tells things from background, which is left white where there is one; the
+    colours are the first three components of what is left.
+    """
+    crops = _crops(backbone, corpus, count)
+    tokens = maps.patch_tokens(backbone, crops).numpy()
+    colours = principal_colours(tokens.reshape(-1, tokens.shape[-1])).reshape(*tokens.shape[:3], 3)
+    return sheet([[tile(each) for each in crops], [tile(each, smooth=False) for each in colours]])
+
+
+def _crops(backbone: TokenBackbone, corpus: Corpus, count: int) -> np.ndarray:
+    side = backbone.side * (2 if backbone.any_size else 1)
+    return np.stack([center_crop(decode_rgb(corpus.read_image(int(row))), side) for row in spread(len(corpus), count)])
+
+
+def principal_colours(tokens: np.ndarray) -> np.ndarray:
+    """Colours of patches `[n, dim]`, uint8 `[n, 3]`: white for the background, three components for the rest."""
+    front = foreground(_components(tokens, 1)[:, 0])
+    values = _components(tokens[front], 3)
+    low, high = np.percentile(values, [2, 98], axis=0)
+    colours = np.full((len(tokens), 3), 255, dtype=np.uint8)
+    colours[front] = (np.clip((values - low) / np.maximum(high - low, 1e-9), 0, 1) * 225).astype(np.uint8)
+    return colours
+
+
+def foreground(first: np.ndarray) -> np.ndarray:
+    """Which patches lie on the smaller side of the best cut through the first component; all, where a side is tiny."""
+    from skimage.filters import threshold_otsu
+
+    if np.ptp(first) <= 0:
+        return np.ones(len(first), dtype=bool)
+    above = first > threshold_otsu(first)
+    front = above if above.mean() <= 0.5 else ~above
+    return front if front.mean() >= _LEAST else np.ones(len(first), dtype=bool)
+
+
+def _components(tokens: np.ndarray, count: int) -> np.ndarray:
+    """The first principal components of `[n, dim]`, `[n, count]`; of fewer dimensions the rest is 0."""
+    centred = tokens.astype(np.float64) - tokens.mean(0)
+    values, directions = np.linalg.eigh(centred.T @ centred)
+    chosen = directions[:, np.argsort(-values)[:count]]
+    chosen = chosen * np.where(chosen.sum(0) < 0, -1, 1)  # a component's sign is arbitrary: fix it
+    found = np.zeros((len(tokens), count))
+    found[:, : chosen.shape[1]] = centred @ chosen
+    return found
+
+
+def attention_maps(backbone: CheckpointedViT, corpus: Corpus, count: int) -> bytes:
+    """Images, and beside each where the class token looks in the last block, head by head (DINO, figure 1)."""
+    crops = _crops(backbone, corpus, count)
+    with torch.inference_mode():
+        weights = backbone.model.class_attention(backbone.pixels(torch.from_numpy(crops).to(default_device())))
+    rows = []
+    for crop, heads in zip(crops, weights.float().cpu().numpy()[:, :_HEADS], strict=True):
+        rows.append([tile(crop), *(tile(_heat(head), smooth=False) for head in heads)])
+    return sheet(rows)
+
+
+def _heat(values: np.ndarray) -> Image.Image:
+    """Weights `[h, w]` as colours from dark to bright."""
+    from matplotlib import colormaps
+
+    scaled = (values - values.min()) / max(float(np.ptp(values)), 1e-12)
+    colours = (colormaps["inferno"](scaled)[..., :3] * 255).astype(np.uint8)
+    return Image.fromarray(colours).resize((TILE, TILE), Image.Resampling.NEAREST)

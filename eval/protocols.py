@@ -1,0 +1,84 @@
+"""Which function scores which task, and what each needs of a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.bench import Bench
+from eval.classes import prompts
+from eval.scores import Outcome
+from eval.subject import Subject
+from eval.tasks.config import TaskConfig
+from eval.tasks.correspondence import correspondence
+from eval.tasks.corruptions import corruptions
+from eval.tasks.depth import depth
+from eval.tasks.fine_tune import fine_tune
+from eval.tasks.health import health
+from eval.tasks.knn import knn
+from eval.tasks.linear import linear
+from eval.tasks.logistic import few_shot, logistic
+from eval.tasks.propagation import propagation
+from eval.tasks.retrieval import copy_detection, retrieval
+from eval.tasks.segmentation import knn_segmentation, segmentation
+from eval.tasks.texts import image_text, typographic, zero_shot
+from infra.errors import UserError
+from infra.hashing import hash_file, hash_json
+from pretrain.config import BackboneConfig, PixelDescriptor
+
+_RUN: dict[str, Callable[..., Outcome]] = {
+    "knn": knn,
+    "linear": linear,
+    "logistic": logistic,
+    "few_shot": few_shot,
+    "fine_tune": fine_tune,
+    "zero_shot": zero_shot,
+    "image_text": image_text,
+    "segmentation": segmentation,
+    "knn_segmentation": knn_segmentation,
+    "depth": depth,
+    "propagation": propagation,
+    "correspondence": correspondence,
+    "retrieval": retrieval,
+    "copy_detection": copy_detection,
+    "corruptions": corruptions,
+    "typographic": typographic,
+    "health": health,
+}
+_OF_VECTORS = {"knn", "linear", "logistic", "few_shot", "retrieval", "copy_detection"}
+_OF_TOKENS = {"segmentation", "knn_segmentation", "depth", "propagation", "correspondence", "health"}
+
+
+def run(task: TaskConfig, subject: Subject, bench: Bench) -> Outcome:
+    """Score a backbone by one task.
+
+    Raises:
+        UserError: the backbone or a dataset lacks what it takes.
+    """
+    return _RUN[task.kind](task, subject, bench)
+
+
+def of_baseline(task: TaskConfig, backbone: BackboneConfig) -> bool:
+    """Whether a baseline is worth scoring: by what its vectors say, or, of a network, its patch tokens."""
+    return task.kind in (_OF_VECTORS if isinstance(backbone, PixelDescriptor) else _OF_VECTORS | _OF_TOKENS)
+
+
+def files_of(tasks: Sequence[TaskConfig]) -> dict[str, str]:
+    """Hashes of the files that tasks read, by path: what they hold decides a report, too.
+
+    Raises:
+        UserError: one is missing.
+    """
+    found: dict[str, str] = {}
+    for task in tasks:
+        given: dict[str, Any] = task.model_dump(include={"names", "truth", "pairs"}, exclude_none=True)
+        also = [each.classes for each in getattr(task, "also", [])]
+        for path in [*given.values(), *(each for each in also if each is not None)]:
+            if not Path(path).is_file():
+                raise UserError(f"{path}: no such file; the task {task.protocol} reads it")
+            found[path] = hash_file(Path(path))
+        templates = getattr(task, "prompts", None)
+        if templates is not None:
+            found[f"prompts {templates}"] = hash_json(prompts(templates))
+    return found

@@ -1,0 +1,91 @@
+"""A report as others read it: one evaluation as a page, and its pictures and rows for the page of a whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval import charts
+from eval.config import EvaluateConfig
+from eval.gallery import data_uri
+from eval.rendering import PAGE, rendered
+from infra.artifacts import Artifact
+
+_NOTES = {
+    "pca": "Images above the first three principal components of their patch tokens, all taken together, as colours; "
+    "what lies on the far side of the first component is left white.",
+    "attention": "Where the class token looks in the last block, one column a head.",
+    "map": "Images near where their vectors are, coloured by class.",
+    "neighbours": "Test images in blue frames before their nearest training images: green has the same class.",
+    "confusion": "Share of each true class taken for each class.",
+    "curve": "What chose the setting that is reported.",
+    "damages": "Error, in percent, over severities.",
+    "masks": "Images above their true masks and the found ones.",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture with a heading and a note."""
+
+    title: str
+    note: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a page tells of one evaluation."""
+
+    name: str
+    rows: list[dict[str, Any]]
+    chart: str | None
+    """The headlines that are shares."""
+    pictures: list[Picture]
+    left_out: dict[str, list[str]]
+
+
+def section(name: str, told: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Section:
+    """A section from what `report.json` tells and pictures by name."""
+    rows = told["rows"]
+    shares = [row for row in headline_rows(rows) if row["share"]]
+    chart = data_uri(charts.accuracies(shares), "image/png") if shares else None
+    shown = [
+        Picture(each.replace("-", " "), _note(each), data_uri(data, "image/png")) for each, data in pictures.items()
+    ]
+    return Section(name, rows, chart, shown, told.get("left_out", {}))
+
+
+def of_artifact(name: str, artifact: Artifact) -> Section:
+    """The same of a report that was written."""
+    files = sorted(file.path for file in artifact.manifest.files if file.path.endswith(".png"))
+    pictures = {path.removesuffix(".png"): artifact.read_bytes(path) for path in files}
+    return section(name, artifact.read_json("report.json"), pictures)
+
+
+def write(config: EvaluateConfig, told: Mapping[str, Any], directory: Path) -> None:
+    """The page of one evaluation."""
+    pictures = {path.stem: path.read_bytes() for path in sorted(directory.glob("*.png"))}
+    found = section(label(config.model.model_dump(mode="json")), told, pictures)
+    (directory / PAGE).write_text(rendered("evaluation", each=found), encoding="utf-8")
+
+
+def label(model: Mapping[str, Any]) -> str:
+    """What a backbone is called, by its settings."""
+    if model.get("kind") == "checkpoint" and "url" in model:
+        return f"checkpoint {Path(model['url']).name}"
+    return " ".join(str(model[key]) for key in ("kind", "model") if key in model)
+
+
+def headline_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The first row of each protocol and subject."""
+    found: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for row in rows:
+        found.setdefault((row["protocol"], row["subject"]), row)
+    return list(found.values())
+
+
+def _note(name: str) -> str:
+    return _NOTES.get(name.rpartition("-")[2], "")

@@ -1,0 +1,1 @@
+"""Protocols: each takes a backbone and datasets and says how good the one is on the others."""

@@ -1,0 +1,99 @@
+"""Points of one image found in another by the most similar patch token."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field, TypeAdapter, ValidationError
+from torch import Tensor
+
+from eval import maps
+from eval.bench import Bench
+from eval.scores import Outcome
+from eval.subject import Subject
+from eval.tasks.config import Correspondence
+from infra.config import Config
+from infra.corpora import Corpus
+from infra.errors import UserError
+from infra.progress import progress
+from pretrain.backbones import TokenBackbone
+from pretrain.data.decode import decode_rgb
+
+
+class Pair(Config):
+    """Two images of alike things, and points in them that correspond."""
+
+    source: str
+    """Key of an image."""
+    target: str
+    """Key of another."""
+    source_points: list[tuple[float, float]]
+    """x and y in pixels of the source."""
+    target_points: list[tuple[float, float]]
+    """x and y in pixels of the target, in the same order."""
+    size: float = Field(gt=0)
+    """The larger side of the thing's box in the target."""
+
+
+def read_pairs(path: str) -> list[Pair]:
+    """The pairs of a JSON file.
+
+    Raises:
+        UserError: it is missing, or holds something else.
+    """
+    try:
+        pairs = TypeAdapter(list[Pair]).validate_python(json.loads(Path(path).read_text()))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give the JSON file of pairs") from None
+    except (ValueError, ValidationError):
+        raise UserError(f"{path}: not a list of pairs; each needs source, target, their points, and size") from None
+    uneven = [each for each in pairs if len(each.source_points) != len(each.target_points)]
+    if uneven or not any(each.source_points for each in pairs):
+        raise UserError(f"{path}: points of source and target must be as many, and some there must be")
+    return pairs
+
+
+def correspondence(task: Correspondence, subject: Subject, bench: Bench) -> Outcome:
+    """PCK: share of points, over all pairs, that are found near where they are."""
+    corpus, backbone = bench.corpus(task.test), subject.tokens(task.kind)
+    pairs, right = read_pairs(task.pairs), []
+    rows = {key: row for row, key in enumerate(corpus.keys)}
+    with progress(f"correspondences of {subject.name}", len(pairs)) as advance:
+        for pair in pairs:
+            source, target = (_tokens(task, backbone, corpus, rows, key) for key in (pair.source, pair.target))
+            found = matched(*source, *target, np.array(pair.source_points).reshape(-1, 2))
+            distance = np.linalg.norm(found - np.array(pair.target_points).reshape(-1, 2), axis=1)
+            right.append(distance <= task.alpha * pair.size)
+            advance()
+    note = f"{len(pairs)} pairs"
+    return Outcome([bench.scorer(task, subject.name).accuracy(f"PCK@{task.alpha:g}", np.concatenate(right), note=note)])
+
+
+Seen = tuple[Tensor, tuple[int, int]]
+"""Unit patch tokens of an image `[h, w, dim]`, and its width and height in pixels."""
+
+
+def _tokens(task: Correspondence, backbone: TokenBackbone, corpus: Corpus, rows: dict[str, int], key: str) -> Seen:
+    if key not in rows:
+        raise UserError(f"{task.pairs}: {key}: no image of {corpus.artifact.url} has this key")
+    image = decode_rgb(corpus.read_image(rows[key]))
+    pixels = maps.squared(image, maps.side_for(backbone, task.size))
+    return F.normalize(maps.patch_tokens(backbone, pixels[None])[0], dim=-1), image.size
+
+
+def matched(
+    source: Tensor, source_size: tuple[int, int], target: Tensor, target_size: tuple[int, int], points: np.ndarray
+) -> np.ndarray:
+    """Where points `[n, 2]` (x, y in pixels) of one image lie in the other: at the middle of its most similar patch."""
+    height, width = source.shape[:2]
+    columns = (points[:, 0] / source_size[0] * width).astype(int).clip(0, width - 1)
+    rows = (points[:, 1] / source_size[1] * height).astype(int).clip(0, height - 1)
+    near = source[torch.from_numpy(rows), torch.from_numpy(columns)] @ target.flatten(0, 1).T
+    best = near.argmax(1).numpy()
+    x = (best % target.shape[1] + 0.5) / target.shape[1] * target_size[0]
+    y = (best // target.shape[1] + 0.5) / target.shape[0] * target_size[1]
+    return np.stack([x, y], 1)

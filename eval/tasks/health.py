@@ -1,0 +1,127 @@
+"""Whether representations use the space they have: measures that need no labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from eval.bench import Bench
+from eval.scores import Outcome, Score, Scorer
+from eval.subject import Subject
+from eval.tasks.config import Health
+from eval.views import view
+from infra.corpora import Corpus
+from infra.progress import progress
+from pretrain.backbones import TokenBackbone
+from pretrain.checkpoints import Checkpoint
+from pretrain.config import CheckpointBackbone
+from pretrain.data.decode import decode_rgb
+from pretrain.health import rankme
+from pretrain.models.heads import PrototypeHead
+from pretrain.objectives.config import DinoConfig
+
+_RIDGE = 1e-4  # LiDAR's, on the within-image scatter
+_OUTLIER = 2.0  # times the median norm
+_TENTH = 10
+
+
+def health(task: Health, subject: Subject, bench: Bench) -> Outcome:
+    """RankMe, LiDAR, alpha-ReQ, norms of patch tokens and use of prototypes, as far as the backbone has them."""
+    corpus, scorer = bench.corpus(task.test), bench.scorer(task, subject.name)
+    rows = np.unique(np.linspace(0, len(corpus) - 1, min(task.images, len(corpus))).astype(int))
+    vectors = subject.frozen(corpus).raw()[rows]
+    few = rows[:: max(len(rows) // max(len(rows) // _TENTH, 2), 1)]
+    views = _views(subject, corpus, few, task.views, bench.settings.seed)
+    scores = [
+        scorer.plain(
+            "RankMe", float(rankme(torch.from_numpy(vectors))), len(rows), f"of {vectors.shape[1]} dimensions"
+        ),
+        scorer.plain("LiDAR", lidar(views), len(few), f"{task.views} crops each"),
+        scorer.plain(
+            "alpha-ReQ", alpha_req(vectors), len(rows), "1 is best, more is flat, less is noise", better="neither"
+        ),
+    ]
+    if isinstance(subject.backbone, TokenBackbone):
+        scores += _norms(subject.backbone, corpus, few, scorer)
+    return Outcome([*scores, *_prototypes(subject, vectors, scorer)])
+
+
+def _views(subject: Subject, corpus: Corpus, rows: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Vectors of random crops, float32 `[images, count, dim]`."""
+    found = []
+    with progress(f"crops of {subject.name}", len(rows)) as advance:
+        for row in rows.tolist():
+            image = decode_rgb(corpus.read_image(row))
+            crops = torch.stack([view(subject.backbone, image, row, 1 + number, seed) for number in range(count)])
+            found.append(subject.backbone.features(crops).numpy())
+            advance()
+    return np.stack(found)
+
+
+def lidar(views: np.ndarray) -> float:
+    """LiDAR (arXiv 2312.04000, equations 1 to 3): effective rank of what tells images apart, beside what tells crops of
+    one image apart.
+
+    Args:
+        views: vectors `[images, crops, dim]`.
+    """
+    means = views.mean(1, dtype=np.float64)
+    within = (views - means[:, None]).reshape(-1, views.shape[2])
+    scatter = within.T @ within / max(len(within) - len(views), 1) + _RIDGE * np.eye(views.shape[2])
+    between = means - means.mean(0)
+    values, directions = np.linalg.eigh(scatter)
+    whitened = between @ directions / np.sqrt(values)
+    spectrum = np.linalg.svd(whitened, compute_uv=False) ** 2
+    return float(np.exp(_entropy(spectrum)))
+
+
+def _entropy(values: np.ndarray) -> float:
+    shares = values / max(values.sum(), 1e-30)
+    return float(-(shares * np.log(np.maximum(shares, 1e-30))).sum())
+
+
+def alpha_req(vectors: np.ndarray) -> float:
+    """alpha-ReQ (arXiv 2202.05808): how fast the eigenvalues of the covariance fall, the slope on logarithmic scales.
+
+    Args:
+        vectors: `[n, dim]`.
+    """
+    centred = vectors - vectors.mean(0, dtype=np.float64)
+    values = np.linalg.svd(centred, compute_uv=False) ** 2 / len(vectors)
+    values = values[values > values[0] * 1e-10] if values[0] > 0 else values[:0]
+    if len(values) < 3:
+        return float("inf")
+    slope, _ = np.polyfit(np.log(np.arange(1, len(values) + 1)), np.log(values), 1)
+    return float(-slope)
+
+
+def _norms(backbone: TokenBackbone, corpus: Corpus, rows: np.ndarray, scorer: Scorer) -> Iterator[Score]:
+    """Artefacts that registers mend (arXiv 2309.16588): few patch tokens of far greater norm than others."""
+    images = [torch.as_tensor(np.array(backbone.preprocess(decode_rgb(corpus.read_image(int(row)))))) for row in rows]
+    norms = torch.cat(
+        [backbone.layers(each[None], 1)[1][-1].patch_tokens.norm(dim=-1).flatten().cpu() for each in images]
+    )
+    share = float((norms > _OUTLIER * norms.median()).float().mean())
+    note = f"norm over {_OUTLIER:g} times the median"
+    yield scorer.plain("outlying patch tokens", share, len(rows), note, share=True, better="lower")
+
+
+def _prototypes(subject: Subject, vectors: np.ndarray, scorer: Scorer) -> Iterator[Score]:
+    """How evenly a teacher uses its DINO prototypes: entropy of the mean assignment, as a share of the most."""
+    config = subject.config
+    if not isinstance(config, CheckpointBackbone) or config.untrained:
+        return
+    checkpoint = Checkpoint.open(config.url)
+    dino = next((each for each in checkpoint.settings.objectives if isinstance(each, DinoConfig)), None)
+    if dino is None or checkpoint.released != "teacher":
+        return
+    head = PrototypeHead(checkpoint.model.dim, dino.head).eval()
+    head.load_state_dict(checkpoint.weights("objectives.dino.teacher_head."))
+    temperature = checkpoint.settings.teacher.temperature[1]
+    with torch.no_grad():
+        assigned = (head(torch.from_numpy(vectors)) / temperature).softmax(-1)
+    mean, chosen = assigned.mean(0).numpy(), len(assigned.argmax(1).unique())
+    usage = min(_entropy(mean) / np.log(min(len(vectors), len(mean))), 1.0)
+    yield scorer.plain("prototype usage", usage, len(vectors), f"{chosen} of {len(mean)} chosen", share=True)

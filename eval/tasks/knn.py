@@ -1,0 +1,114 @@
+"""Weighted k-nearest-neighbour classification, the protocol of DINO (arXiv 2104.14294, section 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from eval.bench import Bench
+from eval.chance import generator
+from eval.charts import along
+from eval.classes import classified, per_class
+from eval.pictures.neighbours import neighbour_sheet
+from eval.scores import Outcome, Score
+from eval.subject import Subject
+from eval.tasks.config import Knn
+from infra.corpora import Corpus
+from infra.neighbours import nearest
+
+_CHOOSING = 5000  # training images, at most, that choose k
+
+
+def knn(task: Knn, subject: Subject, bench: Bench) -> Outcome:
+    """Accuracy at each k, the chosen one first."""
+    classes = bench.same_classes(task.train, task.test)
+    train, test = bench.corpus(task.train), bench.corpus(task.test)
+    bank, labels = subject.vectors(train), train.labels
+    scorer, truth = bench.scorer(task, subject.name), test.labels
+    ks = sorted({min(k, len(bank)) for k in task.k})
+    votes = predict(bank, labels, subject.vectors(test), classes, ks, task.temperature)
+    each = [
+        scorer.accuracy(f"accuracy, k = {k}", found.argmax(1) == truth, bench.leaked.get(task.test))
+        for k, found in zip(ks, votes, strict=True)
+    ]
+    k, curve = _chosen(task, bank, labels, classes, ks, [score.value for score in each])
+
+    def classify(corpus: Corpus) -> np.ndarray:
+        if corpus is test:
+            return votes[ks.index(k)]
+        return predict(bank, labels, subject.vectors(corpus), classes, [k], task.temperature)[0]
+
+    outcome = classified(task, subject, bench, bench.class_names(task.train), classify, f"accuracy, k = {k}")
+    others = [score for score in each if score.metric != outcome.scores[0].metric]
+    pictures = dict(outcome.pictures)
+    if subject.name == "model" and bench.settings.pictures:
+        pictures |= {"curve": along(ks, curve, "k", "accuracy")} if len(ks) > 1 else {}
+        pictures["neighbours"] = neighbour_sheet(train, test, bank, subject.vectors(test), bench.settings.pictures)
+    return Outcome([*outcome.scores[:1], *others, *outcome.scores[1:], *_few(task, subject, bench, k)], pictures)
+
+
+def predict(
+    bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, classes: int, ks: Sequence[int], temperature: float
+) -> list[np.ndarray]:
+    """Votes for each class, float32 `[q, classes]`, for each k.
+
+    Args:
+        bank: labelled vectors of unit length, float32 `[n, dim]`.
+        labels: their classes, int64 `[n]`.
+        queries: vectors of unit length, float32 `[q, dim]`.
+        ks: how many neighbours vote, at most n each.
+        temperature: a neighbour's vote weighs exp(cosine / temperature).
+    """
+    cosines, rows = nearest(queries, bank, max(ks))
+    return [counted(cosines[:, :k], labels[rows[:, :k]], classes, temperature) for k in ks]
+
+
+def counted(cosines: np.ndarray, labels: np.ndarray, classes: int, temperature: float) -> np.ndarray:
+    """Votes of neighbours `[q, k]` for each class, float32 `[q, classes]`, the nearest weighing 1."""
+    weights = np.exp((cosines - cosines[:, :1]) / temperature)
+    votes = np.zeros((len(cosines), classes), dtype=np.float32)
+    np.add.at(votes, (np.arange(len(cosines))[:, None], labels), weights)
+    return votes
+
+
+def _chosen(
+    task: Knn, bank: np.ndarray, labels: np.ndarray, classes: int, ks: Sequence[int], on_test: Sequence[float]
+) -> tuple[int, Sequence[float]]:
+    """The k that is reported, and what chose it: accuracy on training images that do not vote for themselves."""
+    if task.select == "published":
+        return ks[int(np.argmax(on_test))], on_test
+    if len(ks) == 1:
+        return ks[0], on_test
+    rows = np.unique(np.linspace(0, len(bank) - 1, min(_CHOOSING, len(bank))).astype(int))
+    cosines, found = nearest(bank[rows], bank, min(max(ks) + 1, len(bank)))
+    others = found != rows[:, None]
+    others[others.all(1), -1] = False  # equal images: one of them stands for itself
+    shape = (len(rows), found.shape[1] - 1)
+    cosines, found = cosines[others].reshape(shape), found[others].reshape(shape)
+    right = []
+    for k in ks:
+        votes = counted(cosines[:, :k], labels[found[:, :k]], classes, task.temperature)
+        right.append(float((votes.argmax(1) == labels[rows]).mean()))
+    return ks[int(np.argmax(right))], right
+
+
+def _few(task: Knn, subject: Subject, bench: Bench, k: int) -> list[Score]:
+    """Means over draws of few training images a class."""
+    train, test, scores = bench.corpus(task.train), bench.corpus(task.test), []
+    for count in task.per_class:
+        values = []
+        for draw in range(task.tries):
+            rows = per_class(train.labels, count, generator(bench.settings.seed, "per class", count, draw))
+            votes = predict(
+                subject.vectors(train)[rows],
+                train.labels[rows],
+                subject.vectors(test),
+                int(train.labels.max()) + 1,
+                [min(k, len(rows))],
+                task.temperature,
+            )
+            values.append(float((votes[0].argmax(1) == test.labels).mean()))
+        scorer = bench.scorer(task, subject.name)
+        scores.append(scorer.over_draws(f"accuracy, {count} a class", values, len(test), f"{task.tries} draws"))
+    return scores

@@ -1,0 +1,176 @@
+"""Linear probes on frozen features, a grid of them trained together (DINOv2, arXiv 2304.07193, section 7.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval.bench import Bench
+from eval.chance import generator
+from eval.charts import grid_curves
+from eval.classes import classified, held_out
+from eval.frozen import Frozen
+from eval.scores import Outcome, Score
+from eval.subject import Subject
+from eval.tasks.config import Linear
+from infra.corpora import Corpus
+from infra.progress import progress
+from pretrain.backbones import default_device
+
+_REFERENCE_BATCH = 256
+_MOMENTUM = 0.9
+_STD = 0.01
+_SCORED = 4096  # rows at a time
+
+
+@dataclass(frozen=True)
+class Head:
+    """Settings of one linear layer."""
+
+    blocks: int
+    pooled: bool
+    learning_rate: float
+
+    def __str__(self) -> str:
+        last = f"last {self.blocks} blocks" if self.blocks > 1 else "last block"
+        return f"{last}{', with patches' if self.pooled else ''}, lr {self.learning_rate:g}"
+
+
+class Heads:
+    """Linear layers of any settings on the same features, each with the gradient of its own loss alone."""
+
+    def __init__(self, heads: Sequence[Head], features: Frozen, classes: int, seed: int) -> None:
+        self.heads, self.device = list(heads), default_device()
+        chance = torch.Generator().manual_seed(seed)
+        self.groups: list[tuple[list[int], Tensor]] = []
+        self.weights: list[Tensor] = []
+        self.rates: list[Tensor] = []
+        for blocks, pooled in dict.fromkeys((head.blocks, head.pooled) for head in self.heads):
+            members = [i for i, head in enumerate(self.heads) if (head.blocks, head.pooled) == (blocks, pooled)]
+            columns = torch.from_numpy(features.probe_columns(blocks, pooled))
+            # All members start alike, so that only their learning rates tell them apart. The last row is the bias.
+            start = torch.zeros(len(columns) + 1, classes)
+            start[:-1] = torch.randn(len(columns), classes, generator=chance) * _STD
+            self.groups.append((members, columns))
+            self.weights.append(start.to(self.device).repeat(len(members), 1, 1))
+            self.rates.append(torch.tensor([self.heads[i].learning_rate for i in members], device=self.device))
+        self._moved = [torch.zeros_like(each) for each in self.weights]
+
+    def logits(self, rows: Tensor) -> list[Tensor]:
+        """Of features `[b, width]` the logits `[members, b, classes]` of each group."""
+        return [
+            torch.einsum("bd,hdc->hbc", rows[:, columns.to(rows.device)], weights[:, :-1]) + weights[:, -1:]
+            for (_, columns), weights in zip(self.groups, self.weights, strict=True)
+        ]
+
+    def step(self, rows: Tensor, labels: Tensor, factor: float) -> None:
+        """One step of SGD with momentum, each head at its learning rate times `factor`."""
+        for i, logits in enumerate(self.logits(rows)):
+            (_, columns), weights = self.groups[i], self.weights[i]
+            wrong = logits.softmax(-1)  # the gradient of cross-entropy: probabilities less the truth
+            wrong[:, torch.arange(len(labels), device=labels.device), labels] -= 1
+            wrong /= len(labels)
+            gradient = torch.empty_like(weights)
+            gradient[:, :-1] = torch.einsum("bd,hbc->hdc", rows[:, columns.to(rows.device)], wrong)
+            gradient[:, -1] = wrong.sum(1)
+            self._moved[i].mul_(_MOMENTUM).add_(gradient)
+            weights -= factor * self.rates[i][:, None, None] * self._moved[i]
+
+    def accuracies(self, features: Frozen, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Share of right answers of each head on some rows, float `[heads]`."""
+        right = np.zeros(len(self.heads))
+        for start in range(0, len(rows), _SCORED):
+            some = torch.from_numpy(features.take(rows[start : start + _SCORED])).to(self.device)
+            truth = torch.from_numpy(labels[start : start + _SCORED]).to(self.device)
+            for (members, _), logits in zip(self.groups, self.logits(some), strict=True):
+                right[members] += (logits.argmax(-1) == truth).sum(1).cpu().numpy()
+        return right / len(rows)
+
+    def scores(self, features: Frozen, head: int) -> np.ndarray:
+        """Logits of one head for the centres of all images, float32 `[n, classes]`."""
+        (group,) = (i for i, (members, _) in enumerate(self.groups) if head in members)
+        place, found = self.groups[group][0].index(head), []
+        for start in range(0, len(features), _SCORED * features.views):
+            rows = np.arange(start, min(start + _SCORED * features.views, len(features)), features.views)
+            some = torch.from_numpy(features.take(rows)).to(self.device)
+            found.append(self.logits(some)[group][place].cpu().numpy())
+        return np.concatenate(found)
+
+
+def linear(task: Linear, subject: Subject, bench: Bench) -> Outcome:
+    """Accuracy of the head that a held-out part of the training set chooses, trained again on all of it; or, as
+    published, of the head that is best on the test set."""
+    classes = bench.same_classes(task.train, task.test)
+    train, test = bench.corpus(task.train), bench.corpus(task.test)
+    features, labels = subject.frozen(train, task.views), train.labels
+    grid = _grid(task, features)
+    seed = bench.settings.seed
+    if task.select == "published":
+        heads = _trained(task, grid, features, np.arange(len(train)), labels, classes, seed, subject.name)
+        tested = subject.frozen(test)
+        curve = heads.accuracies(tested, np.arange(len(tested)), test.labels)
+        best = int(np.argmax(curve))
+    else:
+        fit, choose = held_out(labels, task.held_out, seed)
+        tried = _trained(task, grid, features, fit, labels, classes, seed, subject.name)
+        curve = tried.accuracies(features, choose * task.views, labels[choose])
+        chosen = grid[int(np.argmax(curve))]
+        heads = _trained(task, [chosen], features, np.arange(len(train)), labels, classes, seed, subject.name)
+        best = 0
+
+    def classify(corpus: Corpus) -> np.ndarray:
+        return heads.scores(subject.frozen(corpus), best)
+
+    outcome = classified(task, subject, bench, bench.class_names(task.train), classify)
+    first, pictures = outcome.scores[0], dict(outcome.pictures)
+    note = f"{grid[int(np.argmax(curve))]}" + (", the best on this test set" if task.select == "published" else "")
+    if subject.name == "model" and bench.settings.pictures and len(grid) > 1:
+        pictures["curve"] = grid_curves([(str(h).rpartition(", lr")[0], h.learning_rate) for h in grid], curve.tolist())
+    return Outcome([_noted(first, note), *outcome.scores[1:]], pictures)
+
+
+def _noted(score: Score, note: str) -> Score:
+    return replace(score, note=note)
+
+
+def _grid(task: Linear, features: Frozen) -> list[Head]:
+    """All heads; of a backbone without tokens only those that differ on its vector."""
+    if not features.blocks:
+        return [Head(1, False, rate) for rate in task.learning_rates]
+    blocks = sorted({min(each, len(features.blocks)) for each in task.blocks})
+    return [Head(*each) for each in product(blocks, sorted(set(task.average_pool)), task.learning_rates)]
+
+
+def _trained(
+    task: Linear,
+    grid: Sequence[Head],
+    features: Frozen,
+    images: np.ndarray,
+    labels: np.ndarray,
+    classes: int,
+    seed: int,
+    title: str,
+) -> Heads:
+    """Heads after all epochs over all views of some images; learning rates fall to 0 along a cosine."""
+    scale = task.batch / _REFERENCE_BATCH
+    heads = Heads(
+        [Head(each.blocks, each.pooled, each.learning_rate * scale) for each in grid], features, classes, seed
+    )
+    rows = (images[:, None] * task.views + np.arange(task.views)).ravel()
+    steps = max(task.epochs * len(images) // task.batch, task.min_steps)
+    chance, order = generator(seed, "linear"), np.empty(0, dtype=np.int64)
+    with progress(f"linear probes of {title}", steps) as advance, torch.inference_mode():
+        for step in range(steps):
+            while len(order) < task.batch:
+                order = np.concatenate([order, chance.permutation(rows)])
+            batch, order = order[: task.batch], order[task.batch :]
+            some = torch.from_numpy(features.take(batch)).to(heads.device)
+            truth = torch.from_numpy(labels[batch // task.views]).to(heads.device)
+            heads.step(some, truth, 0.5 * (1 + np.cos(np.pi * step / steps)))
+            advance()
+    return heads

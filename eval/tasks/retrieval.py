@@ -1,0 +1,171 @@
+"""Instance retrieval and copy detection by nearest vectors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from pydantic import Field, TypeAdapter, ValidationError
+from torchmetrics.functional.classification import binary_average_precision
+
+from eval.bench import Bench
+from eval.scores import Outcome, Score
+from eval.subject import Subject
+from eval.tasks.config import CopyDetection, Retrieval
+from infra.config import Config
+from infra.corpora import Corpus
+from infra.errors import UserError
+from infra.neighbours import nearest
+from pretrain.data.decode import decode_rgb
+
+T = TypeVar("T")
+Box = tuple[float, float, float, float]
+
+
+class Answers(Config):
+    """What a query of Oxford or Paris should find."""
+
+    easy: list[str] = Field(default_factory=list)
+    """Keys of images that show the place clearly."""
+    hard: list[str] = Field(default_factory=list)
+    """Keys of images that show it badly."""
+    junk: list[str] = Field(default_factory=list)
+    """Keys of images that count neither way."""
+    box: Box | None = None
+    """What the query is cut to, in pixels: left, top, right, bottom."""
+
+
+_SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "medium": (("easy", "hard"), ("junk",)),
+    "hard": (("hard",), ("easy", "junk")),
+    "easy": (("easy",), ("hard", "junk")),
+}
+"""Of each setting what is right, and what counts neither way (arXiv 1803.11285, section 3)."""
+
+
+def retrieval(task: Retrieval, subject: Subject, bench: Bench) -> Outcome:
+    """Mean average precision in the settings medium, hard and easy."""
+    corpus, queries = bench.corpus(task.test), bench.corpus(task.queries)
+    truth = _read(task.truth, dict[str, Answers])
+    rows, asked = _rows(corpus), _rows(queries)
+    keys = [key for key in truth if _known(key, asked, task.truth)]
+    cut = [(asked[key], truth[key].box) for key in keys]
+    vectors = np.concatenate(list(_cut(subject, queries, cut)))
+    order = np.argsort(-(vectors @ subject.vectors(corpus).T), axis=1, kind="stable")
+    scores = []
+    for name, (right, passed) in _SETTINGS.items():
+        values = []
+        for place, key in enumerate(keys):
+            wanted = _places(truth[key], right, rows, task.truth)
+            if wanted:
+                ranked = order[place][~np.isin(order[place], _places(truth[key], passed, rows, task.truth))]
+                values.append(revisited_precision(np.flatnonzero(np.isin(ranked, wanted))))
+        if values:
+            scores.append(_mean(bench, task, subject, f"mAP, {name}", np.array(values)))
+    if not scores:
+        raise UserError(f"{task.truth}: no query has an answer; give easy and hard lists of keys")
+    return Outcome(scores)
+
+
+def _mean(bench: Bench, task: Retrieval, subject: Subject, metric: str, values: np.ndarray) -> Score:
+    scorer = bench.scorer(task, subject.name)
+    return scorer.over_images(metric, len(values), lambda rows: float(values[rows].mean()), note="over queries")
+
+
+def _cut(subject: Subject, corpus: Corpus, queries: list[tuple[int, Box | None]]) -> Iterator[np.ndarray]:
+    """Unit vectors of queries cut to their boxes."""
+    for row, box in queries:
+        image = decode_rgb(corpus.read_image(row))
+        image = image if box is None else image.crop((round(box[0]), round(box[1]), round(box[2]), round(box[3])))
+        found = subject.backbone.features(torch.as_tensor(np.array(subject.backbone.preprocess(image)))[None]).numpy()
+        yield found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+
+
+def revisited_precision(places: np.ndarray) -> float:
+    """Average precision as Oxford and Paris define it: the area under the curve by trapezoids.
+
+    Args:
+        places: of all right answers in the ranking, from 0, ascending.
+    """
+    found = np.arange(len(places))
+    before = np.where(places == 0, 1.0, found / np.maximum(places, 1))
+    return float(((before + (found + 1) / (places + 1)) / 2).mean())
+
+
+def copy_detection(task: CopyDetection, subject: Subject, bench: Bench) -> Outcome:
+    """Micro average precision of all pairs of queries and near references, and recall at a precision of 90 %."""
+    references, queries = bench.corpus(task.test), bench.corpus(task.queries)
+    truth, rows, asked = _read(task.truth, dict[str, list[str]]), _rows(references), _rows(queries)
+    wanted = {
+        (asked[query], rows[original])
+        for query, originals in truth.items()
+        for original in originals
+        if _known(query, asked, task.truth) and _known(original, rows, task.truth)
+    }
+    if not wanted:
+        raise UserError(f"{task.truth}: names no copies; give lists of originals by the keys of queries")
+    count = min(task.candidates, len(references))
+    cosines, found = nearest(subject.vectors(queries), subject.vectors(references), count)
+    right = np.array([[(query, int(row)) in wanted for row in near] for query, near in enumerate(found)])
+    scorer, pairs = bench.scorer(task, subject.name), len(wanted)
+    note = f"{pairs} pairs"
+
+    originals = np.bincount([query for query, _ in wanted], minlength=len(queries))
+
+    def value(some: np.ndarray) -> float:
+        total = int(originals[some].sum())
+        return micro_precision(cosines[some].ravel(), right[some].ravel(), total) if total else float("nan")
+
+    precise = recall_at_precision(cosines.ravel(), right.ravel(), pairs, 0.9)
+    return Outcome(
+        [
+            scorer.over_images("µAP", len(queries), value, note=note),
+            scorer.plain("recall at precision 90 %", precise, len(queries), note, share=True),
+        ]
+    )
+
+
+def micro_precision(scores: np.ndarray, right: np.ndarray, wanted: int) -> float:
+    """Average precision of pairs in one ranking, where `wanted` pairs should be found and others may be missing."""
+    if not right.any():
+        return 0.0
+    found = binary_average_precision(torch.from_numpy((scores + 1) / 2), torch.from_numpy(right.astype(np.int64)))
+    return float(found) * float(right.sum()) / wanted
+
+
+def recall_at_precision(scores: np.ndarray, right: np.ndarray, wanted: int, precision: float) -> float:
+    """The largest share of the wanted pairs that some threshold finds at this precision."""
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(right[order])
+    last_of_equals = np.append(np.diff(scores[order]) != 0, True)
+    good = (hits / np.arange(1, len(hits) + 1) >= precision) & last_of_equals
+    return float(hits[good].max() / wanted) if good.any() else 0.0
+
+
+def _rows(corpus: Corpus) -> dict[str, int]:
+    return {key: row for row, key in enumerate(corpus.keys)}
+
+
+def _known(key: str, rows: Mapping[str, int], file: str) -> bool:
+    if key not in rows:
+        raise UserError(f"{file}: {key}: no image of the dataset has this key; mend the file")
+    return True
+
+
+def _places(answers: Answers, lists: Collection[str], rows: Mapping[str, int], file: str) -> list[int]:
+    return [rows[key] for name in lists for key in getattr(answers, name) if _known(key, rows, file)]
+
+
+def _read(path: str, kind: type[T]) -> T:
+    try:
+        return TypeAdapter(kind).validate_python(json.loads(Path(path).read_text()))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give the JSON file with the truth") from None
+    except (ValueError, ValidationError) as error:
+        raise UserError(
+            f"{path}: not what the task reads: {str(error).splitlines()[0]}; see docs/evaluation.md"
+        ) from None

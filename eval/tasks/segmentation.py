@@ -1,0 +1,178 @@
+"""Segmentation from patch tokens: by one linear layer, and by the votes of the most similar patches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+from eval import maps
+from eval.bench import Bench
+from eval.chance import generator
+from eval.classes import held_out
+from eval.grids import Grids
+from eval.pictures.masks import mask_sheet
+from eval.scores import Outcome
+from eval.subject import Subject
+from eval.tasks.config import KnnSegmentation, Segmentation, SegmentationSettings
+from eval.tasks.knn import counted
+from infra.corpora import Corpus
+from infra.errors import UserError
+from infra.neighbours import nearest
+from infra.progress import progress
+from pretrain.backbones import default_device
+
+Judge = Callable[[np.ndarray], Tensor]
+"""Of tokens, float32 `[patches, dim]`, how much speaks for each class, `[patches, classes]`."""
+
+
+def segmentation(task: Segmentation, subject: Subject, bench: Bench) -> Outcome:
+    """mIoU of a linear layer whose learning rate a held-out part of the training images chooses."""
+    train, classes = bench.corpus(task.train), _classes(task, bench)
+    tokens = maps.grids(subject, train, task.size, task.kind)
+    shares = _shares(task, train, classes, tokens, maps.side_for(subject.tokens(task.kind), task.size))
+    layers = _Layers(task, tokens, shares, bench.settings.seed)
+    everything, best = np.arange(len(train)), 0
+    if len(task.learning_rates) > 1:
+        fit, choose = held_out(np.zeros(len(train), dtype=int), task.held_out, bench.settings.seed)
+        tried = layers.trained(task.learning_rates, fit, f"segmentation of {subject.name}, tried")
+        best = int(np.argmin([layers.loss(each, choose) for each in tried]))
+    (layer,) = layers.trained(task.learning_rates[best : best + 1], everything, f"segmentation of {subject.name}")
+    return _scored(task, subject, bench, classes, lambda rows: layers.logits(layer, rows))
+
+
+def knn_segmentation(task: KnnSegmentation, subject: Subject, bench: Bench) -> Outcome:
+    """mIoU of the votes of similar patches; a patch of the bank votes for the classes it shows, by their shares."""
+    train, classes = bench.corpus(task.train), _classes(task, bench)
+    tokens = maps.grids(subject, train, task.size, task.kind)
+    shares = _shares(task, train, classes, tokens, maps.side_for(subject.tokens(task.kind), task.size))
+    places = np.flatnonzero(shares.sum(1) > 0.5)
+    places = np.sort(generator(bench.settings.seed, "bank").permutation(places)[: task.bank])
+    if not len(places):
+        raise UserError(f"datasets: {task.train} has no patch with a known class; check its masks and `ignore`")
+    per_image = tokens.shape[0] * tokens.shape[1]
+    bank = _unit(np.concatenate([tokens.flat(np.array([i]))[_within(places, i, per_image)] for i in range(len(train))]))
+    labels = shares[places].argmax(1)
+    k = min(task.k, len(bank))
+
+    def judge(rows: np.ndarray) -> Tensor:
+        cosines, found = nearest(_unit(rows), bank, k)
+        votes = counted(cosines, labels[found], len(classes), task.temperature)
+        return torch.from_numpy(votes / votes.sum(1, keepdims=True))
+
+    return _scored(task, subject, bench, classes, judge)
+
+
+def _within(places: np.ndarray, image: int, per_image: int) -> np.ndarray:
+    """Of places among all patches those of one image, counted within it."""
+    low, high = np.searchsorted(places, [image * per_image, (image + 1) * per_image])
+    return places[low:high] - image * per_image
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def _classes(task: SegmentationSettings, bench: Bench) -> np.ndarray:
+    """Numbers in the masks, int64, ascending, without the ignored; also those that only the test set has."""
+    found: set[int] = set()
+    for corpus in {id(each): each for each in (bench.corpus(task.train), bench.corpus(task.test))}.values():
+        for row in range(len(corpus)):
+            found |= set(np.unique(maps.read_map(corpus, row, task.member)).tolist())
+    if not found - set(task.ignore):
+        raise UserError(f"datasets: {task.train} has masks of ignored numbers only; check `member` and `ignore`")
+    return np.array(sorted(found - set(task.ignore)), dtype=np.int64)
+
+
+def _shares(task: SegmentationSettings, train: Corpus, classes: np.ndarray, tokens: Grids, side: int) -> np.ndarray:
+    """Of every patch of every image the share of each class, float32 `[n * h * w, classes]`."""
+    found = [
+        maps.patch_shares(maps.read_map(train, row, task.member), classes, tokens.shape, side)
+        for row in range(len(train))
+    ]
+    return np.concatenate(found)
+
+
+class _Layers:
+    """Linear layers on standardised patch tokens, trained by cross-entropy with the shares of classes in a patch."""
+
+    def __init__(self, task: Segmentation, tokens: Grids, shares: np.ndarray, seed: int) -> None:
+        self.task, self.tokens, self.shares, self.seed = task, tokens, shares, seed
+        self.device = default_device()
+        some = tokens.flat(np.unique(np.linspace(0, len(tokens.tokens) - 1, 256).astype(int)))
+        self.mean, self.std = (torch.from_numpy(each).to(self.device) for each in (some.mean(0), some.std(0) + 1e-6))
+
+    def trained(self, rates: Sequence[float], images: np.ndarray, title: str) -> list[torch.nn.Linear]:
+        """One layer for each learning rate, all on the same batches."""
+        torch.manual_seed(self.seed)
+        width, classes = self.tokens.tokens.shape[-1], self.shares.shape[1]
+        layers = [torch.nn.Linear(width, classes).to(self.device) for _ in rates]
+        groups = [{"params": each.parameters(), "lr": rate} for each, rate in zip(layers, rates, strict=True)]
+        optimiser = torch.optim.AdamW(groups, weight_decay=self.task.weight_decay)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.task.steps)
+        chance = generator(self.seed, "segmentation")
+        with progress(title, self.task.steps) as advance:
+            for _ in range(self.task.steps):
+                batch = chance.choice(images, min(self.task.batch, len(images)), replace=False)
+                optimiser.zero_grad()
+                sum((self._loss(layer, batch) for layer in layers), torch.zeros((), device=self.device)).backward()
+                optimiser.step()
+                schedule.step()
+                advance()
+        return layers
+
+    def _loss(self, layer: torch.nn.Linear, images: np.ndarray) -> Tensor:
+        per_image = self.tokens.shape[0] * self.tokens.shape[1]
+        places = (images[:, None] * per_image + np.arange(per_image)).ravel()
+        truth = torch.from_numpy(self.shares[places]).to(self.device)
+        logits = layer(self._standardised(self.tokens.flat(images)))
+        return -(truth * logits.log_softmax(-1)).sum() / truth.sum().clamp_min(1)
+
+    @torch.no_grad()
+    def loss(self, layer: torch.nn.Linear, images: np.ndarray) -> float:
+        """Mean over images of a layer's loss."""
+        return float(np.mean([float(self._loss(layer, images[i : i + 1])) for i in range(len(images))]))
+
+    @torch.no_grad()
+    def logits(self, layer: torch.nn.Linear, rows: np.ndarray) -> Tensor:
+        return layer(self._standardised(rows)).cpu()
+
+    def _standardised(self, rows: np.ndarray) -> Tensor:
+        return (torch.from_numpy(rows).to(self.device) - self.mean) / self.std
+
+
+def _scored(task: SegmentationSettings, subject: Subject, bench: Bench, classes: np.ndarray, judge: Judge) -> Outcome:
+    """Mean intersection over union of the test images at their own size."""
+    test, shown = bench.corpus(task.test), list[tuple[int, np.ndarray, np.ndarray]]()
+    tokens = maps.grids(subject, test, task.size, task.protocol)
+    areas = np.zeros((2, len(test), len(classes)))  # of intersections and unions
+    for row in range(len(test)):
+        truth = maps.read_map(test, row, task.member)
+        judged = judge(tokens.flat(np.array([row]))).T.unflatten(1, tokens.shape)
+        found = maps.enlarged(judged, truth.shape).argmax(0)
+        matrix = _confusion(found, truth, classes)
+        areas[:, row] = np.diag(matrix), matrix.sum(0) + matrix.sum(1) - np.diag(matrix)
+        if len(shown) < bench.settings.pictures and subject.name == "model":
+            shown.append((row, classes[found.numpy()], truth))
+
+    def miou(rows: np.ndarray) -> float:
+        return intersection_over_union(*areas[:, rows].sum(1))
+
+    score = bench.scorer(task, subject.name).over_images("mIoU", len(test), miou, bench.leaked.get(task.test))
+    return Outcome([score], {"masks": mask_sheet(test, shown)} if shown else {})
+
+
+def _confusion(found: Tensor, truth: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Pixels of each class taken for each class, int64 `[classes, classes]`; of what is no class nothing counts."""
+    places = np.searchsorted(classes, truth).clip(0, len(classes) - 1)
+    target = torch.from_numpy(np.where(classes[places] == truth, places, -1))
+    return multiclass_confusion_matrix(found[None], target[None], num_classes=len(classes), ignore_index=-1).numpy()
+
+
+def intersection_over_union(intersections: np.ndarray, unions: np.ndarray) -> float:
+    """Mean over the classes that are there, in truth or in answers; not a number where there are none."""
+    there = unions > 0
+    return float((intersections[there] / unions[there]).mean()) if there.any() else float("nan")

@@ -1,0 +1,109 @@
+"""Images and texts in one space: CLIP and SigLIP models of any origin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infra.errors import UserError
+from pretrain.backbones import OpenClip, default_device
+from pretrain.checkpoints import Checkpoint
+from pretrain.config import BackboneConfig, CheckpointBackbone, OpenClipBackbone, TransformersBackbone
+from pretrain.foreign import Transformers
+from pretrain.objectives.build import build
+from pretrain.objectives.config import ClipConfig, SiglipConfig
+from pretrain.objectives.image_text import ImageText, tokenizer
+
+
+class ImageTextModel(Protocol):
+    """What brings images and texts into one space, in which they are compared by their cosines."""
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """What its `Backbone.features` gives, `[n, dim]`, to vectors of unit length in the space of texts."""
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Texts to vectors of unit length, float32 `[n, dim]`."""
+
+
+def load(config: BackboneConfig) -> ImageTextModel:
+    """Load both towers of a model onto the GPU, if there is one.
+
+    Raises:
+        UserError: it has no text tower.
+    """
+    if isinstance(config, OpenClipBackbone):
+        return _OpenClip(config)
+    if isinstance(config, TransformersBackbone):
+        return _Transformers(config)
+    if isinstance(config, CheckpointBackbone):
+        return _Checkpointed(config)
+    raise UserError(f"kind {config.kind}: has no text tower; give a model of open_clip, transformers, or a checkpoint")
+
+
+class _OpenClip:
+    def __init__(self, config: OpenClipBackbone) -> None:
+        import open_clip
+
+        self.model = OpenClip(config).model
+        self._tokenize: Any = open_clip.get_tokenizer(config.model)
+
+    def project(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=1)
+
+    @torch.inference_mode()
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        found = self.model.encode_text(self._tokenize(list(texts)).to(default_device()), normalize=True)
+        return found.float().cpu().numpy()
+
+
+class _Checkpointed:
+    """The projection and the text tower of a Fovea checkpoint's objective."""
+
+    def __init__(self, config: CheckpointBackbone) -> None:
+        checkpoint = Checkpoint.open(config.url)
+        pairs = [each for each in checkpoint.settings.objectives if isinstance(each, ClipConfig | SiglipConfig)]
+        if not pairs or config.untrained:
+            raise UserError(f"{config.url}: has no trained text tower; pretrain with the objective clip or siglip")
+        objective = build(pairs[:1], checkpoint.model, checkpoint.model)[pairs[0].kind]
+        assert isinstance(objective, ImageText)
+        objective.load_state_dict(checkpoint.weights(f"objectives.{pairs[0].kind}."))
+        self._objective = objective.requires_grad_(False).eval().to(default_device())
+        self._tokenize = tokenizer(pairs[0].text)
+
+    @torch.inference_mode()
+    def project(self, vectors: Tensor) -> Tensor:
+        return self._objective.encode_images(vectors.to(default_device())).float().cpu()
+
+    @torch.inference_mode()
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        return self._objective.encode_texts(self._tokenize(texts).to(default_device())).cpu().numpy()
+
+
+class _Transformers:
+    def __init__(self, config: TransformersBackbone) -> None:
+        from transformers import AutoTokenizer
+
+        backbone = Transformers(config)
+        self.model: Any = backbone.whole
+        if not hasattr(self.model, "get_text_features"):
+            raise UserError(f"{config.checkpoint}: has no text tower; give a CLIP or SigLIP model")
+        self._tokenize: Any = AutoTokenizer.from_pretrained(backbone.folder, local_files_only=True)
+
+    @torch.inference_mode()
+    def project(self, vectors: Tensor) -> Tensor:
+        if hasattr(self.model, "visual_projection"):  # CLIP's; SigLIP has none
+            vectors = self.model.visual_projection(vectors.to(default_device())).float().cpu()
+        return F.normalize(vectors, dim=1)
+
+    @torch.inference_mode()
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        longest = self.model.config.text_config.max_position_embeddings
+        options = {"padding": "max_length", "truncation": True, "max_length": longest, "return_tensors": "pt"}
+        found = self.model.get_text_features(**self._tokenize(list(texts), **options).to(default_device()))
+        vectors = getattr(found, "pooler_output", found)  # some versions of transformers give an output
+        return F.normalize(vectors.float(), dim=1).cpu().numpy()

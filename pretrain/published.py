@@ -1,0 +1,84 @@
+"""Where weights lie that are named instead of given: fetched once by their own library, into its own cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infra.errors import UserError
+from pretrain.config import PUBLISHED, OpenClipBackbone, TimmBackbone, TransformersBackbone
+
+if TYPE_CHECKING:
+    from pretrain.config import OfficialBackbone, TorchHubBackbone, TorchScriptBackbone
+
+
+def path(
+    config: OfficialBackbone
+    | OpenClipBackbone
+    | TimmBackbone
+    | TransformersBackbone
+    | TorchHubBackbone
+    | TorchScriptBackbone,
+) -> Path:
+    """The file or folder of a backbone's weights on this machine.
+
+    Raises:
+        UserError: they are named, and neither cached nor to be had.
+    """
+    given = Path(config.checkpoint)
+    if given.exists():
+        return given
+    if isinstance(config, TimmBackbone) and config.checkpoint == PUBLISHED:
+        return _fetched(config.model, lambda: _of_timm(config.model))
+    if isinstance(config, OpenClipBackbone) and _tag(config) is not None:
+        return _fetched(config.model, lambda: _of_open_clip(config))
+    if isinstance(config, TransformersBackbone) and _is_repository(config.checkpoint):
+        return _fetched(config.checkpoint, lambda: _of_transformers(config.checkpoint))
+    return given
+
+
+def _fetched(name: str, fetch: Any) -> Path:
+    try:
+        return Path(fetch())
+    except UserError:
+        raise
+    except Exception as error:  # of networks, caches and servers, each library has its own
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{name}: its weights cannot be fetched ({reason[0]}); fetch them elsewhere and give their path"
+        ) from None
+
+
+def _of_timm(name: str) -> str:
+    import timm
+    from huggingface_hub import hf_hub_download
+
+    settings = timm.models.get_pretrained_cfg(name)
+    if settings is None or not (settings.hf_hub_id or settings.url):
+        raise UserError(f"{name}: timm publishes no weights for it; timm.list_pretrained() has the names")
+    if not settings.hf_hub_id:
+        return str(timm.models.download_cached_file(settings.url))
+    return hf_hub_download(settings.hf_hub_id, "model.safetensors")
+
+
+def _tag(config: OpenClipBackbone) -> dict[str, Any] | None:
+    from open_clip.pretrained import get_pretrained_cfg
+
+    return get_pretrained_cfg(config.model, config.checkpoint) or None
+
+
+def _of_open_clip(config: OpenClipBackbone) -> str:
+    from open_clip.pretrained import download_pretrained
+
+    return download_pretrained(_tag(config))
+
+
+def _is_repository(name: str) -> bool:
+    """Whether this can be `OWNER/NAME` of a model hub, and is not a path."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _of_transformers(name: str) -> str:
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
