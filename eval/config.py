@@ -37,9 +37,9 @@ class Gate(Config):
     report: str
     """URL of the earlier report."""
     drop: float = Field(0.01, ge=0)
-    """How far the headline of each protocol may fall, 0 to 1 for shares."""
+    """How far the headline of each protocol may fall: 0 to 1 for shares, else in its unit."""
     protocols: list[str] = Field(default_factory=list)
-    """Names of the protocols that are looked at; none: all that both reports have."""
+    """Names of the protocols that are looked at; none: all that both reports have, and whose headline is a share."""
 
 
 class EvaluateSettings(Config):

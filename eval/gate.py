@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from eval.config import Gate
 from eval.summary import headline_rows
 from infra.artifacts import Artifact, open_artifact
@@ -18,22 +21,22 @@ def require(report: Artifact, gate: Gate) -> None:
         UserError: the reports have no protocol in common, or a named one is missing.
     """
     now, before = _headlines(report), _headlines(open_artifact(gate.report, "report"))
-    names = gate.protocols or [name for name in now if name in before]
+    names = gate.protocols or [name for name, row in now.items() if name in before and row["share"]]
     if missing := [name for name in names if name not in now or name not in before]:
         raise UserError(f"gate: {missing[0]}: not in both {report.url} and {gate.report}; name another protocol")
     if not names:
         raise UserError(f"gate: {gate.report} has no protocol in common with {report.url}; compare with another")
     fallen = []
     for name in names:
-        (new, better), (old, _) = now[name], before[name]
-        loss = {"higher": old - new, "lower": new - old}.get(better, 0.0)
+        new, old = now[name]["value"], before[name]["value"]
+        loss = {"higher": old - new, "lower": new - old}.get(now[name]["better"], 0.0)
         if not loss <= gate.drop:  # also where it is not a number
             fallen.append(f"{name} {old:.4f} to {new:.4f}")
     if fallen:
         raise Regression(f"regression against {gate.report}: {'; '.join(fallen)} (allowed {gate.drop:g})")
 
 
-def _headlines(report: Artifact) -> dict[str, tuple[float, str]]:
-    """Value of each protocol's headline, and which way is better."""
+def _headlines(report: Artifact) -> dict[str, Mapping[str, Any]]:
+    """The headline of each protocol."""
     rows = headline_rows(report.read_json("report.json")["rows"])
-    return {row["protocol"]: (row["value"], row["better"]) for row in rows if row["subject"] == _SUBJECT}
+    return {row["protocol"]: row for row in rows if row["subject"] == _SUBJECT}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,13 +70,15 @@ def subject(
 
 
 def samples(folder: Path, members: Mapping[str, Mapping[str, bytes]], **settings: Any) -> Corpus:
-    """A corpus of samples: {key: {extension: bytes}}."""
-    for key, files in members.items():
-        for extension, data in files.items():
-            path = folder / "files" / f"{key}.{extension}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-    return ingested(folder / "files", folder / "corpus", labels="none", **settings)
+    """A corpus of samples in a shard: {key: {extension: bytes}}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder / "samples.tar", "w") as shard:
+        for key, files in members.items():
+            for extension, data in files.items():
+                entry = tarfile.TarInfo(f"{key}.{extension}")
+                entry.size = len(data)
+                shard.addfile(entry, io.BytesIO(data))
+    return ingested(folder / "samples.tar", folder / "corpus", labels="none", **settings)
 
 
 def png(values: np.ndarray) -> bytes:

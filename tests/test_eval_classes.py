@@ -169,7 +169,8 @@ def test_heads_are_trained_as_torch_trains_each_alone(tmp_path: Path) -> None:
     heads = linear.Heads(grid, features, 4, 0)
     columns = {(1, False): [6, 7, 8], (3, True): list(range(12)), (2, False): list(range(3, 9))}
     layers = []
-    for head, start in zip(grid, [heads.weights[0][0], heads.weights[0][1], heads.weights[1][0], heads.weights[2][0]]):
+    starts = [heads.weights[0][0], heads.weights[0][1], heads.weights[1][0], heads.weights[2][0]]
+    for head, start in zip(grid, starts, strict=True):
         layer = torch.nn.Linear(len(start) - 1, 4)
         layer.weight.data, layer.bias.data = start[:-1].T.clone(), start[-1].clone()
         layers.append((head, layer, torch.optim.SGD(layer.parameters(), lr=head.learning_rate, momentum=0.9)))
