@@ -33,7 +33,7 @@ def distill(config: DistillConfig) -> Artifact:
 
     def write(directory: Path) -> Mapping[str, Any]:
         dataset, url = view_dataset(config.corpora, settings), planned.resolve(config.out)
-        task = Task("distill", settings, dataset, lambda: build_learner(settings, teacher), directory, url)
+        task = Task("distill", settings, dataset, lambda: build_learner(settings, teacher), directory, url, planned)
         return train(task, task.build())
 
     planned = plan(config)

@@ -33,14 +33,15 @@ def classified(
     """
     scorer, labels = bench.scorer(task, subject.name), bench.labels(task.test)
     found = classify(bench.corpus(task.test)).argmax(1)
-    scores = [scorer.accuracy(metric, found == labels, bench.leaked.get(task.test))]
+    right = found == labels
+    scores = [scorer.accuracy(metric, right, bench.leaked.get(task.test))]
     for other in task.also:
         if other.dataset in bench.corpora:
             scores.append(_on(other, scorer, bench, names, classify))
     pictures = {}
     if bench.settings.pictures and subject.name == "model" and 2 <= len(names) <= _MOST_CLASSES:
         pictures["confusion"] = confusion(labels, found, names)
-    return Outcome(scores, pictures)
+    return Outcome(scores, pictures, right)
 
 
 def _on(other: OtherSet, scorer: Scorer, bench: Bench, names: list[str], classify: Classify) -> Score:

@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 
 from eval import charts
+from eval.chance import generator
 from eval.config import CompareConfig
 from eval.gallery import data_uri
 from eval.rendering import PAGE, rendered
 from eval.scores import student
-from eval.summary import headline_rows
+from eval.summary import answers_file, headline_rows
 from infra.artifacts import Artifact, Plan, find, open_artifact, produce
 from infra.errors import UserError
 
 VERSION = 2
 _SUBJECT = "model"  # of a report: not its baselines
+_RESAMPLES = 10_000
 Headlines = Mapping[str, Mapping[str, Any]]
 
 
@@ -44,7 +46,8 @@ class Mean:
     gain: float
     """Mean of the differences to the first group's reports, one by one"""
     gain_low: float | None
-    """By Student's t; None, as the other bound, where a single report tells nothing of it"""
+    """By Student's t; of single reports by resampling the test images of both together; None, as the other bound, where
+    nothing is known of it"""
     gain_high: float | None
 
 
@@ -62,14 +65,9 @@ def compare(config: CompareConfig) -> Artifact:
 
 def _write(title: str, groups: Mapping[str, Sequence[Artifact]], directory: Path) -> Mapping[str, Any]:
     told = {name: [_headlines(each) for each in group] for name, group in groups.items()}
-    trained_on = {name: _images(group[0]) for name, group in groups.items()}
-    first = next(iter(told.values()))
+    first = next(iter(groups.values()))
     protocols = _common(groups, told)
-    rows = [
-        _mean(protocol, name, [each[protocol] for each in group], [each[protocol] for each in first], trained_on[name])
-        for protocol in protocols
-        for name, group in told.items()
-    ]
+    rows = [_mean(protocol, name, group, first) for protocol in protocols for name, group in groups.items()]
     picture = charts.accuracies([asdict(row) for row in rows if row.share])
     (directory / "report.json").write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=1))
     (directory / "comparison.png").write_bytes(picture)
@@ -96,9 +94,8 @@ def _common(groups: Mapping[str, Sequence[Artifact]], told: Mapping[str, Sequenc
     return list(headlines[0])
 
 
-def _mean(
-    protocol: str, name: str, group: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]], images: int
-) -> Mean:
+def _mean(protocol: str, name: str, reports: Sequence[Artifact], others: Sequence[Artifact]) -> Mean:
+    group, first = ([_headlines(each)[protocol] for each in some] for some in (reports, others))
     values, theirs = (np.array([each["value"] for each in some], dtype=float) for some in (group, first))
     paired = min(len(values), len(theirs))
     value, low, high = student(values)
@@ -106,7 +103,40 @@ def _mean(
         low, high = group[0]["low"], group[0]["high"]
     metric, share, better = (first[0][key] for key in ("metric", "share", "better"))
     gain = student(values[:paired] - theirs[:paired])
-    return Mean(protocol, metric, name, value, low, high, share, better, len(values), images, *gain)
+    if paired == 1:
+        gain = (gain[0], *_over_images(protocol, reports, others))
+    return Mean(protocol, metric, name, value, low, high, share, better, len(values), _images(reports[0]), *gain)
+
+
+def _over_images(
+    protocol: str, reports: Sequence[Artifact], others: Sequence[Artifact]
+) -> tuple[float | None, float | None]:
+    """The 95 % interval of the difference of two reports, where both answered for the same test images."""
+    ours, theirs = (_answers(protocol, some[0]) for some in (reports, others))
+    if ours is None or theirs is None or ours[0] != theirs[0]:
+        return None, None
+    return paired_interval(ours[1], theirs[1])
+
+
+def paired_interval(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean difference of answers to the same questions, bool `[n]`: both are resampled together.
+
+    Resampling n differences of -1, 0 and 1 is a multinomial draw, so that is what is drawn.
+    """
+    counts = np.array([(ours & ~theirs).sum(), (~ours & theirs).sum(), (ours == theirs).sum()])
+    drawn = generator(0, "pairs").multinomial(len(ours), counts / len(ours), _RESAMPLES)
+    low, high = np.percentile((drawn[:, 0] - drawn[:, 1]) / len(ours), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _answers(protocol: str, report: Artifact) -> tuple[str, np.ndarray] | None:
+    """Id of the test set and answers of a protocol, where the report has them."""
+    name = answers_file(protocol)
+    tasks = {task["name"] or task["kind"]: task for task in report.manifest.config.get("tasks", [])}
+    if not any(file.path == name for file in report.manifest.files) or protocol not in tasks:
+        return None
+    answers = np.load(report.local_file(name), allow_pickle=False)
+    return report.manifest.inputs[tasks[protocol]["test"]].id, answers
 
 
 def _images(report: Artifact) -> int:

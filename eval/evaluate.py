@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from eval import protocols, summary
 from eval.bench import Bench
@@ -95,6 +97,8 @@ def _scored(task: TaskConfig, subject: Subject, bench: Bench, directory: Path) -
         return [Score(**row) for row in json.loads(done.read_text())]
     outcome: Outcome = protocols.run(task, subject, bench)
     _draw({f"{task.protocol} {name}": data for name, data in outcome.pictures.items()}, directory)
+    if outcome.answers is not None and subject.name == "model":
+        np.save(directory / summary.answers_file(task.protocol), outcome.answers)
     with appearing(done, 0o644) as partial:
         partial.write_text(json.dumps([asdict(score) for score in outcome.scores]))
     return outcome.scores
@@ -102,14 +106,4 @@ def _scored(task: TaskConfig, subject: Subject, bench: Bench, directory: Path) -
 
 def _draw(pictures: Mapping[str, bytes], directory: Path) -> None:
     for name, data in pictures.items():
-        (directory / f"{_file_name(name)}.png").write_bytes(data)
-
-
-def _file_name(name: str) -> str:
-    """A name as a file may have it."""
-    return "".join(_plain(name)).strip("-")
-
-
-def _plain(name: str) -> Iterator[str]:
-    for letter in name.lower():
-        yield letter if letter.isalnum() or letter in "-_." else "-"
+        (directory / f"{summary.file_name(name)}.png").write_bytes(data)

@@ -68,8 +68,11 @@ def _write(config: ReportConfig, artifacts: Mapping[str, Artifact], directory: P
                 sections["galleries"] += Exhibits(artifact, config.gallery).galleries()
             elif kind == "checkpoint":
                 sections["curves"].append(_curves(name, artifact))
-            elif kind == "report":
-                sections["scores"] += [summary.of_artifact(name, artifact)] if _has_scores(artifact) else []
+            elif artifact.manifest.stage == "evaluate":
+                sections["scores"].append(summary.of_artifact(name, artifact))
+            elif artifact.manifest.stage == "compare":
+                picture = data_uri(artifact.read_bytes("comparison.png"), "image/png")
+                sections["curves"].append(Chart(name, "Headline scores of teachers while training.", picture))
             advance(note=name)
     lineage = ancestors(each.as_input() for each in artifacts.values())
     html = render(config, sections, lineage, artifacts)
@@ -103,10 +106,6 @@ def _curves(name: str, artifact: Artifact) -> Chart:
     metrics = artifact.metrics
     note = f"{metrics['steps']} steps over {metrics['images']} images, {metrics['parameters']:,} parameters."
     return Chart(name, note, data_uri(picture, "image/png"))
-
-
-def _has_scores(artifact: Artifact) -> bool:
-    return artifact.manifest.stage == "evaluate"
 
 
 def render(

@@ -49,6 +49,8 @@ class Outcome:
     scores: list[Score]
     pictures: dict[str, bytes] = field(default_factory=dict)
     """PNG by name."""
+    answers: np.ndarray | None = None
+    """Of each test image whether the headline's answer is right, bool `[n]`; None where it is no mean of such."""
 
 
 @dataclass(frozen=True)

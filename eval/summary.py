@@ -89,3 +89,13 @@ def headline_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def _note(name: str) -> str:
     return _NOTES.get(name.rpartition("-")[2], "")
+
+
+def answers_file(protocol: str) -> str:
+    """Where a report keeps which test images a protocol's headline had right."""
+    return f"{file_name(protocol)}-answers.npy"
+
+
+def file_name(name: str) -> str:
+    """A name as a file may have it."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name.lower()).strip("-.")

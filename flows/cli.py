@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from curation.config import CurateConfig, EmbedConfig, IngestConfig, MaterializeConfig
 from distill.config import DistillConfig, PublishConfig
 from eval.config import EvaluateConfig, ReportConfig
-from flows.config import AblateConfig, PipelineConfig
+from flows.config import AblateConfig, FollowConfig, PipelineConfig
 from infra.config import Config, describe, load_yaml
 from infra.errors import Preempted, Regression, UserError
 from infra.launch.job import TRY_AGAIN, USER_MISTAKE
@@ -179,6 +179,15 @@ def evaluate(model: Model = None, suite: Suite = None, /, *, config: Annotated[E
     _made(artifact)
 
 
+@app.command(sort_key=8)
+def follow(file: File = None, /, *, config: Annotated[FollowConfig, Flags]) -> None:
+    """Score the teachers of a running training as they are written (--runtime.teachers-every of fovea pretrain)."""
+    _set_up_prefect()
+    from flows.following import follow
+
+    print(follow(config))
+
+
 @app.command(sort_key=9)
 def compare(*reports: str, title: str = "Comparison", out: str = "runs/compare/{id}") -> None:
     """Reports of evaluations side by side: one table, one picture, one page.
@@ -241,6 +250,7 @@ _CONFIGS: dict[str, type[Config]] = {
     "plan": PlanConfig,
     "distill": DistillConfig,
     "eval": EvaluateConfig,
+    "follow": FollowConfig,
     "publish": PublishConfig,
     "report": ReportConfig,
 }

@@ -104,6 +104,37 @@ class AblateConfig(Config):
         return self
 
 
+class FollowSettings(EvaluateSettings):
+    """How the teachers of a running training are scored."""
+
+    poll_seconds: float = Field(30.0, gt=0)
+    """Between looks for a new teacher."""
+    patience_hours: float = Field(24.0, gt=0)
+    """How long nothing may come before it is given up."""
+
+
+class FollowConfig(FollowSettings):
+    """A training that writes teachers (runtime.teachers_every), and what they are scored on."""
+
+    training: str
+    """URL of its checkpoint, which need not be there yet."""
+    datasets: dict[str, str] = Field(min_length=1)
+    """Names that tasks use (train, test, ...) and URLs of their corpora."""
+    leaks: dict[str, str] = Field(default_factory=dict)
+    """For names of datasets the URL of a selection over each: what it drops was seen in training."""
+    out: str | None = None
+    """URL below which reports are written; null: that of the training and `.reports`."""
+
+
+class FollowPipeline(FollowSettings):
+    """How a pipeline scores the teachers of its pretraining, which writes them every `pretrain.runtime.teachers_every`
+    steps."""
+
+    deployment: str | None = None
+    """Name of a Prefect deployment of the flow fovea-follow, FLOW/DEPLOYMENT, whose worker scores; null: a process of
+    low priority on this machine."""
+
+
 class PipelineConfig(Config):
     """From images to a published backbone."""
 
@@ -133,6 +164,8 @@ class PipelineConfig(Config):
     """The student."""
     evaluate: Annotated[EvaluateSettings, OfItsStage] = Field(default_factory=EvaluateSettings)
     """Protocols for both."""
+    follow: Annotated[FollowPipeline | None, OfItsStage] = None
+    """Protocols for the teachers that are written while the pretraining goes on; null: they are not scored."""
     publish: Annotated[PublishSettings, OfItsStage] = PublishSettings()
     """The published student."""
     report: Annotated[ReportSettings, OfItsStage] = ReportSettings()

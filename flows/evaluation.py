@@ -76,6 +76,8 @@ def compare(reports: Sequence[str], title: str, out: str) -> Artifact:
     """
     from eval.compare import compare as write
 
+    if len(reports) < 2:
+        raise UserError("compare: needs two reports or more; give their URLs, or NAME=URL")
     groups: dict[str, list[str]] = {}
     for number, each in enumerate(reports):
         name, equals, url = each.partition("=")
@@ -83,8 +85,6 @@ def compare(reports: Sequence[str], title: str, out: str) -> Artifact:
             name, url = "", each
         url = url.removesuffix(f"/{PAGE}")
         groups.setdefault(name or _name(url, number), []).append(url)
-    if len(groups) < 2:
-        raise UserError("compare: needs two reports or more; give their URLs, or NAME=URL")
     return write(CompareConfig(title=title, groups=groups, out=out))
 
 

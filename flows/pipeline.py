@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ from curation.steps.config import Decontaminate
 from distill.config import DistillConfig, PublishConfig
 from eval.config import EvaluateConfig, ReportConfig
 from flows import stages, summary
-from flows.config import PipelineConfig, Sources
+from flows.config import FollowConfig, PipelineConfig, Sources
+from flows.following import following
 from infra import storage
+from infra.artifacts import cache_directory
 from infra.errors import UserError
 from pretrain.config import CheckpointBackbone, PretrainConfig
 
@@ -53,7 +57,8 @@ def pipeline(config: PipelineConfig) -> dict[str, Any]:
     curated = _curate(run, corpora)
     training = [curated, *([corpora["seed"]] if "seed" in corpora else [])]
     leaks = _leaks(run, corpora, training)
-    teacher = run.done("pretrain", stages.pretrain(_pretrain_config(run, training)))
+    with _following(run, corpora, training, leaks):
+        teacher = run.done("pretrain", stages.pretrain(_pretrain_config(run, training)))
     _evaluate(run, "evaluate-teacher", teacher, corpora, leaks)
     student = run.done("distill", stages.distill(_distill_config(run, teacher, training)))
     _evaluate(run, "evaluate-student", student, corpora, leaks)
@@ -136,6 +141,32 @@ def _pretrain_config(run: Run, corpora: list[str]) -> PretrainConfig:
     return PretrainConfig(**dict(run.config.pretrain), corpora=corpora, out=run.out("pretrain"))
 
 
+@contextmanager
+def _following(run: Run, corpora: dict[str, str], training: list[str], leaks: dict[str, str]) -> Iterator[None]:
+    """Score the teachers of the pretraining while it goes on, if that is asked for."""
+    settings = run.config.follow
+    if settings is None:
+        yield
+        return
+    from pretrain.train import plan
+
+    config = _pretrain_config(run, training)
+    planned = plan(config)
+    shared = {name: value for name, value in dict(settings).items() if name != "deployment"}
+    follow = FollowConfig(
+        **shared,
+        training=planned.resolve(config.out),
+        datasets=_datasets(run, corpora),
+        leaks=leaks,
+        out=storage.join(run.config.root, "follow"),
+    )
+    folder = cache_directory() / "follow" / planned.id
+    with following(follow, folder, settings.deployment) as comparison:
+        yield
+    if comparison:
+        run.done("teachers", comparison[0])
+
+
 def _distill_config(run: Run, teacher: str, corpora: list[str]) -> DistillConfig:
     settings = dict(run.config.distill)
     return DistillConfig(**settings, teacher_checkpoint=teacher, corpora=corpora, out=run.out("distill"))
@@ -165,12 +196,16 @@ def _leaks(run: Run, corpora: dict[str, str], training: list[str]) -> dict[str, 
     return found
 
 
+def _datasets(run: Run, corpora: dict[str, str]) -> dict[str, str]:
+    """Corpora of the datasets that tasks may name."""
+    return {name: corpora[name] for name in ("train", "test", *run.config.evaluation_sets())}
+
+
 def _evaluate(run: Run, stage: str, checkpoint: str, corpora: dict[str, str], leaks: dict[str, str]) -> None:
-    names = ("train", "test", *run.config.evaluation_sets())
     config = EvaluateConfig(
         **dict(run.config.evaluate),
         model=CheckpointBackbone(url=checkpoint),
-        datasets={name: corpora[name] for name in names},
+        datasets=_datasets(run, corpora),
         leaks=leaks,
         features=storage.join(run.config.root, "features"),
         out=run.out(stage),

@@ -174,6 +174,9 @@ class Runtime(Config):
     """Share of samples that may turn out unusable, each passed over for another one, before the run stops."""
     checkpoint_every: int = Field(200, ge=1)
     """Steps between states to resume from; they are written while the training goes on."""
+    teachers_every: int = Field(0, ge=0)
+    """Steps between teachers (of a distillation: averages) that are written beside the checkpoint, as checkpoints of
+    their own that stay, for evaluation while the training goes on; 0: none."""
     trackers: list[TrackerName] = Field(default_factory=list)
     """Experiment trackers that get every step's telemetry, which the job's folder has anyway."""
     keep: Retention = Retention()

@@ -22,6 +22,7 @@ from pretrain.checkpoints import inference
 from pretrain.config import PretrainSettings
 from pretrain.data import order
 from pretrain.data.loader import UNUSABLE, Batch, Place, batches
+from pretrain.dumps import Dumps
 from pretrain.guards import Preemption
 from pretrain.learner import Learner
 from pretrain.ranks import all_reduce_mean, all_reduce_sum, from_all_ranks, several_ranks, shared_store, world
@@ -67,6 +68,7 @@ class Training:
         groups = parameter_groups(learner, settings)
         spread = (self.micro_batch, self.accumulation)
         self.engine = base.build(learner, groups, settings.optimizer, settings.sharding, spread)
+        self.dumps = Dumps(task) if self.rank == 0 and settings.runtime.teachers_every else None
         self.preemption = Preemption()
         self.metrics: list[dict[str, float]] = []
         self.tally = Tally()
@@ -96,6 +98,7 @@ class Training:
                     reporter.step(self.metrics[-1])
                     step += 1
                     self._look_after_health()
+                    self._dump(step)
                     bad = guards.skipped_in_a_row(self.metrics)
                     if bad >= self.settings.guards.max_skips:
                         step = self._rewind()
@@ -110,6 +113,8 @@ class Training:
         if first < steps:
             self._save(steps)
         self.saves.keep(steps)
+        if self.dumps is not None:
+            self.dumps.settle()
         if self.rank == 0:
             telemetry.write(self.work / METRICS, self.metrics)
         speed = (self.tally.samples - begun) / max(seconds, 1e-9)
@@ -174,8 +179,7 @@ class Training:
         if self.task.probe is None or settings is None or not _due(steps, settings.every):
             return {}
         self._arrive(steps, "probing")
-        name = "teacher." if self.learner.average is None else "average."
-        weights = state.weights(self.engine, name)
+        weights = state.weights(self.engine, f"{self._released}.")
         if self.rank != 0:
             return {}
         backbone = inference(weights, self.learner.released().config)
@@ -290,6 +294,22 @@ class Training:
         self.tally = now
         self.saves.revise(step, now)
         return step
+
+    @property
+    def _released(self) -> str:
+        """Which of the learner's backbones is released."""
+        return "teacher" if self.learner.average is None else "average"
+
+    def _dump(self, step: int) -> None:
+        """Write out what would be released now, if it is due; the last one is the checkpoint itself."""
+        every, steps = self.settings.runtime.teachers_every, self.settings.schedule.steps
+        if not _due(step, every) or step == steps:
+            return
+        self._arrive(step, "gathering its teacher")
+        parts = {name: state.weights(self.engine, name) for name in (f"{self._released}.", "objectives.")}
+        if self.dumps is not None:
+            weights = {prefix + name: value.clone() for prefix, part in parts.items() for name, value in part.items()}
+            self.dumps.begin(weights, self._released, step)
 
     def _save(self, step: int) -> None:
         self._arrive(step, "saving its state")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from infra.artifacts import Plan
 from infra.hashing import hash_json
 from infra.progress import Advance, progress
 from pretrain import meter, telemetry, trackers
@@ -41,6 +42,8 @@ class Task:
     """The local folder in which the checkpoint is made."""
     url: str
     """Where the checkpoint will be; saved states lie under it."""
+    planned: Plan
+    """What decides the checkpoint's id."""
     probe: Probe | None = None
     """Called every `health.probe.every` steps."""
 

@@ -49,7 +49,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Artifact:
         learner = build_learner(config)
         if config.start:
             Checkpoint.open(config.start).start(learner)
-        task = Task("pretrain", config, dataset, lambda: build_learner(config), directory, url, probe)
+        task = Task("pretrain", config, dataset, lambda: build_learner(config), directory, url, planned, probe)
         return train(task, learner)
 
     planned = plan(config)

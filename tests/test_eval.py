@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import t, ttest_rel
 
-from eval.compare import compare
+from eval.compare import compare, paired_interval
 from eval.config import CompareConfig, ReportConfig
 from eval.gallery import Picture
 from eval.page import render
@@ -117,3 +117,15 @@ def test_groups_are_compared_report_by_report(tmp_path: Path) -> None:
         compare(CompareConfig(groups={**urls, "bare": [bare.url]}, out=str(tmp_path / "x")))
     with pytest.raises(UserError, match="no report here"):
         compare(CompareConfig(groups={"raw": [str(tmp_path / "nowhere")]}, out=str(tmp_path / "x")))
+
+
+def test_two_reports_are_compared_image_by_image() -> None:
+    """McNemar's: only images that one of the two has right and the other wrong count."""
+    rng = np.random.default_rng(0)
+    first = rng.random(2000) < 0.6
+    second = np.where(rng.random(2000) < 0.1, ~first, first)
+    low, high = paired_interval(second, first)
+    difference = second.astype(float) - first
+    half = 1.96 * difference.std() / np.sqrt(2000)
+    assert (low, high) == pytest.approx((difference.mean() - half, difference.mean() + half), abs=2e-3)
+    assert paired_interval(first, first) == (0.0, 0.0)

@@ -192,6 +192,10 @@ def test_the_command_takes_folders_suites_and_words(
     compared = open_artifact(str(tmp_path / "compared"), "report")
     assert set(compared.metrics["knn"]) == {"1: pixels", "teacher"}
     assert "teacher" in compared.read_bytes(PAGE).decode()
+    rows = {(row["protocol"], row["subject"]): row for row in compared.read_json("report.json")["rows"]}
+    knn, rank = rows["knn", "teacher"], rows["health", "teacher"]
+    assert knn["gain_low"] <= knn["gain"] <= knn["gain_high"]
+    assert rank["gain_low"] is None
     (tmp_path / "all.yaml").write_text(
         yaml.safe_dump({"model": {"kind": "pixels"}, "datasets": {"test": embedded.test}, "tasks": [TASKS[2]]})
     )

@@ -28,7 +28,8 @@ from tests.test_pretrain_training import TINY
 
 FOVEA = Path(sys.executable).with_name("fovea")
 COMMANDS = (
-    *("run", "ingest", "embed", "curate", "materialize", "pretrain", "distill", "eval", "ablate", "publish", "report"),
+    *("run", "ingest", "embed", "curate", "materialize", "pretrain", "distill", "eval", "follow", "compare", "ablate"),
+    *("publish", "report"),
 )
 
 
@@ -163,7 +164,8 @@ def pipeline(root: Path) -> dict[str, object]:
                 {"kind": "decontaminate", "threshold": 0.88},
             ]
         },
-        "pretrain": TINY,
+        "pretrain": {**TINY, "runtime": {**TINY["runtime"], "teachers_every": 5}},
+        "follow": {"tasks": [{"kind": "knn", "k": [5]}], "baselines": False, "pictures": 0, "poll_seconds": 0.2},
         "distill": STUDENT,
         "evaluate": {"tasks": [{"kind": "knn", "k": [5]}, {"kind": "logistic", "strengths": [1.0]}], "pictures": 4},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -45,7 +46,8 @@ def knn(task: Knn, subject: Subject, bench: Bench) -> Outcome:
     if subject.name == "model" and bench.settings.pictures:
         pictures |= {"curve": along(ks, curve, "k", "accuracy")} if len(ks) > 1 else {}
         pictures["neighbours"] = neighbour_sheet(train, test, bank, subject.vectors(test), bench.settings.pictures)
-    return Outcome([*outcome.scores[:1], *others, *outcome.scores[1:], *_few(task, subject, bench, k)], pictures)
+    scores = [*outcome.scores[:1], *others, *outcome.scores[1:], *_few(task, subject, bench, k)]
+    return replace(outcome, scores=scores, pictures=pictures)
 
 
 def predict(

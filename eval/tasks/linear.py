@@ -15,7 +15,7 @@ from eval.chance import generator
 from eval.charts import grid_curves
 from eval.classes import classified, held_out
 from eval.frozen import Frozen
-from eval.scores import Outcome, Score
+from eval.scores import Outcome
 from eval.subject import Subject
 from eval.tasks.config import Linear
 from infra.corpora import Corpus
@@ -131,11 +131,7 @@ def linear(task: Linear, subject: Subject, bench: Bench) -> Outcome:
     note = f"{grid[int(np.argmax(curve))]}" + (", the best on this test set" if task.select == "published" else "")
     if subject.name == "model" and bench.settings.pictures and len(grid) > 1:
         pictures["curve"] = grid_curves([(str(h).rpartition(", lr")[0], h.learning_rate) for h in grid], curve.tolist())
-    return Outcome([_noted(first, note), *outcome.scores[1:]], pictures)
-
-
-def _noted(score: Score, note: str) -> Score:
-    return replace(score, note=note)
+    return replace(outcome, scores=[replace(first, note=note), *outcome.scores[1:]], pictures=pictures)
 
 
 def _grid(task: Linear, features: Frozen) -> list[Head]:

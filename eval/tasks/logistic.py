@@ -51,9 +51,8 @@ def logistic(task: Logistic, subject: Subject, bench: Bench) -> Outcome:
     outcome = classified(task, subject, bench, bench.class_names(task.train), classify)
     if len(curve) == 1 or subject.name != "model" or not bench.settings.pictures:
         return outcome
-    return Outcome(
-        outcome.scores, outcome.pictures | {"curve": along(task.strengths, curve, "C", "accuracy", log=True)}
-    )
+    picture = along(task.strengths, curve, "C", "accuracy", log=True)
+    return replace(outcome, pictures=outcome.pictures | {"curve": picture})
 
 
 def _curve(

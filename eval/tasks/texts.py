@@ -59,7 +59,8 @@ def image_text(task: ImageText, subject: Subject, bench: Bench) -> Outcome:
     to_image = ranks(texts, images, [owner[i : i + 1] for i in range(len(texts))])
     return Outcome(
         [scorer.accuracy(f"R@{k}, image to text", to_text < k, leaked) for k in task.at]
-        + [scorer.accuracy(f"R@{k}, text to image", to_image < k, of_text) for k in task.at]
+        + [scorer.accuracy(f"R@{k}, text to image", to_image < k, of_text) for k in task.at],
+        answers=to_text < task.at[0],
     )
 
 
@@ -119,7 +120,8 @@ def typographic(task: Typographic, subject: Subject, bench: Bench) -> Outcome:
             scorer.accuracy("accuracy, attacked", found == labels, leaked),
             scorer.accuracy("accuracy, not attacked", plain == labels, leaked),
             _believed(scorer, found == wrong),
-        ]
+        ],
+        answers=found == labels,
     )
 
 

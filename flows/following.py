@@ -1,0 +1,108 @@
+"""Evaluation of the teachers that a training writes while it goes on, in a process or on a worker of its own.
+
+`python -m flows.following JOB` runs it as a process; see `infra.launch.job`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from prefect import flow
+
+from eval.config import CompareConfig, EvaluateConfig, EvaluateSettings
+from flows import stages
+from flows.config import FollowConfig
+from infra import storage
+from infra.artifacts import find
+from infra.errors import UserError
+from infra.launch.job import Job, module_main, tie
+from pretrain import dumps
+from pretrain.config import CheckpointBackbone
+
+
+@flow(name="fovea-follow")
+def follow(config: FollowConfig) -> str:
+    """Score each teacher as it comes, and the checkpoint at the end; return the URL of their comparison.
+
+    Raises:
+        UserError: nothing came for longer than the configuration's patience.
+    """
+    reports: dict[str, list[str]] = {}
+    for step, url in _teachers(config):
+        name = f"step {step:,}"
+        reports[name] = [stages.evaluate(_evaluation(config, url))]
+    title = f"Teachers of {config.training}"
+    return stages.compare(CompareConfig(title=title, groups=reports, out=storage.join(_out(config), "compare", "{id}")))
+
+
+def _teachers(config: FollowConfig) -> Iterator[tuple[int, str]]:
+    """Steps and URLs of teachers, as they appear, the finished checkpoint last."""
+    seen: set[str] = set()
+    last_news = time.monotonic()
+    while True:
+        finished = find(config.training)  # first: what was written before it is listed below
+        for step, teacher in dumps.written(config.training):
+            if teacher.url not in seen:
+                seen.add(teacher.url)
+                yield step, teacher.url
+                last_news = time.monotonic()
+        if finished is not None:
+            yield int(finished.metrics["steps"]), finished.url
+            return
+        if time.monotonic() - last_news > 3600 * config.patience_hours:
+            raise UserError(f"{config.training}: no teacher for {config.patience_hours:g} hours; is it being trained?")
+        time.sleep(config.poll_seconds)
+
+
+def _evaluation(config: FollowConfig, url: str) -> EvaluateConfig:
+    settings = {name: getattr(config, name) for name in (*EvaluateSettings.model_fields, "datasets", "leaks")}
+    places = {"features": storage.join(_out(config), "features"), "out": storage.join(_out(config), "evaluate", "{id}")}
+    return EvaluateConfig(**settings, **places, model=CheckpointBackbone(url=url))
+
+
+def _out(config: FollowConfig) -> str:
+    return config.out or f"{config.training.rstrip('/')}.reports"
+
+
+@contextmanager
+def following(config: FollowConfig, folder: Path, deployment: str | None) -> Iterator[list[str]]:
+    """Follow a training that is made meanwhile: on the worker of a deployment, which is not waited for, or in a process
+    of low priority, which ends soon after the training.
+
+    Yields:
+        A list that holds the URL of the comparison once the process has ended.
+
+    Raises:
+        UserError: the teachers could not be scored.
+    """
+    found: list[str] = []
+    if deployment is not None:
+        from prefect.deployments import run_deployment
+
+        run_deployment(deployment, parameters={"config": config.settings()}, timeout=0, as_subflow=False)
+        yield found
+        return
+    job = Job(folder)
+    job.prepare(config)
+    command = ["nice", "-n", "19", sys.executable, "-m", "flows.following", str(folder)]
+    process = subprocess.Popen(command, env={**os.environ, **tie()}, stdout=subprocess.PIPE, text=True)
+    try:
+        yield found
+        out, _ = process.communicate()
+    finally:
+        process.terminate()
+        process.wait()
+    ended = job.ended()
+    if process.returncode or ended is not None:
+        raise UserError(f"follow: {ended.message if ended else f'ended with {process.returncode}'}")
+    found.append(out.split()[-1])
+
+
+if __name__ == "__main__":
+    module_main(FollowConfig, lambda config: print(follow(config)))

@@ -1,0 +1,71 @@
+"""Released backbones written out while a training goes on, each a checkpoint of its own, to be evaluated by others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from infra.artifacts import Artifact, Plan, find, produce
+from infra.errors import UserError
+from infra.storage import is_folder, join, list_files
+from pretrain import checkpoints
+from pretrain.reporting import Task
+
+VERSION = 1
+
+_log = logging.getLogger(__name__)
+
+
+def folder_of(checkpoint: str) -> str:
+    """Where the teachers of a training lie, given the URL of its checkpoint."""
+    return f"{checkpoint.rstrip('/')}.teachers"
+
+
+def written(checkpoint: str) -> list[tuple[int, Artifact]]:
+    """The teachers that a training has written so far, with their steps, in order."""
+    folder = folder_of(checkpoint)
+    if not is_folder(folder):
+        return []
+    names = {path.partition("/")[0] for path in list_files(folder)}
+    found = [(name, find(join(folder, name))) for name in sorted(names)]
+    return sorted(
+        ((int(each.manifest.config["step"]), each) for _, each in found if each is not None), key=lambda pair: pair[0]
+    )
+
+
+class Dumps:
+    """Writes teachers, one after another, beside the training; used on the first rank."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self._writer = ThreadPoolExecutor(1, "dumps")
+        self._writing: list[Future[None]] = []
+
+    def begin(self, weights: Mapping[str, Tensor], released: str, step: int) -> None:
+        """Start to write what is released after some steps; nobody may change the weights any more."""
+        self._writing.append(self._writer.submit(self._write, weights, released, step))
+
+    def settle(self) -> None:
+        """Wait until all are written."""
+        for each in self._writing:
+            each.result()
+        self._writing = []
+        self._writer.shutdown()
+
+    def _write(self, weights: Mapping[str, Tensor], released: str, step: int) -> None:
+        planned = self.task.planned
+        plan = Plan("checkpoint", "teacher", VERSION, {**planned.settings, "step": step}, planned.inputs)
+
+        def write(directory: Path) -> Mapping[str, Any]:
+            checkpoints.write(weights, released, self.task.settings, directory)
+            return {"images": self.task.dataset.samples.size, "steps": step}
+
+        try:
+            produce(plan, join(folder_of(self.task.url), f"{planned.id[:12]}-{step:08d}"), write)
+        except (OSError, UserError) as error:  # no reason to end a training
+            _log.warning("%s: the teacher after step %d was not written: %s", self.task.title, step, error)

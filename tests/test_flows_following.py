@@ -1,0 +1,108 @@
+"""Teachers written while a training goes on, and their evaluation beside it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import pretrain
+from flows.config import FollowConfig
+from infra.artifacts import find, open_artifact, verify
+from pretrain import dumps
+from pretrain.checkpoints import WEIGHTS, Checkpoint
+from pretrain.models.vit import VisionTransformer
+from tests.conftest import Embedded
+from tests.test_pretrain_training import TINY, config
+
+FOVEA = Path(sys.executable).with_name("fovea")
+RUNTIME = {"workers": 0, "checkpoint_every": 3, "teachers_every": 4}
+
+
+def test_teachers_are_what_the_probe_sees_at_their_steps(embedded: Embedded, tmp_path: Path) -> None:
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+
+    def probe(backbone: VisionTransformer, steps: int) -> dict[str, float]:
+        seen[steps] = {name: value.clone() for name, value in backbone.state_dict().items()}
+        return {}
+
+    health = {"probe": {"train": embedded.seed, "test": embedded.test, "every": 4}}
+    settings = config(embedded.seed, tmp_path / "run", runtime=RUNTIME, health=health)
+    trained = pretrain.run(settings, probe)
+    written = dumps.written(trained.url)
+    assert [step for step, _ in written] == [4, 8]  # after the twelfth step comes the checkpoint itself
+    for step, artifact in written:
+        assert verify(artifact) == []
+        checkpoint = Checkpoint.open(artifact.url)
+        for name, value in checkpoint.backbone().state_dict().items():
+            torch.testing.assert_close(value, seen[step][name], rtol=0, atol=0)
+        assert any(name.startswith("dino.teacher_head.") for name in checkpoint.weights("objectives."))
+    plain = pretrain.run(config(embedded.seed, tmp_path / "plain", runtime={"workers": 0}))
+    assert plain.id == trained.id  # how often teachers are written changes nothing else
+    assert dumps.written(plain.url) == []
+
+
+def test_a_killed_training_writes_the_same_teachers(embedded: Embedded, tmp_path: Path) -> None:
+    whole = pretrain.run(config(embedded.seed, tmp_path / "whole", runtime=RUNTIME))
+    settings = config(embedded.seed, tmp_path / "killed", runtime=RUNTIME)
+
+    def dying(backbone: VisionTransformer, steps: int) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    probed = {"health": {"probe": {"train": embedded.seed, "test": embedded.test, "every": 6}}}
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.run(config(embedded.seed, tmp_path / "killed", runtime=RUNTIME, **probed), dying)
+    again = pretrain.run(settings)
+    assert again.metrics["resumed_at"] > 0
+    for (_, first), (_, second) in zip(dumps.written(whole.url), dumps.written(again.url), strict=True):
+        assert first.id == second.id
+        hashes = ({file.path: file.sha256 for file in each.manifest.files} for each in (first, second))
+        assert len({each[WEIGHTS] for each in hashes}) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_running_training_is_followed(embedded: Embedded, tmp_path: Path) -> None:
+    """The follower starts before the training does, scores each teacher once, and ends with it."""
+    out = tmp_path / "teacher"
+    follow = {
+        "training": str(out),
+        "datasets": {"train": embedded.seed, "test": embedded.test},
+        "tasks": [{"kind": "knn", "k": [5]}],
+        "baselines": False,
+        "pictures": 0,
+        "bootstrap": 20,
+        "poll_seconds": 0.2,
+    }
+    FollowConfig.model_validate(follow)
+    (tmp_path / "follow.yaml").write_text(yaml.safe_dump(follow))
+    (tmp_path / "train.yaml").write_text(
+        yaml.safe_dump(TINY | {"runtime": RUNTIME, "corpora": [embedded.seed], "out": str(out)})
+    )
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
+    follower = subprocess.Popen(
+        [str(FOVEA), "follow", str(tmp_path / "follow.yaml")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        subprocess.run([str(FOVEA), "pretrain", str(tmp_path / "train.yaml")], check=True, capture_output=True)
+        told, errors = follower.communicate(timeout=300)
+    finally:
+        if follower.poll() is None:
+            os.killpg(follower.pid, signal.SIGKILL)
+    assert follower.returncode == 0, errors
+    comparison = open_artifact(told.split()[-1], "report")
+    assert list(comparison.metrics["knn"]) == ["step 4", "step 8", "step 12"]
+    reports = list((tmp_path / "teacher.reports" / "evaluate").iterdir())
+    assert len(reports) == 3
+    assert all(find(str(each)) is not None for each in reports)
