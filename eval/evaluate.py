@@ -20,6 +20,7 @@ from eval.subject import Subject
 from eval.tasks.config import Linear, TaskConfig
 from infra import storage
 from infra.artifacts import Artifact, Plan, produce
+from infra.errors import UserError
 from infra.files import appearing
 from pretrain import backbones
 from pretrain.config import BackboneConfig, CheckpointBackbone, PixelDescriptor
@@ -56,16 +57,23 @@ def subjects(config: EvaluateConfig) -> dict[str, BackboneConfig]:
 
 def _write(config: EvaluateConfig, bench: Bench, directory: Path) -> Mapping[str, Any]:
     scores: list[Score] = []
+    left_out = {name: f"no dataset {', '.join(missing)}" for name, missing in config.left_out().items()}
     (directory / _DONE).mkdir(exist_ok=True)
     for name, backbone in subjects(config).items():
         subject = Subject(name, backbone, _extraction(config), _features(config))
         for task in config.runnable():
-            if name == "model" or protocols.of_baseline(task, backbone):
+            lack = protocols.lack(task, subject)
+            if name == "model" and lack is not None:
+                left_out[task.protocol] = f"the backbone lacks {lack}"
+            elif lack is None and (name == "model" or protocols.of_baseline(task, backbone)):
                 scores += _scored(task, subject, bench, directory)
+        if not scores:
+            protocol, reason = next(iter(left_out.items()))
+            raise UserError(f"{protocol}: {reason}; there is nothing else to score")
         if name == "model" and config.pictures:
             _draw(overview(subject, bench), directory)
     scores.sort(key=lambda score: [task.protocol for task in config.tasks].index(score.protocol))  # stable
-    told = {"rows": [score.as_dict() for score in scores], "left_out": config.left_out()}
+    told = {"rows": [score.as_dict() for score in scores], "left_out": left_out}
     (directory / "report.json").write_text(json.dumps(told, indent=1))
     summary.write(config, told, directory)
     return headlines(scores)

@@ -23,9 +23,9 @@ from pretrain.data.decode import decode_rgb
 _TOGETHER = 8  # images a forward pass: there are many patches
 
 
-def side_for(backbone: TokenBackbone, size: int) -> int:
-    """The side that images are brought to: the asked one in whole patches, or the only one that there is."""
-    return max(size // backbone.patch, 1) * backbone.patch if backbone.any_size else backbone.side
+def side_for(backbone: TokenBackbone, grid: int) -> int:
+    """The side that images are brought to for so many patches along it, or the only one that there is."""
+    return grid * backbone.patch if backbone.any_size else backbone.side
 
 
 def squared(image: Image.Image, side: int) -> np.ndarray:
@@ -39,10 +39,10 @@ def patch_tokens(backbone: TokenBackbone, images: np.ndarray) -> Tensor:
     return backbone.layers(batch, 1)[1][-1].patch_tokens.float().cpu()
 
 
-def grids(subject: Subject, corpus: Corpus, size: int, task: str) -> Grids:
+def grids(subject: Subject, corpus: Corpus, grid: int, task: str) -> Grids:
     """Patch tokens of all images of a dataset."""
     backbone = subject.tokens(task)
-    side, tokens = side_for(backbone, size), None
+    side, tokens = side_for(backbone, grid), None
     known = (corpus.artifact.id, side)
     if known in subject.grids:
         return subject.grids[known]

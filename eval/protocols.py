@@ -10,6 +10,7 @@ from eval.bench import Bench
 from eval.classes import prompts
 from eval.scores import Outcome
 from eval.subject import Subject
+from eval.tasks import texts
 from eval.tasks.config import TaskConfig
 from eval.tasks.correspondence import correspondence
 from eval.tasks.corruptions import corruptions
@@ -22,9 +23,10 @@ from eval.tasks.logistic import few_shot, logistic
 from eval.tasks.propagation import propagation
 from eval.tasks.retrieval import copy_detection, retrieval
 from eval.tasks.segmentation import knn_segmentation, segmentation
-from eval.tasks.texts import image_text, typographic, zero_shot
 from infra.errors import UserError
 from infra.hashing import hash_file, hash_json
+from pretrain import image_text
+from pretrain.backbones import TokenBackbone
 from pretrain.config import BackboneConfig, PixelDescriptor
 
 _RUN: dict[str, Callable[..., Outcome]] = {
@@ -33,8 +35,8 @@ _RUN: dict[str, Callable[..., Outcome]] = {
     "logistic": logistic,
     "few_shot": few_shot,
     "fine_tune": fine_tune,
-    "zero_shot": zero_shot,
-    "image_text": image_text,
+    "zero_shot": texts.zero_shot,
+    "image_text": texts.image_text,
     "segmentation": segmentation,
     "knn_segmentation": knn_segmentation,
     "depth": depth,
@@ -43,10 +45,11 @@ _RUN: dict[str, Callable[..., Outcome]] = {
     "retrieval": retrieval,
     "copy_detection": copy_detection,
     "corruptions": corruptions,
-    "typographic": typographic,
+    "typographic": texts.typographic,
     "health": health,
 }
 _OF_VECTORS = {"knn", "linear", "logistic", "few_shot", "retrieval", "copy_detection"}
+_OF_TEXTS = {"zero_shot", "image_text", "typographic"}
 _OF_TOKENS = {"segmentation", "knn_segmentation", "depth", "propagation", "correspondence", "health"}
 
 
@@ -57,6 +60,15 @@ def run(task: TaskConfig, subject: Subject, bench: Bench) -> Outcome:
         UserError: the backbone or a dataset lacks what it takes.
     """
     return _RUN[task.kind](task, subject, bench)
+
+
+def lack(task: TaskConfig, subject: Subject) -> str | None:
+    """What a backbone lacks for a task; None where it can be scored."""
+    if task.kind in _OF_TEXTS and not image_text.has_texts(subject.config):
+        return "a text tower"
+    if task.kind in _OF_TOKENS - {"health"} and not isinstance(subject.backbone, TokenBackbone):
+        return "patch tokens"
+    return None
 
 
 def of_baseline(task: TaskConfig, backbone: BackboneConfig) -> bool:

@@ -44,7 +44,8 @@ class Section:
     chart: str | None
     """The headlines that are shares."""
     pictures: list[Picture]
-    left_out: dict[str, list[str]]
+    left_out: dict[str, str]
+    """Reasons why tasks were not scored, by name"""
 
 
 def section(name: str, told: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Section:

@@ -63,8 +63,8 @@ def show(report: Artifact) -> None:
         table.add_row(escape(row["protocol"]), escape(row["metric"]), *values, interval, clean)
     console = Console(soft_wrap=True, highlight=False, stderr=True)
     console.print(table)
-    for name, missing in report.read_json("report.json")["left_out"].items():
-        console.print(escape(f"{name}: not scored, no dataset {', '.join(missing)}"))
+    for name, reason in report.read_json("report.json")["left_out"].items():
+        console.print(escape(f"{name}: not scored, {reason}"))
     console.print(f"page: {storage.join(report.url, PAGE)}")
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from prefect import flow
+from prefect.client.orchestration import get_client
 
 from eval.config import CompareConfig, EvaluateConfig, EvaluateSettings
 from flows import stages
@@ -37,8 +38,8 @@ def follow(config: FollowConfig) -> str:
     for step, url in _teachers(config):
         name = f"step {step:,}"
         reports[name] = [stages.evaluate(_evaluation(config, url))]
-    title = f"Teachers of {config.training}"
-    return stages.compare(CompareConfig(title=title, groups=reports, out=storage.join(_out(config), "compare", "{id}")))
+    out = storage.join(_out(config), "compare", "{id}")
+    return stages.compare(CompareConfig(title="Teachers while training", groups=reports, out=out))
 
 
 def _teachers(config: FollowConfig) -> Iterator[tuple[int, str]]:
@@ -91,7 +92,9 @@ def following(config: FollowConfig, folder: Path, deployment: str | None) -> Ite
     job = Job(folder)
     job.prepare(config)
     command = ["nice", "-n", "19", sys.executable, "-m", "flows.following", str(folder)]
-    process = subprocess.Popen(command, env={**os.environ, **tie()}, stdout=subprocess.PIPE, text=True)
+    with get_client(sync_client=True) as client:  # the server that this flow has, even if it is its own
+        environment = {**os.environ, **tie(), "PREFECT_API_URL": str(client.api_url)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         yield found
         out, _ = process.communicate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infra.errors import UserError
+from pretrain import published
 from pretrain.backbones import OpenClip, default_device
 from pretrain.checkpoints import Checkpoint
 from pretrain.config import BackboneConfig, CheckpointBackbone, OpenClipBackbone, TransformersBackbone
@@ -28,6 +30,20 @@ class ImageTextModel(Protocol):
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Texts to vectors of unit length, float32 `[n, dim]`."""
+
+
+def has_texts(config: BackboneConfig) -> bool:
+    """Whether a model has a text tower."""
+    if isinstance(config, CheckpointBackbone):
+        return not config.untrained and bool(_objectives(Checkpoint.open(config.url)))
+    if isinstance(config, TransformersBackbone):
+        file = published.path(config) / "config.json"
+        return file.is_file() and "text_config" in json.loads(file.read_text())
+    return isinstance(config, OpenClipBackbone)
+
+
+def _objectives(checkpoint: Checkpoint) -> list[ClipConfig | SiglipConfig]:
+    return [each for each in checkpoint.settings.objectives if isinstance(each, ClipConfig | SiglipConfig)]
 
 
 def load(config: BackboneConfig) -> ImageTextModel:
@@ -66,7 +82,7 @@ class _Checkpointed:
 
     def __init__(self, config: CheckpointBackbone) -> None:
         checkpoint = Checkpoint.open(config.url)
-        pairs = [each for each in checkpoint.settings.objectives if isinstance(each, ClipConfig | SiglipConfig)]
+        pairs = _objectives(checkpoint)
         if not pairs or config.untrained:
             raise UserError(f"{config.url}: has no trained text tower; pretrain with the objective clip or siglip")
         objective = build(pairs[:1], checkpoint.model, checkpoint.model)[pairs[0].kind]

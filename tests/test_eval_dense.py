@@ -58,7 +58,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Corpus]:
 @pytest.mark.parametrize("kind", ["segmentation", "knn_segmentation"])
 def test_what_colours_tell_is_segmented(kind: str, sets: dict[str, Corpus], tmp_path: Path) -> None:
     options = {"steps": 300, "batch": 4} if kind == "segmentation" else {"k": 5}
-    opened = bench(sets, [{"kind": kind, "size": 64, **options}], pictures=3)
+    opened = bench(sets, [{"kind": kind, "grid": 16, **options}], pictures=3)
     task = opened.settings.tasks[0]
     assert isinstance(task, Segmentation | KnnSegmentation)
     run = {"segmentation": segmentation.segmentation, "knn_segmentation": segmentation.knn_segmentation}[kind]
@@ -101,7 +101,7 @@ def test_segmentation_on_real_masks(shared_data: Path, tmp_path: Path) -> None:
         "train": ingested(folder / "train-000000.tar", tmp_path / "train"),
         "test": ingested(folder / "val-000000.tar", tmp_path / "test"),
     }
-    opened = bench(sets, [{"kind": "segmentation", "size": 64, "steps": 20, "ignore": [0, 255]}])
+    opened = bench(sets, [{"kind": "segmentation", "grid": 16, "steps": 20, "ignore": [0, 255]}])
     task = opened.settings.tasks[0]
     assert isinstance(task, Segmentation)
     (score,) = segmentation.segmentation(task, subject(tmp_path, backbone=Colours()), opened).scores
@@ -110,10 +110,10 @@ def test_segmentation_on_real_masks(shared_data: Path, tmp_path: Path) -> None:
 
 
 def test_backbones_without_patches_and_missing_masks_are_named(sets: dict[str, Corpus], tmp_path: Path) -> None:
-    opened = bench(sets, [{"kind": "segmentation", "size": 64}])
+    opened = bench(sets, [{"kind": "segmentation", "grid": 16}])
     with pytest.raises(UserError, match="segmentation: this backbone gives one vector an image"):
         segmentation.segmentation(opened.settings.tasks[0], subject(tmp_path), opened)  # type: ignore[arg-type]
-    opened = bench(sets, [{"kind": "depth", "size": 64}])
+    opened = bench(sets, [{"kind": "depth", "grid": 16}])
     with pytest.raises(UserError, match=r"has no depth\.png beside it"):
         depth.depth(opened.settings.tasks[0], subject(tmp_path, backbone=Colours()), opened)  # type: ignore[arg-type]
 
@@ -131,7 +131,7 @@ def test_depth_is_learned_where_brightness_tells_it(tmp_path: Path) -> None:
         return samples(tmp_path / name, members)
 
     sets = {"train": corpus("train", 0), "test": corpus("test", 50)}
-    opened = bench(sets, [{"kind": "depth", "size": 64, "steps": 400, "batch": 4, "bins": 64, "learning_rate": 0.01}])
+    opened = bench(sets, [{"kind": "depth", "grid": 16, "steps": 400, "batch": 4, "bins": 64, "learning_rate": 0.01}])
     task = opened.settings.tasks[0]
     assert isinstance(task, Depth)
     error, *deltas = depth.depth(task, subject(tmp_path, backbone=Colours()), opened).scores
@@ -163,7 +163,7 @@ def test_masks_are_carried_through_a_video(tmp_path: Path) -> None:
             members[f"{name}/{frame:05d}"] = {"jpg": _jpeg(image.clip(0, 255).astype(np.uint8)), "seg.png": png(mask)}
     corpus = samples(tmp_path, members)
     assert [len(frames) for frames in propagation.videos_of(corpus).values()] == [6, 6]
-    opened = bench({"test": corpus}, [{"kind": "propagation", "size": 64}])
+    opened = bench({"test": corpus}, [{"kind": "propagation", "grid": 16}])
     task = opened.settings.tasks[0]
     assert isinstance(task, Propagation)
     both, region, boundary = propagation.propagation(task, subject(tmp_path, backbone=Colours()), opened).scores
@@ -195,7 +195,7 @@ def test_points_are_found_where_the_same_colour_is(tmp_path: Path) -> None:
     mirrored = pair | {"target_points": [[64 - x, y] for x, y in points]}
     wrong = pair | {"target_points": [[(x + 32) % 64, y] for x, y in points]}
     (tmp_path / "pairs.json").write_text(json.dumps([mirrored, wrong]))
-    opened = bench({"test": corpus}, [{"kind": "correspondence", "pairs": str(tmp_path / "pairs.json"), "size": 64}])
+    opened = bench({"test": corpus}, [{"kind": "correspondence", "pairs": str(tmp_path / "pairs.json"), "grid": 16}])
     task = opened.settings.tasks[0]
     assert isinstance(task, Correspondence)
     (score,) = correspondence.correspondence(task, subject(tmp_path, backbone=Colours()), opened).scores

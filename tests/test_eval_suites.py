@@ -74,7 +74,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
 def test_a_report_has_numbers_baselines_pictures_and_a_page(
     embedded: Embedded, teacher: Artifact, tmp_path: Path
 ) -> None:
-    tasks = [*TASKS, {"kind": "image_text", "test": "captions"}]
+    tasks = [*TASKS, {"kind": "image_text", "test": "captions"}, {"kind": "zero_shot"}]
     report = run(settings(embedded, tmp_path, model=CheckpointBackbone(url=teacher.url), tasks=tasks))
     assert set(report.metrics) == {"knn", "logistic", "health"}
     assert set(report.metrics["knn"]) == {"model", "untrained", "pixels"}
@@ -85,14 +85,17 @@ def test_a_report_has_numbers_baselines_pictures_and_a_page(
         *("knn-neighbours.png", "knn-confusion.png", "knn-curve.png", "logistic-confusion.png"),
     }
     told = report.read_json("report.json")
-    assert told["left_out"] == {"image_text": ["captions"]}
+    assert told["left_out"] == {"image_text": "no dataset captions", "zero_shot": "the backbone lacks a text tower"}
     for row in told["rows"]:
         assert row["low"] is None or row["low"] <= row["value"] <= row["high"]
     first = headline_rows(told["rows"])[0]
     assert (first["protocol"], first["subject"]) == ("knn", "model")
     html = report.read_bytes(PAGE).decode()
     assert html.count("data:image/png") == 1 + sum(name.endswith(".png") for name in names)
-    assert "image_text (captions)" in html
+    assert "image_text (no dataset captions)" in html
+    alone = settings(embedded, tmp_path, tasks=[{"kind": "segmentation"}])
+    with pytest.raises(UserError, match="segmentation: the backbone lacks patch tokens; there is nothing else"):
+        run(alone)
     assert len(list((tmp_path / "features").iterdir())) == 6  # two sets by three subjects, each once
 
 

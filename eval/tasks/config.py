@@ -180,8 +180,8 @@ class Dense(Task):
     """Name of the dataset that is learned from."""
     test: str = "test"
     """Name of the dataset that is scored."""
-    size: int = Field(448, ge=16)
-    """Side that images are brought to, in pixels, rounded to patches; a backbone of one size alone keeps to its own."""
+    grid: int = Field(32, ge=1)
+    """Patches along each side of the square that images are brought to; a backbone of one size alone keeps to its own."""
 
 
 class SegmentationSettings(Dense):
@@ -251,8 +251,8 @@ class Propagation(Task):
     """Name of the dataset: frames in the order of their keys, a folder a video, a mask of object numbers each."""
     member: str = "seg.png"
     """Extension of the mask."""
-    size: int = Field(480, ge=16)
-    """Shorter side of frames, in pixels, rounded to patches."""
+    grid: int = Field(30, ge=1)
+    """Patches along the shorter side of frames."""
     context: int = Field(7, ge=1)
     """Frames before, apart from the first, that are looked at."""
     neighbours: int = Field(5, ge=1)
@@ -274,8 +274,8 @@ class Correspondence(Task):
     images, and the larger side of the thing's box in the target."""
     alpha: float = Field(0.1, gt=0)
     """A point is right when it lies within this share of `size`."""
-    size: int = Field(448, ge=16)
-    """Side that images are brought to, in pixels, rounded to patches."""
+    grid: int = Field(32, ge=1)
+    """Patches along each side of the square that images are brought to."""
 
 
 class Retrieval(Task):

@@ -81,7 +81,7 @@ def _tokens(task: Correspondence, backbone: TokenBackbone, corpus: Corpus, rows:
     if key not in rows:
         raise UserError(f"{task.pairs}: {key}: no image of {corpus.artifact.url} has this key")
     image = decode_rgb(corpus.read_image(rows[key]))
-    pixels = maps.squared(image, maps.side_for(backbone, task.size))
+    pixels = maps.squared(image, maps.side_for(backbone, task.grid))
     return F.normalize(maps.patch_tokens(backbone, pixels[None])[0], dim=-1), image.size
 
 

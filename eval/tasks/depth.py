@@ -25,8 +25,8 @@ _VARIANCE = 0.85  # of the scale-invariant loss
 def depth(task: Depth, subject: Subject, bench: Bench) -> Outcome:
     """Root mean square error in metres, and the share of pixels within a factor of 1.25, its square and its cube."""
     train, test = bench.corpus(task.train), bench.corpus(task.test)
-    head = _trained(task, maps.grids(subject, train, task.size, task.kind), train, bench.settings.seed, subject.name)
-    tokens, sums = maps.grids(subject, test, task.size, task.kind), np.zeros((len(test), 5))
+    head = _trained(task, maps.grids(subject, train, task.grid, task.kind), train, bench.settings.seed, subject.name)
+    tokens, sums = maps.grids(subject, test, task.grid, task.kind), np.zeros((len(test), 5))
     for row in range(len(test)):
         truth = read_depth(task, test, row)
         with torch.no_grad():

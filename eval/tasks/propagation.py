@@ -87,7 +87,7 @@ def _tokens(task: Propagation, backbone: TokenBackbone, corpus: Corpus, row: int
     image = decode_rgb(corpus.read_image(row))
     width = height = backbone.side
     if backbone.any_size:
-        scale = task.size / min(image.size) / backbone.patch
+        scale = task.grid / min(image.size)
         width, height = (max(round(each * scale), 1) * backbone.patch for each in image.size)
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
     return F.normalize(maps.patch_tokens(backbone, pixels[None])[0], dim=-1)

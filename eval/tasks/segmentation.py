@@ -32,8 +32,8 @@ Judge = Callable[[np.ndarray], Tensor]
 def segmentation(task: Segmentation, subject: Subject, bench: Bench) -> Outcome:
     """mIoU of a linear layer whose learning rate a held-out part of the training images chooses."""
     train, classes = bench.corpus(task.train), _classes(task, bench)
-    tokens = maps.grids(subject, train, task.size, task.kind)
-    shares = _shares(task, train, classes, tokens, maps.side_for(subject.tokens(task.kind), task.size))
+    tokens = maps.grids(subject, train, task.grid, task.kind)
+    shares = _shares(task, train, classes, tokens, maps.side_for(subject.tokens(task.kind), task.grid))
     layers = _Layers(task, tokens, shares, bench.settings.seed)
     everything, best = np.arange(len(train)), 0
     if len(task.learning_rates) > 1:
@@ -47,8 +47,8 @@ def segmentation(task: Segmentation, subject: Subject, bench: Bench) -> Outcome:
 def knn_segmentation(task: KnnSegmentation, subject: Subject, bench: Bench) -> Outcome:
     """mIoU of the votes of similar patches; a patch of the bank votes for the classes it shows, by their shares."""
     train, classes = bench.corpus(task.train), _classes(task, bench)
-    tokens = maps.grids(subject, train, task.size, task.kind)
-    shares = _shares(task, train, classes, tokens, maps.side_for(subject.tokens(task.kind), task.size))
+    tokens = maps.grids(subject, train, task.grid, task.kind)
+    shares = _shares(task, train, classes, tokens, maps.side_for(subject.tokens(task.kind), task.grid))
     places = np.flatnonzero(shares.sum(1) > 0.5)
     places = np.sort(generator(bench.settings.seed, "bank").permutation(places)[: task.bank])
     if not len(places):
@@ -147,7 +147,7 @@ class _Layers:
 def _scored(task: SegmentationSettings, subject: Subject, bench: Bench, classes: np.ndarray, judge: Judge) -> Outcome:
     """Mean intersection over union of the test images at their own size."""
     test, shown = bench.corpus(task.test), list[tuple[int, np.ndarray, np.ndarray]]()
-    tokens = maps.grids(subject, test, task.size, task.protocol)
+    tokens = maps.grids(subject, test, task.grid, task.protocol)
     areas = np.zeros((2, len(test), len(classes)))  # of intersections and unions
     for row in range(len(test)):
         truth = maps.read_map(test, row, task.member)
