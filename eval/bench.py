@@ -36,7 +36,7 @@ class Bench:
         wanted = {name for task in config.runnable() for name in [*task.datasets(), *task.optional_datasets()]}
         wanted &= set(config.datasets)
         corpora = {name: Corpus.open(config.datasets[name]) for name in sorted(wanted)}
-        inputs = {name: corpus.artifact.as_input() for name, corpus in corpora.items()}
+        inputs = {f"dataset_{name}": corpus.artifact.as_input() for name, corpus in corpora.items()}
         leaked = {}
         for name in sorted(wanted & set(config.leaks)):
             selection = Selection.open(config.leaks[name])
@@ -56,8 +56,8 @@ class Bench:
         """Class of each image, int64 `[n]`."""
         return self.corpora[name].labels
 
-    def same_classes(self, train: str, test: str) -> int:
-        """How many classes two datasets share.
+    def same_classes(self, train: str, test: str) -> list[str]:
+        """Names of the classes that two datasets share; numbers where they have none.
 
         Raises:
             UserError: they have not the same, or only one.
@@ -69,9 +69,9 @@ class Bench:
             raise UserError(f"datasets: {train if not len(first) else test} has no images; give one that has")
         if len(np.unique(first.labels)) < 2:
             raise UserError(f"datasets: {train} has one class only; a probe needs two or more")
-        return int(max(first.labels.max(), second.labels.max())) + 1
+        return max(self.class_names(train), self.class_names(test), key=len)
 
     def class_names(self, name: str) -> list[str]:
         """Of each class a name; its number where it has none."""
         corpus = self.corpora[name]
-        return corpus.classes or [str(number) for number in range(int(corpus.labels.max()) + 1)]
+        return corpus.classes or [str(number) for number in range(int(corpus.labels.max(initial=0)) + 1)]

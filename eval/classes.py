@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from eval.bench import Bench
+from eval.chance import generator
 from eval.charts import confusion
 from eval.scores import Outcome, Score, Scorer
 from eval.subject import Subject
-from eval.tasks.config import Classification, OtherSet
-from infra.config import load_yaml
+from eval.tasks.config import Classification, Learned, OtherSet
+from eval.truth import read_names
 from infra.corpora import Corpus
 from infra.errors import UserError
 
@@ -34,7 +35,9 @@ def classified(
     scorer, labels = bench.scorer(task, subject.name), bench.labels(task.test)
     found = classify(bench.corpus(task.test)).argmax(1)
     right = found == labels
-    scores = [scorer.accuracy(metric, right, bench.leaked.get(task.test))]
+    published = isinstance(task, Learned) and task.select == "published"
+    note = "set to be best on this test set" if published else ""
+    scores = [scorer.accuracy(metric, right, bench.leaked.get(task.test), note)]
     for other in task.also:
         if other.dataset in bench.corpora:
             scores.append(_on(other, scorer, bench, names, classify))
@@ -62,7 +65,9 @@ def _on(other: OtherSet, scorer: Scorer, bench: Bench, names: list[str], classif
 def _meaning(other: OtherSet, bench: Bench, names: list[str]) -> np.ndarray:
     """Which of the known classes each class of another set is, bool `[theirs, known]`."""
     theirs = bench.class_names(other.dataset)
-    given: dict[str, Any] = load_yaml(other.classes) if other.classes is not None else {name: name for name in names}
+    given: Any = read_names(other.classes) if other.classes is not None else {name: name for name in names}
+    if other.classes is not None and (unknown := sorted(set(given) - set(theirs))):
+        raise UserError(f"{other.classes}: {unknown[0]} is no class of {other.dataset}; mend the map")
     place = {name: number for number, name in enumerate(names)}
     meaning = np.zeros((len(theirs), len(names)), dtype=bool)
     for row, name in enumerate(theirs):
@@ -84,27 +89,44 @@ def spoken_names(file: str | None, bench: Bench, dataset: str) -> list[str]:
         UserError: the file lacks one.
     """
     own = bench.class_names(dataset)
+    if file is None and not bench.corpus(dataset).classes:
+        raise UserError(f"datasets: the classes of {dataset} have no names; give them in a file, as the task's `names`")
     if file is None:
         return [name.replace("_", " ") for name in own]
-    given = load_yaml(file)
+    given = read_names(file)
+    if isinstance(given, list):
+        if len(given) != len(own):
+            raise UserError(f"{file}: has {len(given)} names, but {dataset} has {len(own)} classes; mend the list")
+        return [str(each) for each in given]
     if missing := [name for name in own if name not in given]:
         raise UserError(f"{file}: has no name for the class {missing[0]}; add it")
     return [str(given[name]) for name in own]
 
 
 def held_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to learn from and rows that choose settings, int64; each class in both, where it has enough images."""
-    from sklearn.model_selection import train_test_split
+    """Rows to learn from and rows that choose settings, int64: of each class its share chooses, but never all of it.
 
-    _, counts = np.unique(labels, return_counts=True)
-    stratify = labels if counts.min() >= 2 and len(labels) * share >= len(counts) else None
-    fit, choose = train_test_split(np.arange(len(labels)), test_size=share, random_state=seed, stratify=stratify)
-    return np.sort(fit), np.sort(choose)
+    Raises:
+        UserError: every class has one image.
+    """
+    chance, choose = generator(seed, "held out"), []
+    for each in np.unique(labels):
+        rows = chance.permutation(np.flatnonzero(labels == each))
+        wanted = len(rows) * share
+        count = int(wanted) + int(chance.random() < wanted % 1)  # in small classes by chance, so that shares hold
+        choose.append(rows[: min(count, len(rows) - 1)])
+    chosen = np.sort(np.concatenate(choose))
+    if not len(chosen):
+        several = [rows for each in np.unique(labels) if len(rows := np.flatnonzero(labels == each)) > 1]
+        if not several:
+            raise UserError("one image a class is too little to choose settings by; give one setting alone")
+        chosen = several[0][-1:]
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 
-def per_class(labels: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+def per_class(labels: np.ndarray, count: int, chance: np.random.Generator) -> np.ndarray:
     """Rows of `count` images of each class, or all of a class that has fewer, int64 in order."""
-    chosen = [generator.permutation(np.flatnonzero(labels == each))[:count] for each in np.unique(labels)]
+    chosen = [chance.permutation(np.flatnonzero(labels == each))[:count] for each in np.unique(labels)]
     return np.sort(np.concatenate(chosen))
 
 

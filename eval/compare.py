@@ -16,7 +16,7 @@ from eval.config import CompareConfig
 from eval.gallery import data_uri
 from eval.rendering import PAGE, rendered
 from eval.scores import student
-from eval.summary import answers_file, headline_rows
+from eval.summary import answers_file, headline_rows, scored_on
 from infra.artifacts import Artifact, Plan, find, open_artifact, produce
 from infra.errors import UserError
 
@@ -91,7 +91,20 @@ def _common(groups: Mapping[str, Sequence[Artifact]], told: Mapping[str, Sequenc
     for report, each in zip(reports, headlines, strict=True):
         if missing := [name for name in headlines[0] if name not in each]:
             raise UserError(f"{report.url}: has no score of a model by {missing[0]}; evaluate all alike")
+        require_alike(reports[0], report, list(headlines[0]))
     return list(headlines[0])
+
+
+def require_alike(first: Artifact, other: Artifact, protocols: Sequence[str]) -> None:
+    """Check that two reports scored some protocols in the same way, on the same datasets.
+
+    Raises:
+        UserError: they did not.
+    """
+    for name in protocols:
+        before, now = scored_on(first, name), scored_on(other, name)
+        if before != now:
+            raise UserError(f"{other.url}: {name} has other datasets or settings than in {first.url}; evaluate alike")
 
 
 def _mean(protocol: str, name: str, reports: Sequence[Artifact], others: Sequence[Artifact]) -> Mean:
@@ -111,11 +124,9 @@ def _mean(protocol: str, name: str, reports: Sequence[Artifact], others: Sequenc
 def _over_images(
     protocol: str, reports: Sequence[Artifact], others: Sequence[Artifact]
 ) -> tuple[float | None, float | None]:
-    """The 95 % interval of the difference of two reports, where both answered for the same test images."""
+    """The 95 % interval of the difference of two reports, where both keep their answers."""
     ours, theirs = (_answers(protocol, some[0]) for some in (reports, others))
-    if ours is None or theirs is None or ours[0] != theirs[0]:
-        return None, None
-    return paired_interval(ours[1], theirs[1])
+    return (None, None) if ours is None or theirs is None else paired_interval(ours, theirs)
 
 
 def paired_interval(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
@@ -129,14 +140,12 @@ def paired_interval(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]
     return float(low), float(high)
 
 
-def _answers(protocol: str, report: Artifact) -> tuple[str, np.ndarray] | None:
-    """Id of the test set and answers of a protocol, where the report has them."""
+def _answers(protocol: str, report: Artifact) -> np.ndarray | None:
+    """Answers of a protocol, where the report has them."""
     name = answers_file(protocol)
-    tasks = {task["name"] or task["kind"]: task for task in report.manifest.config.get("tasks", [])}
-    if not any(file.path == name for file in report.manifest.files) or protocol not in tasks:
+    if not any(file.path == name for file in report.manifest.files):
         return None
-    answers = np.load(report.local_file(name), allow_pickle=False)
-    return report.manifest.inputs[tasks[protocol]["test"]].id, answers
+    return np.load(report.local_file(name), allow_pickle=False)
 
 
 def _images(report: Artifact) -> int:

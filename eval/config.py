@@ -79,10 +79,15 @@ class EvaluateSettings(Config):
 
     @model_validator(mode="after")
     def _names_differ(self) -> EvaluateSettings:
-        names = [task.protocol for task in self.tasks]
+        names = [file_name(task.protocol) for task in self.tasks]
         if twice := sorted({each for each in names if names.count(each) > 1}):
             raise ValueError(f"tasks: {twice[0]} is there twice; give one a name")
         return self
+
+
+def file_name(name: str) -> str:
+    """The name of a task as a file may have it."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name.lower()).strip("-.")
 
 
 class EvaluateConfig(EvaluateSettings):
@@ -106,9 +111,18 @@ class EvaluateConfig(EvaluateSettings):
 
     def left_out(self) -> dict[str, list[str]]:
         """Names of tasks that miss datasets, and which."""
-        wanted = {task.protocol: {*task.datasets(), *task.optional_datasets()} for task in self.tasks}
-        found = {name: sorted(names - set(self.datasets)) for name, names in wanted.items()}
+        found = {task.protocol: sorted(set(task.datasets()) - set(self.datasets)) for task in self.tasks}
+        for task in self.runnable():
+            found |= {
+                f"{task.protocol} on {name}": [name] for name in task.optional_datasets() if name not in self.datasets
+            }
         return {name: missing for name, missing in found.items() if missing}
+
+    @model_validator(mode="after")
+    def _leaks_are_of_datasets(self) -> EvaluateConfig:
+        if unknown := sorted(set(self.leaks) - set(self.datasets)):
+            raise ValueError(f"leaks: {unknown[0]} is no dataset; there are {', '.join(sorted(self.datasets))}")
+        return self
 
     @model_validator(mode="after")
     def _some_can_run(self) -> EvaluateConfig:

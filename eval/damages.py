@@ -79,10 +79,15 @@ def _glass_blur(x: np.ndarray, s: int, g: np.random.Generator) -> np.ndarray:
 
 
 def _motion_blur(x: np.ndarray, s: int, g: np.random.Generator) -> np.ndarray:
-    length = max(round((10, 15, 15, 15, 20)[s] * _unit(x)), 1)
-    sigma = max((3, 5, 8, 12, 15)[s] * _unit(x), 0.3)
-    weights = np.exp(-(np.arange(length) ** 2) / (2 * sigma**2))
+    radius, sigma = ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))[s]
+    weights = _trail(radius * _unit(x), sigma * _unit(x))
     return _along(x, g.uniform(-np.pi / 4, np.pi / 4), weights)
+
+
+def _trail(radius: float, sigma: float) -> np.ndarray:
+    """Weights of a motion: half a bell, 2 * radius + 1 pixels long."""
+    places = np.arange(2 * max(round(radius), 1) + 1)
+    return np.exp(-(places**2) / (2 * max(sigma, 0.3) ** 2))
 
 
 def _along(x: np.ndarray, angle: float, weights: np.ndarray) -> np.ndarray:
@@ -117,7 +122,7 @@ def _snow(x: np.ndarray, s: int, g: np.random.Generator) -> np.ndarray:
     )[s]
     flakes = _enlarged(g.normal(size=x.shape[:2], loc=mean, scale=std), scale)
     flakes[flakes < least] = 0
-    weights = np.exp(-(np.arange(max(round(length * _unit(x)), 1)) ** 2) / (2 * sigma**2))
+    weights = _trail(length * _unit(x), sigma * _unit(x))
     flakes = _along(flakes.clip(0, 1), g.uniform(-3 * np.pi / 4, -np.pi / 4), weights)[..., None]
     grey = cv2.cvtColor(x.astype(np.float32), cv2.COLOR_RGB2GRAY)[..., None]
     paler = share * x + (1 - share) * np.maximum(x, grey * 1.5 + 0.5)

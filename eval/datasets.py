@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.maps import PAIRED
 from infra.artifacts import Artifact, Plan, cache_directory, produce
 from infra.errors import UserError
 from infra.hashing import hash_file, hash_json
@@ -18,7 +19,7 @@ from pretrain.data.decode import ImageRejected, decode_rgb
 
 VERSION = 1
 _SHARD_BYTES = 256 << 20
-_PATTERNS = ("*.jpg", "*.jpeg", "*.png", "*.webp", "*.bmp")
+_IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 # How each dataset of torchvision is asked for a split; `download` where it can fetch itself.
 _SPLITS: dict[str, dict[str, dict[str, Any]]] = {
@@ -75,6 +76,7 @@ class _Found:
     samples: Iterator[_Sample]
     total: int
     classes: list[str]
+    rejected: dict[str, int]
 
     def write(self, directory: Path) -> Mapping[str, Any]:
         """Make a corpus of them."""
@@ -87,7 +89,7 @@ class _Found:
                 writer.add(each.key, each.members, each.image, {"width": width, "height": height, **row})
                 advance()
         writer.finish()
-        return {"images": self.total, "classes": self.classes, "rejected": {}}
+        return {"images": self.total, "classes": self.classes, "rejected": self.rejected}
 
 
 def _of_torchvision(name: str, rest: str, out: str) -> Artifact:
@@ -101,10 +103,11 @@ def _of_torchvision(name: str, rest: str, out: str) -> Artifact:
             f"{name}: has the splits {', '.join(_SPLITS[dataset_name])}; write torchvision:{dataset_name}/SPLIT"
         )
     dataset = _opened(name, dataset_name, options, Path(folder) if folder else cache_directory() / "torchvision")
-    found = _Found(f"{dataset_name} {split}", _samples(dataset), len(dataset), _class_names(dataset))
+    found = _Found(f"{dataset_name} {split}", _samples(dataset), len(dataset), _class_names(dataset), {})
     import torchvision
 
-    settings = {"dataset": dataset_name, "split": split, "images": len(dataset), "torchvision": torchvision.__version__}
+    settings: dict[str, Any] = {"dataset": dataset_name, "split": split, "torchvision": torchvision.__version__}
+    settings |= {"images": len(dataset), "files": _listed(Path(folder)) if folder else None}
     return produce(Plan("corpus", "torchvision", VERSION, settings), out, found.write)
 
 
@@ -119,9 +122,16 @@ def _opened(name: str, dataset: str, options: dict[str, Any], folder: Path) -> A
         raise UserError(f"{name}: cannot be had ({reason[0]}); put torchvision's files below {folder}") from None
 
 
+def _listed(folder: Path) -> str:
+    """A hash of names and sizes of all files of a folder: torchvision checks what it fetches, but not what it finds."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return hash_json([[path.relative_to(folder).as_posix(), path.stat().st_size] for path in files])
+
+
 def _class_names(dataset: Any) -> list[str]:
     """Names of classes, made different where torchvision has two of one name."""
-    names = [each[0] if isinstance(each, tuple) else str(each) for each in getattr(dataset, "classes", [])]
+    given = getattr(dataset, "classes", getattr(dataset, "categories", []))
+    names = [each[0] if isinstance(each, tuple) else str(each) for each in given]
     return [name if names.count(name) == 1 else f"{name} {number}" for number, name in enumerate(names)]
 
 
@@ -142,20 +152,28 @@ def _of_pairs(name: str, rest: str, out: str) -> Artifact:
     pairs = _matched(name, *folders)
     files = [[key, hash_file(image), hash_file(beside)] for key, image, beside in pairs]
     plan = Plan("corpus", "pairs", VERSION, {"files": hash_json(files)})
-    return produce(plan, out, _Found("pairs", _read(pairs), len(pairs), []).write)
+    unpaired = len(_files(folders[0], _IMAGES)) - len(pairs)
+    return produce(plan, out, _Found("pairs", _read(pairs), len(pairs), [], {"unpaired": unpaired}).write)
 
 
 def _matched(name: str, images: Path, maps: Path) -> list[tuple[str, Path, Path]]:
     """Key, image and map of each pair: their paths below the two folders are the same, but for the extension."""
-    beside = {path.relative_to(maps).with_suffix("").as_posix(): path for path in sorted(maps.rglob("*.png"))}
-    found = []
-    for path in sorted(each for pattern in _PATTERNS for each in images.rglob(pattern)):
-        key = path.relative_to(images).with_suffix("").as_posix()
-        if key in beside:
-            found.append((key, path, beside[key]))
+    beside = {path.relative_to(maps).with_suffix("").as_posix(): path for path in _files(maps, {".png"})}
+    found: list[tuple[str, Path, Path]] = []
+    for path in _files(images, _IMAGES):
+        stem = path.relative_to(images).with_suffix("").as_posix()
+        if stem in beside:
+            found.append((stem.replace(".", "_"), path, beside[stem]))  # in shards a key ends at its first dot
+    keys = [key for key, _, _ in found]
+    if twice := {key for key in keys if keys.count(key) > 1} if len(set(keys)) < len(keys) else set():
+        raise UserError(f"{name}: there are several images {min(twice)}; keep one of each name")
     if not found:
         raise UserError(f"{name}: no image has a PNG of the same name beside it in {maps}; check the folders")
     return found
+
+
+def _files(folder: Path, suffixes: set[str]) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in suffixes)
 
 
 def _read(pairs: list[tuple[str, Path, Path]]) -> Iterator[_Sample]:
@@ -165,4 +183,4 @@ def _read(pairs: list[tuple[str, Path, Path]]) -> Iterator[_Sample]:
             size = decode_rgb(data).size
         except ImageRejected as error:
             raise UserError(f"{image}: {error.reason}; mend or remove it") from None
-        yield _Sample(key, {extension: data, "seg.png": beside.read_bytes()}, extension, size, None)
+        yield _Sample(key, {extension: data, PAIRED: beside.read_bytes()}, extension, size, None)

@@ -12,7 +12,7 @@ import numpy as np
 
 from eval import protocols, summary
 from eval.bench import Bench
-from eval.config import EvaluateConfig
+from eval.config import EvaluateConfig, file_name
 from eval.frozen import Extraction
 from eval.overview import overview
 from eval.scores import Outcome, Score
@@ -40,7 +40,7 @@ def evaluate(config: EvaluateConfig) -> Artifact:
     bench = Bench.open(config)
     identity, inputs = backbones.identity(config.model)
     settings = config.model_dump(mode="json", exclude=_HOW) | {"model": identity, "left_out": config.left_out()}
-    files = protocols.files_of(config.runnable())
+    files = protocols.files_of(config.runnable(), config.datasets)
     plan = Plan("report", "evaluate", VERSION, settings | {"files": files}, {**inputs, **bench.inputs})
     return produce(plan, config.out, lambda directory: _write(config, bench, directory), keep_work=True)
 
@@ -114,4 +114,4 @@ def _scored(task: TaskConfig, subject: Subject, bench: Bench, directory: Path) -
 
 def _draw(pictures: Mapping[str, bytes], directory: Path) -> None:
     for name, data in pictures.items():
-        (directory / f"{summary.file_name(name)}.png").write_bytes(data)
+        (directory / f"{file_name(name)}.png").write_bytes(data)

@@ -16,8 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 from eval.views import view
 from infra.artifacts import Artifact, Plan, produce
 from infra.corpora import Corpus
+from infra.errors import UserError
 from infra.files import appearing
 from infra.progress import progress
+from infra.vectors import at_unit_length
 from pretrain.backbones import Backbone, TokenBackbone, identity
 from pretrain.config import BackboneConfig
 from pretrain.data.decode import decode_rgb
@@ -60,19 +62,11 @@ class Frozen:
     def vectors(self) -> np.ndarray:
         """Vectors of the centres of all images at unit length, float32 `[n, vector]`."""
         found = self.raw()
-        return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+        return at_unit_length(found)
 
     def raw(self) -> np.ndarray:
         """The same as the backbone gives them."""
         return np.concatenate([part[:, : self.vector] for part in self.parts])[:: self.views]
-
-    def columns(self, start: int, stop: int) -> np.ndarray:
-        """Some columns of all rows, float32, in memory."""
-        return np.concatenate([np.ascontiguousarray(part[:, start:stop]) for part in self.parts])
-
-    def probe_width(self, blocks: int, pooled: bool) -> int:
-        """How wide the input of a linear probe is."""
-        return sum(self.blocks[-blocks:]) + (self.mean if pooled else 0) if self.blocks else self.vector
 
     def probe_columns(self, blocks: int, pooled: bool) -> np.ndarray:
         """Which columns a linear probe reads: class tokens of some last blocks and the mean of patch tokens."""
@@ -141,6 +135,8 @@ def _write(backbone: Backbone, corpus: Corpus, how: Extraction, directory: Path,
             rows = range(start, min(start + part_rows, len(corpus)))
             found = []
             for features in _rows(backbone, corpus, how, rows):
+                if not np.isfinite(features).all():
+                    raise UserError("the backbone gives features that are not finite; are its weights whole?")
                 found.append(features)
                 advance(len(features) // how.views)
             with appearing(_part(directory, start), 0o644) as partial, partial.open("wb") as file:
@@ -157,7 +153,7 @@ def _part(directory: Path, start: int) -> Path:
 def _part_rows(backbone: Backbone, corpus: Corpus, how: Extraction) -> int:
     layout = _layout(backbone, corpus, how)
     width = layout["vector"] + sum(layout["blocks"]) + layout["mean"]
-    return max(_PART_BYTES // (4 * width * how.views), how.batch)
+    return max(_PART_BYTES // (4 * width * how.views), 1)
 
 
 def _layout(backbone: Backbone, corpus: Corpus, how: Extraction) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from eval.compare import require_alike
 from eval.config import Gate
 from eval.summary import headline_rows
 from infra.artifacts import Artifact, open_artifact
@@ -26,6 +27,7 @@ def require(report: Artifact, gate: Gate) -> None:
         raise UserError(f"gate: {missing[0]}: not in both {report.url} and {gate.report}; name another protocol")
     if not names:
         raise UserError(f"gate: {gate.report} has no protocol in common with {report.url}; compare with another")
+    require_alike(open_artifact(gate.report, "report"), report, names)
     fallen = []
     for name in names:
         new, old = now[name]["value"], before[name]["value"]

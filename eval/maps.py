@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,8 +17,9 @@ from infra.errors import UserError
 from infra.progress import progress
 from infra.shards import extension_of
 from pretrain.backbones import TokenBackbone
-from pretrain.data.decode import decode_rgb
+from pretrain.data.decode import ImageRejected, decode_rgb, open_image
 
+PAIRED = "map.png"  # what `pairs:` datasets call the map beside an image
 _TOGETHER = 8  # images a forward pass: there are many patches
 
 
@@ -63,17 +63,20 @@ def grids(subject: Subject, corpus: Corpus, grid: int, task: str) -> Grids:
 def read_map(corpus: Corpus, row: int, extension: str) -> np.ndarray:
     """The map beside an image, `[H, W]`: numbers as they are stored, of a PNG of one channel or of a palette.
 
+    Of a dataset of two folders it is the only one, whatever it is asked for by.
+
     Raises:
         UserError: there is none, or it is no such image.
     """
     entry = corpus.entry(row)
-    member = next((each for each in entry["members"] if extension_of(each["name"]) == extension), None)
+    beside = {extension_of(each["name"]): each for each in entry["members"]}
+    member = beside.get(extension, beside.get(PAIRED))
     if member is None:
         raise UserError(f"{corpus.artifact.url}: {entry['key']} has no {extension} beside it; set the task's member")
     data = corpus.read_range(entry["shard"], member["offset"], member["size"])
     try:
-        values = np.asarray(Image.open(io.BytesIO(data)))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        values = np.asarray(open_image(data))
+    except (ImageRejected, OSError, ValueError, SyntaxError):  # of its header, or of its pixels
         raise UserError(f"{corpus.artifact.url}: {member['name']} is no readable image; mend it") from None
     if values.ndim != 2:
         raise UserError(f"{corpus.artifact.url}: {member['name']} has {values.shape[-1]} channels; a map has one")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def of_baseline(task: TaskConfig, backbone: BackboneConfig) -> bool:
     return task.kind in (_OF_VECTORS if isinstance(backbone, PixelDescriptor) else _OF_VECTORS | _OF_TOKENS)
 
 
-def files_of(tasks: Sequence[TaskConfig]) -> dict[str, str]:
+def files_of(tasks: Sequence[TaskConfig], datasets: Collection[str]) -> dict[str, str]:
     """Hashes of the files that tasks read, by path: what they hold decides a report, too.
 
     Raises:
@@ -85,7 +85,7 @@ def files_of(tasks: Sequence[TaskConfig]) -> dict[str, str]:
     found: dict[str, str] = {}
     for task in tasks:
         given: dict[str, Any] = task.model_dump(include={"names", "truth", "pairs"}, exclude_none=True)
-        also = [each.classes for each in getattr(task, "also", [])]
+        also = [each.classes for each in getattr(task, "also", []) if each.dataset in datasets]
         for path in [*given.values(), *(each for each in also if each is not None)]:
             if not Path(path).is_file():
                 raise UserError(f"{path}: no such file; the task {task.protocol} reads it")

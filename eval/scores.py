@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -96,10 +96,19 @@ class Scorer:
         score = self.plain(metric, value(np.arange(images)), images, note=note, share=share, better=better)
         return _with(score, drawn, leaked, value)
 
-    def over_draws(self, metric: str, values: Sequence[float], images: int, note: str = "") -> Score:
-        """Score the mean over repeated draws, with Student's t interval."""
-        mean, low, high = student(np.asarray(values, dtype=float))
-        return Score(self.protocol, metric, self.subject, mean, low, high, images, note=note)
+    def over_draws(self, metric: str, draws: Sequence[np.ndarray], leaked: np.ndarray | None = None) -> Score:
+        """Score the mean accuracy over repeated draws of the training images, with Student's t interval.
+
+        Args:
+            draws: bool arrays of answers for the same test images.
+        """
+        mean, low, high = student(np.array([right.mean() for right in draws]))
+        note = f"{len(draws)} draws"
+        score = Score(self.protocol, metric, self.subject, mean, low, high, len(draws[0]), note=note)
+        if leaked is None:
+            return score
+        clean = float(np.mean([right[~leaked].mean() for right in draws])) if not leaked.all() else None
+        return replace(score, leaked=int(leaked.sum()), without_leaks=clean)
 
     def plain(
         self, metric: str, value: float, images: int, note: str = "", share: bool = False, better: Better = "higher"

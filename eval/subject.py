@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -30,6 +30,8 @@ class Subject:
     """URL below which features are kept."""
     grids: dict[tuple[str, int], Grids] = field(default_factory=dict)
     """Patch tokens by corpus id and side."""
+    _frozen: dict[tuple[str, int], Frozen] = field(default_factory=dict)
+    """By corpus id and views."""
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -38,7 +40,7 @@ class Subject:
     @cached_property
     def pair(self) -> ImageTextModel:
         """Its text tower."""
-        return image_text.load(self.config)
+        return image_text.load(self.config, self.backbone)
 
     def tokens(self, task: str) -> TokenBackbone:
         """The backbone, known to have patch tokens.
@@ -55,9 +57,11 @@ class Subject:
 
     def frozen(self, corpus: Corpus, views: int = 1) -> Frozen:
         """Features of a dataset."""
-        how = Extraction(self.how.blocks, views, self.how.seed, self.how.batch, self.how.workers)
-        title = f"features of {self.name}"
-        return freeze(self.backbone, self.config, corpus, how, self.features, title)
+        known = (corpus.artifact.id, views)
+        if known not in self._frozen:
+            how, title = replace(self.how, views=views), f"features of {self.name}"
+            self._frozen[known] = freeze(self.backbone, self.config, corpus, how, self.features, title)
+        return self._frozen[known]
 
     def vectors(self, corpus: Corpus) -> np.ndarray:
         """Vectors of a dataset at unit length, float32 `[n, dim]`."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import charts
-from eval.config import EvaluateConfig
+from eval.config import EvaluateConfig, file_name
 from eval.gallery import data_uri
 from eval.rendering import PAGE, rendered
 from infra.artifacts import Artifact
@@ -92,11 +92,16 @@ def _note(name: str) -> str:
     return _NOTES.get(name.rpartition("-")[2], "")
 
 
+def scored_on(report: Artifact, protocol: str) -> tuple[Any, list[str]] | None:
+    """The task of a protocol and the ids of the datasets that it read; None where the report does not say."""
+    tasks = {task["name"] or task["kind"]: task for task in report.manifest.config.get("tasks", [])}
+    task = tasks.get(protocol)
+    if task is None:
+        return None
+    names = [task[role] for role in ("train", "test", "queries") if role in task]
+    return task, [report.manifest.inputs[f"dataset_{name}"].id for name in names]
+
+
 def answers_file(protocol: str) -> str:
     """Where a report keeps which test images a protocol's headline had right."""
     return f"{file_name(protocol)}-answers.npy"
-
-
-def file_name(name: str) -> str:
-    """A name as a file may have it."""
-    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name.lower()).strip("-.")

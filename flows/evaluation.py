@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,7 +43,10 @@ def _corpus(url: str, config: EvaluateConfig) -> str:
     """URL of a dataset's corpus, made beside the report where there is none yet."""
     out = storage.join(config.out.rstrip("/").rpartition("/")[0] or ".", "datasets", "{id}")
     if is_named(url):
-        return corpus_of(url, out).url
+        corpus = corpus_of(url, out)
+        if unpaired := corpus.metrics["rejected"].get("unpaired"):
+            print(f"{url}: {unpaired} images without a map are left out", file=sys.stderr)
+        return corpus.url
     if find(url) is not None:
         return url
     from curation.ingest import ingest

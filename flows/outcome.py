@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from eval.rendering import PAGE
@@ -45,7 +46,7 @@ def _evaluation(summary: dict[str, Any]) -> Table:
     table = Table("protocol", "metric", *subjects, box=None)
     for protocol, told in protocols.items():
         values = [told["values"].get(name) for name in subjects]
-        table.add_row(protocol, told["metric"], *(shown(value, told["share"]) for value in values))
+        table.add_row(escape(protocol), escape(told["metric"]), *(shown(value, told["share"]) for value in values))
     return table
 
 

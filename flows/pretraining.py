@@ -52,7 +52,7 @@ def knn_probe(config: PretrainConfig, settings: ProbeSettings) -> Probe:
         model = CheckpointedViT.of(backbone, config.model.image_size, config.views.mean, config.views.std)
         bank, queries = (extract(model, corpus, _BATCH, "probe", shown=False) for corpus in (train, test))
         classes = int(max(train.labels.max(), test.labels.max())) + 1
-        (votes,) = predict(bank, train.labels, queries, classes, [min(settings.k, len(bank))], _TEMPERATURE)
+        votes = predict(bank, train.labels, queries, classes, settings.k, _TEMPERATURE)
         return {"knn": float((votes.argmax(1) == test.labels).mean())}
 
     return score

@@ -69,5 +69,5 @@ def _evaluation(teacher: Artifact, student: Artifact) -> dict[str, dict[str, Any
         told["values"][name] = row["value"]
     for protocol, told in found.items():
         first = told["values"].pop("teacher")
-        told["values"] = {"teacher": first, "student": student.metrics[protocol]["model"], **told["values"]}
+        told["values"] = {"teacher": first, "student": student.metrics.get(protocol, {}).get("model"), **told["values"]}
     return found

@@ -12,6 +12,11 @@ import numpy as np
 _DENSE = 0.25  # share of a stretch that is wanted from which it is read whole
 
 
+def at_unit_length(rows: np.ndarray) -> np.ndarray:
+    """Vectors `[n, dim]` set to unit length; zeros stay zeros."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
 @dataclass(frozen=True)
 class Vectors:
     """Rows of some `.npy` files, or of arrays in memory: float16 `[n, dim]` one after another."""

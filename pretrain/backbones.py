@@ -69,9 +69,12 @@ class TokenBackbone(Backbone, Protocol):
     def normalised(self, images: Tensor) -> Tensor:
         """Images that are not preprocessed, uint8 `[n, H, W, 3]`, to what `layers` takes."""
 
-    def layers(self, batch: Tensor, blocks: int) -> tuple[Tensor, list[Tokens]]:
-        """What `features` gives, and the tokens after each of the last blocks, through the final norm, the last last.
-        Of a network with fewer blocks, all."""
+    def layers(self, batch: Tensor, blocks: int, norm: bool = True) -> tuple[Tensor, list[Tokens]]:
+        """What `features` gives, and the tokens after each of the last blocks, in order; of fewer blocks, all.
+
+        Args:
+            norm: give them through the final norm, where the network has one.
+        """
 
 
 def with_tokens(backbone: Backbone, who: str) -> TokenBackbone:
@@ -107,6 +110,8 @@ def load(config: BackboneConfig) -> Backbone:
 def identity(config: BackboneConfig) -> tuple[dict[str, Any], dict[str, Input]]:
     """What of a backbone goes into an artifact's id: settings without URLs, and inputs."""
     settings = config.model_dump(mode="json", exclude={"url", "checkpoint", "repository"})
+    if isinstance(config, OpenClipBackbone):
+        settings |= {"preprocessing": published.preprocessing(config)}
     if isinstance(config, CheckpointBackbone):
         return settings, {"backbone": Checkpoint.open(config.url).artifact.as_input()}
     if isinstance(config, PixelDescriptor):
@@ -215,12 +220,13 @@ class CheckpointedViT:
         return images
 
     @torch.inference_mode()
-    def layers(self, batch: Tensor, blocks: int) -> tuple[Tensor, list[Tokens]]:
+    def layers(self, batch: Tensor, blocks: int, norm: bool = True) -> tuple[Tensor, list[Tokens]]:
         pixels = self.pixels(batch)
-        found = self.model.intermediate(pixels, blocks)
+        found = self.model.intermediate(pixels, blocks, norm)
         grid = tuple(side // self.patch for side in pixels.shape[-2:])
         tokens = [Tokens(each.class_token.float(), each.patch_tokens.float().unflatten(1, grid)) for each in found]
-        return tokens[-1].class_token.cpu(), tokens
+        vectors = tokens[-1].class_token if norm else self.model([pixels])[0].class_token.float()
+        return vectors.cpu(), tokens
 
     def pixels(self, images: Tensor) -> Tensor:
         """What the network takes of images, uint8 `[n, H, W, 3]`."""
@@ -234,14 +240,23 @@ class OpenClip:
         import open_clip
 
         try:
-            model, _, preprocess = open_clip.create_model_and_transforms(config.model, pretrained=config.checkpoint)
+            how = published.preprocessing(config)
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                config.model,
+                pretrained=config.checkpoint,
+                image_mean=how["mean"],
+                image_std=how["std"],
+                image_interpolation=how["interpolation"],
+                image_resize_mode=how["resize_mode"],
+            )
         except Exception as error:  # a damaged file can raise anything in the readers; none runs code of it
             raise UserError(
                 f"{config.checkpoint}: not a checkpoint of {config.model}: {error}".splitlines()[0]
             ) from None
         self._preprocess: Any = preprocess
         self.model = model.requires_grad_(False).eval().to(default_device())
-        visual = self.model.visual
+        visual: Any = self.model.visual
+        self.depth = len(visual.trunk.feature_info) if hasattr(visual, "trunk") else _depth(visual)
         self.side = max(_pair(visual.image_size))
         self.patch = max(_pair(getattr(visual, "patch_size", 32)))  # ResNets shrink by 32
         self.any_size = False
@@ -258,12 +273,18 @@ class OpenClip:
         return self._normalise(images)
 
     @torch.inference_mode()
-    def layers(self, batch: Tensor, blocks: int) -> tuple[Tensor, list[Tokens]]:
-        options = {"normalize_intermediates": True, "output_extra_tokens": True}
-        found = self.model.visual.forward_intermediates(batch.to(default_device()), blocks, **options)
+    def layers(self, batch: Tensor, blocks: int, norm: bool = True) -> tuple[Tensor, list[Tokens]]:
+        options = {"normalize_intermediates": norm, "output_extra_tokens": True}
+        last = min(blocks, self.depth)
+        found = self.model.visual.forward_intermediates(batch.to(default_device()), last, **options)
         maps, prefixes = found["image_intermediates"], found.get("image_intermediates_prefix")
         tokens = [tokens_of(each, prefixes[i] if prefixes else None) for i, each in enumerate(maps)]
         return found["image_features"].float().cpu(), tokens
+
+
+def _depth(visual: Any) -> int:
+    """Blocks of a Vision Transformer, or stages of a ResNet."""
+    return len(visual.transformer.resblocks) if hasattr(visual, "transformer") else 4
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from infra.corpora import Corpus
 from infra.progress import progress
+from infra.vectors import at_unit_length
 from pretrain.backbones import Backbone
 from pretrain.data.decode import decode_rgb
 
@@ -47,4 +48,4 @@ def extract(backbone: Backbone, corpus: Corpus, batch: int, title: str, shown: b
             found.append(features)
             advance(len(features))
     features = np.concatenate(found)
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    return at_unit_length(features)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,11 +74,12 @@ class Timm:
         return self._normalise(images)
 
     @torch.inference_mode()
-    def layers(self, batch: Tensor, blocks: int) -> tuple[Tensor, list[Tokens]]:
+    def layers(self, batch: Tensor, blocks: int, norm: bool = True) -> tuple[Tensor, list[Tokens]]:
         takes = inspect.signature(self.model.forward_intermediates).parameters
-        options = {name: True for name in ("norm", "return_prefix_tokens") if name in takes}
-        last, found = self.model.forward_intermediates(batch.to(default_device()), blocks, **options)
-        vectors = self.model.forward_head(last, pre_logits=True)
+        options = {name: value for name, value in (("norm", norm), ("return_prefix_tokens", True)) if name in takes}
+        last = min(blocks, len(self.model.feature_info))
+        final, found = self.model.forward_intermediates(batch.to(default_device()), last, **options)
+        vectors = self.model.forward_head(final, pre_logits=True)
         pairs = [each if isinstance(each, tuple) else (each, None) for each in found]
         return vectors.float().cpu(), [tokens_of(grid, prefix) for grid, prefix in pairs]
 
@@ -127,13 +129,13 @@ class Transformers:
             raise UserError(f"{config.checkpoint}: not a model of transformers: {error}".splitlines()[0]) from None
         self.whole = model.requires_grad_(False).eval().to(default_device())
         self.model = getattr(model, "vision_model", model)
-        settings = self.model.config
+        settings: Any = self.model.config
         self._sized = (
             {}
             if "interpolate_pos_encoding" not in inspect.signature(self.model.forward).parameters
             else {"interpolate_pos_encoding": True}
         )
-        self.side = int(getattr(settings, "image_size", 224))
+        self.side = int(self.preprocess(Image.new("RGB", (256, 256))).shape[-1])
         self.patch = int(getattr(settings, "patch_size", 32))
         self.any_size = bool(self._sized) or settings.model_type.startswith(("dinov2", "dinov3", "convnext", "resnet"))
         self._normalise = Normaliser(
@@ -156,17 +158,22 @@ class Transformers:
         return self._normalise(images)
 
     @torch.inference_mode()
-    def layers(self, batch: Tensor, blocks: int) -> tuple[Tensor, list[Tokens]]:
+    def layers(self, batch: Tensor, blocks: int, norm: bool = True) -> tuple[Tensor, list[Tokens]]:
         found = self.model(pixel_values=batch.to(default_device()), output_hidden_states=True, **self._sized)
         grid = tuple(side // self.patch for side in batch.shape[-2:])
-        return self._vectors(found), [self._tokens(each, grid) for each in found.hidden_states[1:][-blocks:]]
+        return self._vectors(found), [self._tokens(each, grid, norm) for each in found.hidden_states[1:][-blocks:]]
 
-    def _tokens(self, hidden: Tensor, grid: tuple[int, ...]) -> Tokens:
+    def _tokens(self, hidden: Tensor, grid: tuple[int, ...], norm: bool) -> Tokens:
         if hidden.ndim == 4:  # a convolutional network's map
             return tokens_of(hidden, None)
-        for name in ("layernorm", "post_layernorm", "norm"):
-            hidden = getattr(self.model, name, lambda tokens: tokens)(hidden)
+        for name in ("layernorm", "post_layernorm", "norm") if norm else ():
+            module = getattr(self.model, name, None)
+            if module is not None and tuple(module.normalized_shape) == hidden.shape[-1:]:
+                hidden = module(hidden)
         prefix = hidden.shape[1] - grid[0] * grid[1]
+        if prefix < 0:  # a network that merges patches, Swin say
+            side = math.isqrt(hidden.shape[1])
+            grid, prefix = (side, hidden.shape[1] // side), 0
         patches = hidden[:, prefix:].unflatten(1, grid).permute(0, 3, 1, 2)
         return tokens_of(patches, hidden[:, :prefix] if prefix else None)
 
@@ -232,7 +239,7 @@ class Hub(Normalised):
         return images
 
     @torch.inference_mode()
-    def layers(self, batch: Tensor, blocks: int) -> tuple[Tensor, list[Tokens]]:
-        options = {"reshape": True, "return_class_token": True}
+    def layers(self, batch: Tensor, blocks: int, norm: bool = True) -> tuple[Tensor, list[Tokens]]:
+        options = {"reshape": True, "return_class_token": True, "norm": norm}
         found = self.layered.get_intermediate_layers(self._normalise(batch).to(default_device()), blocks, **options)
         return self.features(batch), [tokens_of(grid, token[:, None]) for grid, token in found]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infra.errors import UserError
 from pretrain import published
-from pretrain.backbones import OpenClip, default_device
+from pretrain.backbones import Backbone, OpenClip, default_device
 from pretrain.checkpoints import Checkpoint
 from pretrain.config import BackboneConfig, CheckpointBackbone, OpenClipBackbone, TransformersBackbone
 from pretrain.foreign import Transformers
@@ -46,26 +46,29 @@ def _objectives(checkpoint: Checkpoint) -> list[ClipConfig | SiglipConfig]:
     return [each for each in checkpoint.settings.objectives if isinstance(each, ClipConfig | SiglipConfig)]
 
 
-def load(config: BackboneConfig) -> ImageTextModel:
-    """Load both towers of a model onto the GPU, if there is one.
+def load(config: BackboneConfig, backbone: Backbone | None = None) -> ImageTextModel:
+    """Load what brings images and texts into one space onto the GPU, if there is one.
+
+    Args:
+        backbone: the same model, if it has been loaded.
 
     Raises:
         UserError: it has no text tower.
     """
     if isinstance(config, OpenClipBackbone):
-        return _OpenClip(config)
+        return _OpenClip(config, backbone)
     if isinstance(config, TransformersBackbone):
-        return _Transformers(config)
+        return _Transformers(config, backbone)
     if isinstance(config, CheckpointBackbone):
         return _Checkpointed(config)
     raise UserError(f"kind {config.kind}: has no text tower; give a model of open_clip, transformers, or a checkpoint")
 
 
 class _OpenClip:
-    def __init__(self, config: OpenClipBackbone) -> None:
+    def __init__(self, config: OpenClipBackbone, backbone: Backbone | None) -> None:
         import open_clip
 
-        self.model = OpenClip(config).model
+        self.model = (backbone if isinstance(backbone, OpenClip) else OpenClip(config)).model
         self._tokenize: Any = open_clip.get_tokenizer(config.model)
 
     def project(self, vectors: Tensor) -> Tensor:
@@ -101,10 +104,10 @@ class _Checkpointed:
 
 
 class _Transformers:
-    def __init__(self, config: TransformersBackbone) -> None:
+    def __init__(self, config: TransformersBackbone, backbone: Backbone | None) -> None:
         from transformers import AutoTokenizer
 
-        backbone = Transformers(config)
+        backbone = backbone if isinstance(backbone, Transformers) else Transformers(config)
         self.model: Any = backbone.whole
         if not hasattr(self.model, "get_text_features"):
             raise UserError(f"{config.checkpoint}: has no text tower; give a CLIP or SigLIP model")

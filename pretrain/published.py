@@ -67,6 +67,27 @@ def _tag(config: OpenClipBackbone) -> dict[str, Any] | None:
     return get_pretrained_cfg(config.model, config.checkpoint) or None
 
 
+def preprocessing(config: OpenClipBackbone) -> dict[str, Any]:
+    """How open_clip prepares images for a model: as its tag says; for weights in a file as all tags of the model say,
+    where they agree, else as its configuration does."""
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    own = (open_clip.get_model_config(config.model) or {}).get("vision_cfg", {})
+    default = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    default |= {"interpolation": "bicubic", "resize_mode": "shortest"}
+    tags = [config.checkpoint] if _tag(config) is not None else list_pretrained_tags_by_model(config.model)
+    said = [
+        {name: get_pretrained_cfg(config.model, tag).get(name, value) for name, value in default.items()}
+        for tag in tags
+    ]
+    agreed = said[0] if said and all(each == said[0] for each in said) else default
+    agreed |= {name: own[f"image_{name}"] for name in default if f"image_{name}" in own}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in agreed.items()} | {
+        "quick_gelu": bool((_tag(config) or {}).get("quick_gelu", False))
+    }
+
+
 def _of_open_clip(config: OpenClipBackbone) -> str:
     from open_clip.pretrained import download_pretrained
 

@@ -38,7 +38,7 @@ class Colours:
     def normalised(self, images: Tensor) -> Tensor:
         return images
 
-    def layers(self, batch: Tensor, blocks: int) -> tuple[Tensor, list[Tokens]]:
+    def layers(self, batch: Tensor, blocks: int, norm: bool = True) -> tuple[Tensor, list[Tokens]]:
         n, height, width, _ = batch.shape
         cells = batch.float().reshape(n, height // self.patch, self.patch, width // self.patch, self.patch, 3)
         patches = cells.mean((2, 4)) / 255 - 0.5

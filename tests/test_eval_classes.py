@@ -53,7 +53,7 @@ def test_knn_is_the_weighted_vote_of_scikit_learn(seed: int, k: int, classes: in
         algorithm="brute",
         weights=lambda distance: np.exp((1 - distance**2 / 2) / 0.07 - 1 / 0.07),
     ).fit(bank.astype(np.float64), labels)
-    (votes,) = knn.predict(bank, labels, queries, classes, [k], 0.07)
+    votes = knn.predict(bank, labels, queries, classes, k, 0.07)
     shares = voters.predict_proba(queries.astype(np.float64))
     best_two = np.sort(shares, axis=1)[:, -2:]
     clear = best_two[:, -1] - best_two[:, 0] > 1e-4 if shares.shape[1] > 1 else np.ones(25, dtype=bool)
@@ -64,7 +64,7 @@ def test_knn_is_the_weighted_vote_of_scikit_learn(seed: int, k: int, classes: in
 def test_knn_is_that_of_lightly(k: int) -> None:
     bank, queries = unit(0, 3000, 16), unit(1, 500, 16)
     labels = np.random.default_rng(0).integers(0, 7, 3000)
-    (votes,) = knn.predict(bank, labels, queries, 7, [k], 0.07)
+    votes = knn.predict(bank, labels, queries, 7, k, 0.07)
     theirs = knn_predict(
         torch.from_numpy(queries), torch.from_numpy(bank).T, torch.from_numpy(labels), 7, knn_k=k, knn_t=0.07
     )
@@ -73,7 +73,7 @@ def test_knn_is_that_of_lightly(k: int) -> None:
 
 def test_the_nearest_neighbour_of_a_bank_image_is_itself() -> None:
     bank, labels = unit(0, 60), np.random.default_rng(0).integers(0, 7, 60)
-    np.testing.assert_array_equal(knn.predict(bank, labels, bank, 7, [1], 0.07)[0].argmax(1), labels)
+    np.testing.assert_array_equal(knn.predict(bank, labels, bank, 7, 1, 0.07).argmax(1), labels)
 
 
 def test_k_is_chosen_without_the_test_set(train: Corpus, test_set: Corpus, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_leaving_oneself_out_is_what_chooses_k(train: Corpus, tmp_path: Path) ->
         hits = 0
         for row in range(len(bank)):
             others = np.delete(np.arange(len(bank)), row)
-            (votes,) = knn.predict(bank[others], labels[others], bank[row : row + 1], 3, [count], 0.07)
+            votes = knn.predict(bank[others], labels[others], bank[row : row + 1], 3, count, 0.07)
             hits += int(votes.argmax() == labels[row])
         expected.append(hits / len(bank))
     assert right == pytest.approx(expected)
@@ -109,7 +109,7 @@ def test_few_images_a_class_are_drawn_several_times(train: Corpus, test_set: Cor
     rows = [per_class(train.labels, 2, generator(0, "per class", 2, draw)) for draw in range(4)]
     vectors, queries = subject(tmp_path).vectors(train), subject(tmp_path).vectors(test_set)
     right = [
-        (knn.predict(vectors[some], train.labels[some], queries, 3, [5], 0.07)[0].argmax(1) == test_set.labels).mean()
+        (knn.predict(vectors[some], train.labels[some], queries, 3, 5, 0.07).argmax(1) == test_set.labels).mean()
         for some in rows
     ]
     assert few.value == pytest.approx(np.mean(right))
@@ -207,7 +207,7 @@ def test_the_linear_probe_learns_and_chooses_without_the_test_set(
     published = Linear(learning_rates=[1e-3, 1e-1], min_steps=50, batch=32, select="published")
     opened = bench({"train": train, "test": test_set}, [published.model_dump()])
     (score,) = linear.linear(published, subject(tmp_path, backbone=Colours()), opened).scores
-    assert "the best on this test set" in score.note
+    assert "set to be best on this test set" in score.note
 
 
 def test_probes_of_backbones_without_tokens_take_the_vector(train: Corpus, test_set: Corpus, tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_other_sets_are_scored_by_class_maps(train: Corpus, tmp_path: Path) -> N
     own, mapped = knn.knn(task, subject(tmp_path), opened).scores
     assert own.value == 1.0
     vectors = subject(tmp_path).vectors(other)
-    (votes,) = knn.predict(subject(tmp_path).vectors(train), train.labels, vectors, 3, [1], 0.07)
+    votes = knn.predict(subject(tmp_path).vectors(train), train.labels, vectors, 3, 1, 0.07)
     scored = other.labels < 2
     answers = votes[scored].argmax(1)
     expected = np.where(other.labels[scored] == 0, answers == 0, answers > 0).mean()
@@ -269,9 +269,7 @@ def test_leaked_images_are_counted_and_left_out(train: Corpus, test_set: Corpus,
     leaked = np.arange(len(test_set)) < 10
     opened = bench({"train": train, "test": test_set}, [{"kind": "knn", "k": [5]}], {"test": leaked})
     score = knn.knn(opened.settings.tasks[0], subject(tmp_path), opened).scores[0]
-    (votes,) = knn.predict(
-        subject(tmp_path).vectors(train), train.labels, subject(tmp_path).vectors(test_set), 3, [5], 0.07
-    )
+    votes = knn.predict(subject(tmp_path).vectors(train), train.labels, subject(tmp_path).vectors(test_set), 3, 5, 0.07)
     right = votes.argmax(1) == test_set.labels
     assert (score.leaked, score.value) == (10, pytest.approx(right.mean()))
     assert score.without_leaks == pytest.approx(right[10:].mean())
@@ -392,3 +390,79 @@ def test_a_timm_model_scores_on_cifar10_as_by_hand(shared_data: Path, tmp_path: 
     assert score.value == pytest.approx(float((np.array(expected) == truth).mean()))
     np.testing.assert_allclose(subject(tmp_path, config).vectors(corpora["test"]), queries, atol=1e-5)
     assert isinstance(backbones.load(config), backbones.TokenBackbone)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=40), st.floats(0.01, 0.99), st.integers(0, 99))
+def test_a_held_out_part_leaves_every_class_something(labels: list[int], share: float, seed: int) -> None:
+    truth = np.array(labels)
+    if len(set(labels)) == len(labels):
+        with pytest.raises(UserError, match="one image a class is too little"):
+            held_out(truth, share, seed)
+        return
+    fit, choose = held_out(truth, share, seed)
+    assert sorted([*fit, *choose]) == list(range(len(truth)))
+    assert set(truth[fit]) == set(labels)
+    assert len(choose) >= 1
+    big = np.repeat(np.arange(3), 2000)
+    assert len(held_out(big, share, seed)[1]) == pytest.approx(share * len(big), abs=3)
+
+
+def test_maps_and_names_may_have_numbers_for_keys(train: Corpus, tmp_path: Path) -> None:
+    from eval.classes import spoken_names
+
+    opened = bench({"train": train, "test": train}, [{"kind": "knn"}])
+    (tmp_path / "list.yaml").write_text(yaml.safe_dump(["cat", "dog", "fire engine"]))
+    assert spoken_names(str(tmp_path / "list.yaml"), opened, "test") == ["cat", "dog", "fire engine"]
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(["cat"]))
+    with pytest.raises(UserError, match="has 1 names, but test has 3 classes"):
+        spoken_names(str(tmp_path / "short.yaml"), opened, "test")
+    from eval.truth import read_names
+
+    (tmp_path / "numbers.yaml").write_text("0: a\n1: [b, c]\n")
+    assert read_names(str(tmp_path / "numbers.yaml")) == {"0": "a", "1": ["b", "c"]}
+    (tmp_path / "numbers.yaml").write_text("just text")
+    with pytest.raises(UserError, match="neither a mapping nor a list"):
+        read_names(str(tmp_path / "numbers.yaml"))
+
+
+class Broken(Colours):
+    """A backbone with weights that are no numbers."""
+
+    def layers(
+        self, batch: torch.Tensor, blocks: int, norm: bool = True
+    ) -> tuple[torch.Tensor, list[backbones.Tokens]]:
+        vectors, layers = super().layers(batch, blocks)
+        return vectors * torch.nan, layers
+
+
+def test_features_that_are_no_numbers_are_not_scored(train: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="features that are not finite"):
+        subject(tmp_path, backbone=Broken()).frozen(train)
+
+
+def test_a_kill_between_parts_loses_and_doubles_nothing(
+    train: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eval import frozen
+
+    whole = subject(tmp_path / "whole", backbone=Colours()).frozen(train, 2)
+    monkeypatch.setattr(frozen, "_PART_BYTES", 4 * 9 * 2 * 20)  # twenty images of nine columns and two views
+    honest, parts = frozen._rows, 0
+
+    def dying(*arguments: object) -> object:
+        nonlocal parts
+        parts += 1
+        if parts == 3:
+            raise KeyboardInterrupt
+        return honest(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(frozen, "_rows", dying)
+    first, second = subject(tmp_path / "killed", backbone=Colours()), subject(tmp_path / "killed", backbone=Colours())
+    second.how = frozen.Extraction(1, 1, 0, 7, 0)  # another batch
+    with pytest.raises(KeyboardInterrupt):
+        first.frozen(train, 2)
+    again = second.frozen(train, 2)
+    assert again.artifact.id == whole.artifact.id
+    assert len(again.parts) == 5
+    np.testing.assert_array_equal(again.take(np.arange(len(again))), whole.take(np.arange(len(whole))))

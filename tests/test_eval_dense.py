@@ -143,10 +143,10 @@ def test_depth_is_learned_where_brightness_tells_it(tmp_path: Path) -> None:
 
 def test_depth_errors_by_hand() -> None:
     truth, found = np.array([[0, 2.0], [4.0, 1.0]]), np.array([[9.0, 2.4], [5.2, 3.0]])
-    known, squares, *within = depth.errors(found, truth)
-    assert known == 3
-    assert squares == pytest.approx(0.4**2 + 1.2**2 + 2**2)
-    assert within == [1, 2, 2]  # factors 1.2, 1.3 and 3
+    error, *within = depth.errors(found, truth)
+    assert error == pytest.approx(np.sqrt((0.4**2 + 1.2**2 + 2**2) / 3))
+    assert within == pytest.approx([1 / 3, 2 / 3, 2 / 3])  # factors 1.2, 1.3 and 3
+    assert np.isnan(depth.errors(found, np.zeros((2, 2)))).all()
     same = depth.scale_invariant(torch.tensor([2.0, 4.0]), torch.tensor([1.0, 2.0]))
     assert float(same) == pytest.approx(np.sqrt(0.15) * np.log(2), rel=1e-3)
 
@@ -202,7 +202,7 @@ def test_points_are_found_where_the_same_colour_is(tmp_path: Path) -> None:
     assert score.metric == "PCK@0.1"
     assert score.value == pytest.approx(0.5)
     (tmp_path / "pairs.json").write_text(json.dumps([{"source": "a"}]))
-    with pytest.raises(UserError, match="not a list of pairs"):
+    with pytest.raises(UserError, match="target: field required"):
         correspondence.correspondence(task, subject(tmp_path, backbone=Colours()), opened)
 
 
@@ -215,6 +215,13 @@ def test_the_background_is_left_white() -> None:
     assert white[60:].all()
     assert foreground(np.zeros(5)).all()  # nothing tells them apart
     assert (principal_colours(rng.normal(size=(50, 2))).shape) == (50, 3)  # fewer dimensions than colours
+
+
+def test_maps_are_pngs_and_nothing_that_could_run(tmp_path: Path) -> None:
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n"
+    corpus = samples(tmp_path, {"a": {"jpg": _jpeg(scene(0)[0]), "seg.png": script}})
+    with pytest.raises(UserError, match=r"a\.seg\.png is no readable image"):
+        maps.read_map(corpus, 0, "seg.png")
 
 
 def test_pictures_of_patches_are_pngs(sets: dict[str, Corpus]) -> None:

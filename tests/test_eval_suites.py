@@ -65,6 +65,15 @@ def test_settings_that_cannot_be_are_refused() -> None:
     assert [task.kind for task in EvaluateSettings().tasks] == ["knn", "logistic", "health"]
     with pytest.raises(ValueError, match="knn is there twice; give one a name"):
         EvaluateSettings.model_validate({"tasks": [{"kind": "knn"}, {"kind": "knn", "k": [3]}]})
+    with pytest.raises(ValueError, match="a-b is there twice; give one a name"):
+        EvaluateSettings.model_validate({"tasks": [{"kind": "knn", "name": "a b"}, {"kind": "knn", "name": "A-b"}]})
+    for wrong in ({"kind": "knn", "name": "<b>"}, {"kind": "knn", "k": [0]}, {"kind": "few_shot", "shots": [0]}):
+        with pytest.raises(ValueError, match=r"should match pattern|greater than 0"):
+            EvaluateSettings.model_validate({"tasks": [wrong]})
+    with pytest.raises(ValueError, match="leaks: tset is no dataset"):
+        EvaluateConfig.model_validate(
+            {"model": PIXELS, "datasets": {"train": "x", "test": "y"}, "leaks": {"tset": "z"}}
+        )
     with pytest.raises(ValueError, match="from 1 to 5"):
         EvaluateSettings.model_validate({"tasks": [{"kind": "corruptions", "severities": [6]}]})
     with pytest.raises(ValueError, match="knn needs test"):
@@ -133,6 +142,9 @@ def test_the_gate_closes_where_scores_fell(embedded: Embedded, tmp_path: Path) -
     assert fell > 0.01
     with pytest.raises(Regression, match=r"logistic 0\.\d+ to 0\.\d+ \(allowed 0\.01\)"):
         require(poor, Gate(report=good.url, protocols=["logistic"]))
+    other = run(settings(embedded, tmp_path, datasets={"train": embedded.test, "test": embedded.seed}, baselines=False))
+    with pytest.raises(UserError, match="knn has other datasets or settings than in"):
+        require(other, Gate(report=good.url))
     with pytest.raises(UserError, match="gate: linear: not in both"):
         require(poor, Gate(report=good.url, protocols=["linear"]))
 
@@ -225,11 +237,11 @@ def test_images_and_maps_in_two_folders_are_a_dataset(tmp_path: Path) -> None:
     assert corpus.keys == ["clip/00", "clip/01", "clip/02"]
     from eval.maps import read_map
 
-    np.testing.assert_array_equal(read_map(corpus, 2, "seg.png"), 2)
+    np.testing.assert_array_equal(read_map(corpus, 2, "depth.png"), 2)
     (tmp_path / "masks" / "clip" / "00.png").write_bytes(encoded(picture(5)))
     again = Corpus.of(corpus_of(name, str(tmp_path / "again")))
     assert again.artifact.id != corpus.artifact.id
-    with pytest.raises(UserError, match=r"00\.png has 3 channels|00\.seg\.png has 3 channels"):
+    with pytest.raises(UserError, match=r"00\.map\.png has 3 channels"):
         read_map(again, 0, "seg.png")
     with pytest.raises(UserError, match="no image has a PNG of the same name"):
         corpus_of(f"pairs:{tmp_path / 'images'}:{tmp_path / 'corpus'}", str(tmp_path / "x"))
@@ -263,9 +275,9 @@ def test_files_of_tasks_are_part_of_a_reports_id(embedded: Embedded, tmp_path: P
     truth.write_text(json.dumps({}))
     task = {"kind": "copy_detection", "queries": "train", "truth": str(truth)}
     found = settings(embedded, tmp_path, tasks=[task])
-    before = protocols.files_of(found.tasks)
+    before = protocols.files_of(found.tasks, found.datasets)
     truth.write_text(json.dumps({"a": []}))
-    assert protocols.files_of(found.tasks) != before
+    assert protocols.files_of(found.tasks, found.datasets) != before
     truth.unlink()
     with pytest.raises(UserError, match="no such file; the task copy_detection reads it"):
-        protocols.files_of(found.tasks)
+        protocols.files_of(found.tasks, found.datasets)

@@ -143,7 +143,7 @@ class Tiny(torch.nn.Module):
     def forward(self, x):
         return self.proj(x).flatten(2).mean(-1)
 
-    def get_intermediate_layers(self, x, n, reshape, return_class_token):
+    def get_intermediate_layers(self, x, n, reshape, return_class_token, norm):
         grid = self.proj(x)
         return [(grid, grid.flatten(2).mean(-1))] * n
 
@@ -166,6 +166,53 @@ def test_a_hub_model_with_dinov2s_interface_has_tokens(tmp_path: Path) -> None:
     torch.testing.assert_close(layers[0].patch_tokens.permute(0, 3, 1, 2), expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(vectors, expected.flatten(2).mean(-1), atol=1e-5, rtol=1e-4)
     assert len(layers) == 3
+
+
+def test_the_side_is_what_the_processor_makes(tmp_path: Path) -> None:
+    import transformers as hf
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    hf.Dinov2Model(hf.Dinov2Config(**sizes, image_size=56, patch_size=14)).save_pretrained(tmp_path)
+    hf.ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(tmp_path)
+    assert tokened(load(TransformersBackbone(checkpoint=str(tmp_path)))).side == 28
+
+
+def test_networks_of_few_stages_give_all_they_have(clip: OpenClipBackbone, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=0)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    backbone = tokened(load(TimmBackbone(model="test_resnet", checkpoint=str(tmp_path / "model.safetensors"))))
+    assert len(backbone.layers(backbone.normalised(images(backbone.side)), 99)[1]) == len(model.feature_info)
+    assert len(tokened(load(clip)).layers(torch.zeros(1, 3, 32, 32), 99)[1]) == 1
+
+
+def test_swin_merges_patches_and_still_has_tokens(tmp_path: Path) -> None:
+    import transformers as hf
+
+    settings = hf.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4)
+    hf.SwinModel(settings).save_pretrained(tmp_path)
+    hf.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    backbone = tokened(load(TransformersBackbone(checkpoint=str(tmp_path))))
+    _, layers = backbone.layers(backbone.normalised(images(32)), 1)
+    assert layers[-1].patch_tokens.shape == (2, 4, 4, 16)
+
+
+def test_weights_in_a_file_are_prepared_for_as_the_models_tags_say(clip: OpenClipBackbone) -> None:
+    from pretrain.backbones import identity
+
+    siglip = published.preprocessing(OpenClipBackbone(model="ViT-B-16-SigLIP", checkpoint="w.pt"))
+    assert (siglip["mean"], siglip["resize_mode"]) == ([0.5, 0.5, 0.5], "squash")
+    assert published.preprocessing(clip)["mean"] == list(open_clip.OPENAI_DATASET_MEAN)
+    assert published.preprocessing(OpenClipBackbone(model="ViT-B-32", checkpoint="openai"))["quick_gelu"]
+    assert identity(clip)[0]["preprocessing"] == published.preprocessing(clip)
+
+
+def test_tokens_before_the_norm_are_another_matter(embedded: Embedded, tmp_path: Path) -> None:
+    trained = pretrain.run(config(embedded.seed, tmp_path / "teacher", schedule={"steps": 1, "batch": 8}))
+    backbone = tokened(load(CheckpointBackbone(url=trained.url)))
+    (vector, normed), (same, raw) = (backbone.layers(images(32), 1, norm=norm) for norm in (True, False))
+    torch.testing.assert_close(vector, same)
+    assert not torch.allclose(normed[0].patch_tokens, raw[0].patch_tokens)
 
 
 def test_who_has_no_patch_tokens_is_told_so() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from infra.config import Config
 
@@ -16,8 +16,8 @@ Selecting = Literal["held_out", "published"]
 class Task(Config):
     """What all protocols share."""
 
-    name: str | None = None
-    """Name in the report; null: its kind."""
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._()+-]{0,59}$")
+    """Name in the report: letters, digits, blanks and ._()+-; null: its kind."""
 
     @property
     def protocol(self) -> str:
@@ -72,11 +72,11 @@ class Knn(Learned):
     """Weighted vote of the nearest neighbours (DINO, arXiv 2104.14294, section 4.1)."""
 
     kind: Literal["knn"] = "knn"
-    k: list[int] = Field(default_factory=lambda: [10, 20, 100, 200], min_length=1)
+    k: list[PositiveInt] = Field(default_factory=lambda: [10, 20, 100, 200], min_length=1)
     """Numbers of neighbours that vote; the chosen one is the score, all are reported."""
     temperature: float = Field(0.07, gt=0)
     """A vote weighs exp(cosine / this)."""
-    per_class: list[int] = Field(default_factory=list)
+    per_class: list[PositiveInt] = Field(default_factory=list)
     """Score also with this many training images a class."""
     tries: int = Field(5, ge=1)
     """Draws of them; means over draws are reported."""
@@ -86,9 +86,9 @@ class Linear(Learned):
     """One linear layer on frozen features, a grid of them trained together (DINOv2, arXiv 2304.07193, section 7.1)."""
 
     kind: Literal["linear"] = "linear"
-    learning_rates: list[float] = Field(default_factory=lambda: list(_LEARNING_RATES), min_length=1)
+    learning_rates: list[PositiveFloat] = Field(default_factory=lambda: list(_LEARNING_RATES), min_length=1)
     """Base learning rates, for a batch of 256."""
-    blocks: list[int] = Field(default_factory=lambda: [1, 4], min_length=1)
+    blocks: list[PositiveInt] = Field(default_factory=lambda: [1, 4], min_length=1)
     """Of how many last blocks the class tokens are taken."""
     average_pool: list[bool] = Field(default_factory=lambda: [False, True], min_length=1)
     """With or without the mean of the last block's patch tokens."""
@@ -109,7 +109,7 @@ class Logistic(Learned):
     """Multinomial logistic regression on frozen features (scikit-learn's, by L-BFGS)."""
 
     kind: Literal["logistic"] = "logistic"
-    strengths: list[float] = Field(default_factory=lambda: [0.01, 0.1, 1.0, 10.0, 100.0], min_length=1)
+    strengths: list[PositiveFloat] = Field(default_factory=lambda: [0.01, 0.1, 1.0, 10.0, 100.0], min_length=1)
     """Inverse regularisation strengths C; DINOv2 takes 45 from 1e-6 to 1e5."""
     standardise: bool = True
     """Bring every dimension to mean 0 and deviation 1, which DINOv2 does not."""
@@ -125,7 +125,7 @@ class FewShot(Classification):
     kind: Literal["few_shot"] = "few_shot"
     train: str = "train"
     """Name of the labelled dataset that is drawn from."""
-    shots: list[int] = Field(default_factory=lambda: [1, 5, 10], min_length=1)
+    shots: list[PositiveInt] = Field(default_factory=lambda: [1, 5, 10], min_length=1)
     """Images a class."""
     draws: int = Field(5, ge=2)
     """Of each number; their mean is reported, with Student's t interval."""
@@ -139,7 +139,7 @@ class FineTune(Learned):
     kind: Literal["fine_tune"] = "fine_tune"
     blocks: int = Field(1, ge=0)
     """Last blocks that are trained."""
-    learning_rates: list[float] = Field(default_factory=lambda: [1e-4, 5e-4], min_length=1)
+    learning_rates: list[PositiveFloat] = Field(default_factory=lambda: [1e-4, 5e-4], min_length=1)
     """Of AdamW."""
     weight_decay: float = Field(0.05, ge=0)
     """Of AdamW."""
@@ -167,7 +167,7 @@ class ImageText(Task):
     kind: Literal["image_text"] = "image_text"
     test: str = "test"
     """Name of the captioned dataset."""
-    at: list[int] = Field(default_factory=lambda: [1, 5, 10], min_length=1)
+    at: list[PositiveInt] = Field(default_factory=lambda: [1, 5, 10], min_length=1)
     """How many of the first answers count."""
     lines: bool = True
     """Each line of a caption is a caption of its own, as in COCO."""
@@ -181,7 +181,7 @@ class Dense(Task):
     test: str = "test"
     """Name of the dataset that is scored."""
     grid: int = Field(32, ge=1)
-    """Patches along each side of the square that images are brought to; a backbone of one size alone keeps to its own."""
+    """Patches along each side of the square that images are brought to; a backbone of one size keeps to its own."""
 
 
 class SegmentationSettings(Dense):
@@ -197,7 +197,7 @@ class Segmentation(SegmentationSettings):
     """A linear layer on patch tokens (DINOv2, section 7.4: linear)."""
 
     kind: Literal["segmentation"] = "segmentation"
-    learning_rates: list[float] = Field(default_factory=lambda: [1e-3, 1e-2], min_length=1)
+    learning_rates: list[PositiveFloat] = Field(default_factory=lambda: [1e-3, 1e-2], min_length=1)
     """Of AdamW; trained together, chosen by a part of the training images."""
     weight_decay: float = Field(1e-3, ge=0)
     """Of AdamW."""

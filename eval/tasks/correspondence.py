@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from torch import Tensor
 
 from eval import maps
@@ -16,6 +13,7 @@ from eval.bench import Bench
 from eval.scores import Outcome
 from eval.subject import Subject
 from eval.tasks.config import Correspondence
+from eval.truth import read_json
 from infra.config import Config
 from infra.corpora import Corpus
 from infra.errors import UserError
@@ -45,12 +43,7 @@ def read_pairs(path: str) -> list[Pair]:
     Raises:
         UserError: it is missing, or holds something else.
     """
-    try:
-        pairs = TypeAdapter(list[Pair]).validate_python(json.loads(Path(path).read_text()))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give the JSON file of pairs") from None
-    except (ValueError, ValidationError):
-        raise UserError(f"{path}: not a list of pairs; each needs source, target, their points, and size") from None
+    pairs = read_json(path, list[Pair])
     uneven = [each for each in pairs if len(each.source_points) != len(each.target_points)]
     if uneven or not any(each.source_points for each in pairs):
         raise UserError(f"{path}: points of source and target must be as many, and some there must be")
@@ -67,10 +60,15 @@ def correspondence(task: Correspondence, subject: Subject, bench: Bench) -> Outc
             source, target = (_tokens(task, backbone, corpus, rows, key) for key in (pair.source, pair.target))
             found = matched(*source, *target, np.array(pair.source_points).reshape(-1, 2))
             distance = np.linalg.norm(found - np.array(pair.target_points).reshape(-1, 2), axis=1)
-            right.append(distance <= task.alpha * pair.size)
+            right.append((distance <= task.alpha * pair.size).sum())
             advance()
-    note = f"{len(pairs)} pairs"
-    return Outcome([bench.scorer(task, subject.name).accuracy(f"PCK@{task.alpha:g}", np.concatenate(right), note=note)])
+    hits, counts = np.array(right), np.array([len(pair.source_points) for pair in pairs])
+
+    def value(drawn: np.ndarray) -> float:
+        return float(hits[drawn].sum() / max(counts[drawn].sum(), 1))
+
+    scorer, note = bench.scorer(task, subject.name), f"{counts.sum()} points; over pairs"
+    return Outcome([scorer.over_images(f"PCK@{task.alpha:g}", len(pairs), value, note=note)])
 
 
 Seen = tuple[Tensor, tuple[int, int]]

@@ -20,6 +20,7 @@ from eval.views import preprocessed
 from infra.corpora import Corpus
 from infra.errors import UserError
 from infra.progress import progress
+from infra.vectors import at_unit_length
 from pretrain.backbones import center_crop
 from pretrain.data.decode import decode_rgb
 
@@ -46,12 +47,12 @@ _IMAGENET_CLASSES = 1000
 def corruptions(task: Corruptions, subject: Subject, bench: Bench) -> Outcome:
     """Mean error over corruptions and severities, and the error of each corruption.
 
-    On sets of 1,000 classes also mCE, relative to AlexNet on ImageNet.
+    On sets of 1,000 classes and over all severities also mCE, relative to AlexNet on ImageNet.
     """
     if unknown := sorted(set(task.damages) - set(DAMAGES)):
         raise UserError(f"damages: {unknown[0]}: there are {', '.join(DAMAGES)}")
     names = task.damages or list(COUNTED)
-    classes = bench.same_classes(task.train, task.test)
+    classes = len(bench.same_classes(task.train, task.test))
     train, test = bench.corpus(task.train), bench.corpus(task.test)
     rows = np.unique(np.linspace(0, len(test) - 1, min(task.images, len(test))).astype(int))
     bank, labels, right = subject.vectors(train), test.labels[rows], {}
@@ -62,11 +63,11 @@ def corruptions(task: Corruptions, subject: Subject, bench: Bench) -> Outcome:
                 for start in range(0, len(rows), subject.how.batch):
                     some = rows[start : start + subject.how.batch]
                     queries = _vectors(subject, test, some, name, severity, bench.settings.seed)
-                    k = min(task.k, len(bank))
-                    votes += predict(bank, train.labels, queries, classes, [k], task.temperature)
+                    votes.append(predict(bank, train.labels, queries, classes, task.k, task.temperature))
                     advance(len(some))
                 right[name, severity] = np.concatenate(votes).argmax(1) == labels
-    return _told(task, subject, bench, names, right, classes)
+    leaked = bench.leaked.get(task.test)
+    return _told(task, subject, bench, names, right, classes, None if leaked is None else leaked[rows])
 
 
 def _vectors(subject: Subject, corpus: Corpus, rows: np.ndarray, name: str, severity: int, seed: int) -> np.ndarray:
@@ -77,7 +78,7 @@ def _vectors(subject: Subject, corpus: Corpus, rows: np.ndarray, name: str, seve
         image = center_crop(decode_rgb(corpus.read_image(row)), side)
         batch.append(preprocessed(subject.backbone, Image.fromarray(damaged(image, name, severity, chance))))
     found = subject.backbone.features(torch.stack(batch)).numpy()
-    return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+    return at_unit_length(found)
 
 
 def _told(
@@ -87,18 +88,19 @@ def _told(
     names: list[str],
     right: dict[tuple[str, int], np.ndarray],
     classes: int,
+    leaked: np.ndarray | None,
 ) -> Outcome:
     scorer, images = bench.scorer(task, subject.name), len(next(iter(right.values())))
     wrong = ~np.stack([np.stack([right[name, severity] for severity in task.severities]) for name in names])
 
     def error(of: np.ndarray, metric: str) -> Score:
         per_image = of.reshape(-1, images).mean(0)
-        return scorer.over_images(metric, images, lambda rows: float(per_image[rows].mean()), better="lower")
+        return scorer.over_images(metric, images, lambda rows: float(per_image[rows].mean()), leaked, better="lower")
 
     scores = [error(wrong, "error, mean")]
     errors = wrong.mean((1, 2))
     relative = [errors[i] / (_ALEXNET[name] / 100) for i, name in enumerate(names) if name in _ALEXNET]
-    if classes == _IMAGENET_CLASSES and relative:
+    if classes == _IMAGENET_CLASSES and relative and sorted(set(task.severities)) == [1, 2, 3, 4, 5]:
         note = f"over {len(relative)} of 15 corruptions"
         scores.append(scorer.plain("mCE", float(np.mean(relative)), images, note, share=True, better="lower"))
     scores += [error(wrong[i], f"error, {name.replace('_', ' ')}") for i, name in enumerate(names)]

@@ -15,6 +15,7 @@ from eval.scores import Better, Outcome, Score
 from eval.subject import Subject
 from eval.tasks.config import Depth
 from infra.corpora import Corpus
+from infra.errors import UserError
 from infra.progress import progress
 from pretrain.backbones import default_device
 
@@ -23,26 +24,31 @@ _VARIANCE = 0.85  # of the scale-invariant loss
 
 
 def depth(task: Depth, subject: Subject, bench: Bench) -> Outcome:
-    """Root mean square error in metres, and the share of pixels within a factor of 1.25, its square and its cube."""
+    """Root mean square error in metres, and the share of pixels within a factor of 1.25, its square and its cube: of
+    each image, averaged over images."""
     train, test = bench.corpus(task.train), bench.corpus(task.test)
     head = _trained(task, maps.grids(subject, train, task.grid, task.kind), train, bench.settings.seed, subject.name)
-    tokens, sums = maps.grids(subject, test, task.grid, task.kind), np.zeros((len(test), 5))
+    tokens, found_in = maps.grids(subject, test, task.grid, task.kind), np.full((len(test), 4), np.nan)
     for row in range(len(test)):
         truth = read_depth(task, test, row)
         with torch.no_grad():
             found = head(torch.from_numpy(tokens.flat(np.array([row]))).to(head.centres.device)).cpu()
-        sums[row] = errors(maps.enlarged(found.unflatten(0, tokens.shape)[None], truth.shape)[0].numpy(), truth)
+        found_in[row] = errors(maps.enlarged(found.unflatten(0, tokens.shape)[None], truth.shape)[0].numpy(), truth)
     scorer, leaked = bench.scorer(task, subject.name), bench.leaked.get(task.test)
+
+    known = np.flatnonzero(~np.isnan(found_in[:, 0]))
+    if not len(known):
+        raise UserError(f"datasets: {task.test} has no known depth; check `member`, `scale` and `farthest`")
 
     def score(metric: str, column: int, better: Better) -> Score:
         def value(rows: np.ndarray) -> float:
-            mean = sums[rows, column].sum() / max(sums[rows, 0].sum(), 1)
-            return float(np.sqrt(mean) if column == 1 else mean)
+            return float(found_in[known[rows], column].mean())
 
-        return scorer.over_images(metric, len(test), value, leaked, share=column != 1, better=better)
+        seen = None if leaked is None else leaked[known]
+        return scorer.over_images(metric, len(known), value, seen, share=column > 0, better=better)
 
-    deltas = [score(f"within 1.25^{power}", 1 + power, "higher") for power in (1, 2, 3)]
-    return Outcome([score("RMSE, m", 1, "lower"), *deltas])
+    deltas = [score(f"within 1.25^{power}", power, "higher") for power in (1, 2, 3)]
+    return Outcome([score("RMSE, m", 0, "lower"), *deltas])
 
 
 def read_depth(task: Depth, corpus: Corpus, row: int) -> np.ndarray:
@@ -52,11 +58,14 @@ def read_depth(task: Depth, corpus: Corpus, row: int) -> np.ndarray:
 
 
 def errors(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Known pixels, their summed squared error, and how many lie within a factor of 1.25, 1.25^2 and 1.25^3."""
+    """Root mean square error over the known pixels, and what share of them lies within a factor of 1.25, 1.25^2 and
+    1.25^3; no numbers where none is known."""
     known = truth > 0
+    if not known.any():
+        return np.full(4, np.nan)
     found, truth = found[known].astype(np.float64), truth[known].astype(np.float64)
     factor = np.maximum(found / truth, truth / found)
-    return np.array([known.sum(), ((found - truth) ** 2).sum(), *((factor < 1.25**power).sum() for power in (1, 2, 3))])
+    return np.array([((found - truth) ** 2).mean() ** 0.5, *((factor < 1.25**power).mean() for power in (1, 2, 3))])
 
 
 class _Head(nn.Module):

@@ -40,7 +40,8 @@ class Tuned(nn.Module):
         else:
             raise UserError("fine_tune: takes checkpoints of Fovea or the official code, and ViTs of timm")
         self.model = model.requires_grad_(False)
-        self.trained = [*list(model.blocks)[len(model.blocks) - blocks :], *([model.norm] if blocks else [])]
+        last = list(model.blocks)[max(len(model.blocks) - blocks, 0) :]
+        self.trained = [*last, *([model.norm] if blocks else [])]
         for module in self.trained:
             module.requires_grad_(True)
         self.head = nn.Linear(width, classes)
@@ -61,7 +62,8 @@ class Tuned(nn.Module):
 
 def fine_tune(task: FineTune, subject: Subject, bench: Bench) -> Outcome:
     """Accuracy after training; a held-out part of the training set chooses the learning rate, or the test set."""
-    classes = bench.same_classes(task.train, task.test)
+    names = bench.same_classes(task.train, task.test)
+    classes = len(names)
     train, test = bench.corpus(task.train), bench.corpus(task.test)
     seed, rate = bench.settings.seed, task.learning_rates[0]
     if len(task.learning_rates) > 1:
@@ -81,7 +83,7 @@ def fine_tune(task: FineTune, subject: Subject, bench: Bench) -> Outcome:
     def classify(corpus: Corpus) -> np.ndarray:
         return _logits(tuned, subject, corpus, np.arange(len(corpus)))
 
-    return classified(task, subject, bench, bench.class_names(task.train), classify)
+    return classified(task, subject, bench, names, classify)
 
 
 def _trained(

@@ -25,6 +25,7 @@ from pretrain.objectives.config import DinoConfig
 _RIDGE = 1e-4  # LiDAR's, on the within-image scatter
 _OUTLIER = 2.0  # times the median norm
 _TENTH = 10
+_RANKS = (10, 100)  # of the eigenvalues whose fall is measured
 
 
 def health(task: Health, subject: Subject, bench: Bench) -> Outcome:
@@ -40,7 +41,7 @@ def health(task: Health, subject: Subject, bench: Bench) -> Outcome:
         ),
         scorer.plain("LiDAR", lidar(views), len(few), f"{task.views} crops each"),
         scorer.plain(
-            "alpha-ReQ", alpha_req(vectors), len(rows), "1 is best, more is flat, less is noise", better="neither"
+            "alpha-ReQ", alpha_req(vectors), len(rows), "1 is best; 0 is flat, more falls too fast", better="neither"
         ),
     ]
     if isinstance(subject.backbone, TokenBackbone):
@@ -83,7 +84,8 @@ def _entropy(values: np.ndarray) -> float:
 
 
 def alpha_req(vectors: np.ndarray) -> float:
-    """alpha-ReQ (arXiv 2202.05808): how fast the eigenvalues of the covariance fall, the slope on logarithmic scales.
+    """alpha-ReQ (arXiv 2202.05808): how fast the eigenvalues of the covariance fall, the slope on logarithmic scales
+    between the 10th and the 100th; of few eigenvalues between the first and the last.
 
     Args:
         vectors: `[n, dim]`.
@@ -91,17 +93,19 @@ def alpha_req(vectors: np.ndarray) -> float:
     centred = vectors - vectors.mean(0, dtype=np.float64)
     values = np.linalg.svd(centred, compute_uv=False) ** 2 / len(vectors)
     values = values[values > values[0] * 1e-10] if values[0] > 0 else values[:0]
-    if len(values) < 3:
+    first, last = (_RANKS[0], min(_RANKS[1], len(values))) if len(values) > 2 * _RANKS[0] else (1, len(values))
+    if last - first < 2:
         return float("inf")
-    slope, _ = np.polyfit(np.log(np.arange(1, len(values) + 1)), np.log(values), 1)
+    slope, _ = np.polyfit(np.log(np.arange(first, last + 1)), np.log(values[first - 1 : last]), 1)
     return float(-slope)
 
 
 def _norms(backbone: TokenBackbone, corpus: Corpus, rows: np.ndarray, scorer: Scorer) -> Iterator[Score]:
-    """Artefacts that registers mend (arXiv 2309.16588): few patch tokens of far greater norm than others."""
+    """Artefacts that registers mend (arXiv 2309.16588): few patch tokens of far greater norm than others, before the
+    final norm."""
     images = [torch.as_tensor(np.array(backbone.preprocess(decode_rgb(corpus.read_image(int(row)))))) for row in rows]
     norms = torch.cat(
-        [backbone.layers(each[None], 1)[1][-1].patch_tokens.norm(dim=-1).flatten().cpu() for each in images]
+        [backbone.layers(each[None], 1, norm=False)[1][-1].patch_tokens.norm(dim=-1).flatten().cpu() for each in images]
     )
     share = float((norms > _OUTLIER * norms.median()).float().mean())
     note = f"norm over {_OUTLIER:g} times the median"

@@ -23,47 +23,49 @@ _CHOOSING = 5000  # training images, at most, that choose k
 
 def knn(task: Knn, subject: Subject, bench: Bench) -> Outcome:
     """Accuracy at each k, the chosen one first."""
-    classes = bench.same_classes(task.train, task.test)
+    names = bench.same_classes(task.train, task.test)
+    classes = len(names)
     train, test = bench.corpus(task.train), bench.corpus(task.test)
-    bank, labels = subject.vectors(train), train.labels
-    scorer, truth = bench.scorer(task, subject.name), test.labels
+    bank, labels, queries = subject.vectors(train), train.labels, subject.vectors(test)
+    scorer, leaked = bench.scorer(task, subject.name), bench.leaked.get(task.test)
     ks = sorted({min(k, len(bank)) for k in task.k})
-    votes = predict(bank, labels, subject.vectors(test), classes, ks, task.temperature)
-    each = [
-        scorer.accuracy(f"accuracy, k = {k}", found.argmax(1) == truth, bench.leaked.get(task.test))
-        for k, found in zip(ks, votes, strict=True)
-    ]
+    cosines, rows = nearest(queries, bank, ks[-1])
+
+    def votes(k: int) -> np.ndarray:
+        return counted(cosines[:, :k], labels[rows[:, :k]], classes, task.temperature)
+
+    each = [scorer.accuracy(f"accuracy, k = {k}", votes(k).argmax(1) == test.labels, leaked) for k in ks]
     k, curve = _chosen(task, bank, labels, classes, ks, [score.value for score in each])
 
     def classify(corpus: Corpus) -> np.ndarray:
         if corpus is test:
-            return votes[ks.index(k)]
-        return predict(bank, labels, subject.vectors(corpus), classes, [k], task.temperature)[0]
+            return votes(k)
+        return predict(bank, labels, subject.vectors(corpus), classes, k, task.temperature)
 
-    outcome = classified(task, subject, bench, bench.class_names(task.train), classify, f"accuracy, k = {k}")
+    outcome = classified(task, subject, bench, names, classify, f"accuracy, k = {k}")
     others = [score for score in each if score.metric != outcome.scores[0].metric]
     pictures = dict(outcome.pictures)
     if subject.name == "model" and bench.settings.pictures:
         pictures |= {"curve": along(ks, curve, "k", "accuracy")} if len(ks) > 1 else {}
-        pictures["neighbours"] = neighbour_sheet(train, test, bank, subject.vectors(test), bench.settings.pictures)
-    scores = [*outcome.scores[:1], *others, *outcome.scores[1:], *_few(task, subject, bench, k)]
+        pictures["neighbours"] = neighbour_sheet(train, test, bank, queries, bench.settings.pictures)
+    scores = [*outcome.scores[:1], *others, *outcome.scores[1:], *_few(task, subject, bench, k, queries)]
     return replace(outcome, scores=scores, pictures=pictures)
 
 
 def predict(
-    bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, classes: int, ks: Sequence[int], temperature: float
-) -> list[np.ndarray]:
-    """Votes for each class, float32 `[q, classes]`, for each k.
+    bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, classes: int, k: int, temperature: float
+) -> np.ndarray:
+    """Votes for each class, float32 `[q, classes]`.
 
     Args:
         bank: labelled vectors of unit length, float32 `[n, dim]`.
         labels: their classes, int64 `[n]`.
         queries: vectors of unit length, float32 `[q, dim]`.
-        ks: how many neighbours vote, at most n each.
+        k: how many neighbours vote; all where there are fewer.
         temperature: a neighbour's vote weighs exp(cosine / temperature).
     """
-    cosines, rows = nearest(queries, bank, max(ks))
-    return [counted(cosines[:, :k], labels[rows[:, :k]], classes, temperature) for k in ks]
+    cosines, rows = nearest(queries, bank, min(k, len(bank)))
+    return counted(cosines, labels[rows], classes, temperature)
 
 
 def counted(cosines: np.ndarray, labels: np.ndarray, classes: int, temperature: float) -> np.ndarray:
@@ -95,22 +97,16 @@ def _chosen(
     return ks[int(np.argmax(right))], right
 
 
-def _few(task: Knn, subject: Subject, bench: Bench, k: int) -> list[Score]:
+def _few(task: Knn, subject: Subject, bench: Bench, k: int, queries: np.ndarray) -> list[Score]:
     """Means over draws of few training images a class."""
     train, test, scores = bench.corpus(task.train), bench.corpus(task.test), []
+    bank, labels, scorer = subject.vectors(train), train.labels, bench.scorer(task, subject.name)
+    classes = len(bench.same_classes(task.train, task.test))
     for count in task.per_class:
-        values = []
+        draws = []
         for draw in range(task.tries):
-            rows = per_class(train.labels, count, generator(bench.settings.seed, "per class", count, draw))
-            votes = predict(
-                subject.vectors(train)[rows],
-                train.labels[rows],
-                subject.vectors(test),
-                int(train.labels.max()) + 1,
-                [min(k, len(rows))],
-                task.temperature,
-            )
-            values.append(float((votes[0].argmax(1) == test.labels).mean()))
-        scorer = bench.scorer(task, subject.name)
-        scores.append(scorer.over_draws(f"accuracy, {count} a class", values, len(test), f"{task.tries} draws"))
+            rows = per_class(labels, count, generator(bench.settings.seed, "per class", count, draw))
+            votes = predict(bank[rows], labels[rows], queries, classes, k, task.temperature)
+            draws.append(votes.argmax(1) == test.labels)
+        scores.append(scorer.over_draws(f"accuracy, {count} a class", draws, bench.leaked.get(task.test)))
     return scores

@@ -105,7 +105,8 @@ class Heads:
 def linear(task: Linear, subject: Subject, bench: Bench) -> Outcome:
     """Accuracy of the head that a held-out part of the training set chooses, trained again on all of it; or, as
     published, of the head that is best on the test set."""
-    classes = bench.same_classes(task.train, task.test)
+    names = bench.same_classes(task.train, task.test)
+    classes = len(names)
     train, test = bench.corpus(task.train), bench.corpus(task.test)
     features, labels = subject.frozen(train, task.views), train.labels
     grid = _grid(task, features)
@@ -126,9 +127,9 @@ def linear(task: Linear, subject: Subject, bench: Bench) -> Outcome:
     def classify(corpus: Corpus) -> np.ndarray:
         return heads.scores(subject.frozen(corpus), best)
 
-    outcome = classified(task, subject, bench, bench.class_names(task.train), classify)
+    outcome = classified(task, subject, bench, names, classify)
     first, pictures = outcome.scores[0], dict(outcome.pictures)
-    note = f"{grid[int(np.argmax(curve))]}" + (", the best on this test set" if task.select == "published" else "")
+    note = ", ".join(filter(None, [str(grid[int(np.argmax(curve))]), first.note]))
     if subject.name == "model" and bench.settings.pictures and len(grid) > 1:
         pictures["curve"] = grid_curves([(str(h).rpartition(", lr")[0], h.learning_rate) for h in grid], curve.tolist())
     return replace(outcome, scores=[replace(first, note=note), *outcome.scores[1:]], pictures=pictures)

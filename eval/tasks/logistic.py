@@ -38,7 +38,8 @@ class Probe:
 
 def logistic(task: Logistic, subject: Subject, bench: Bench) -> Outcome:
     """Accuracy of the strength that a held-out part of the training set chooses, fitted again to all of it."""
-    classes = bench.same_classes(task.train, task.test)
+    names = bench.same_classes(task.train, task.test)
+    classes = len(names)
     train, test = bench.corpus(task.train), bench.corpus(task.test)
     features, labels = subject.frozen(train).raw(), train.labels
     curve = [1.0]
@@ -50,7 +51,7 @@ def logistic(task: Logistic, subject: Subject, bench: Bench) -> Outcome:
     def classify(corpus: Corpus) -> np.ndarray:
         return probe.scores(subject.frozen(corpus).raw(), classes)
 
-    outcome = classified(task, subject, bench, bench.class_names(task.train), classify)
+    outcome = classified(task, subject, bench, names, classify)
     if len(curve) == 1 or subject.name != "model" or not bench.settings.pictures:
         return outcome
     picture = along(task.strengths, curve, "C", "accuracy", log=True)
@@ -76,18 +77,18 @@ def _curve(
 
 def few_shot(task: FewShot, subject: Subject, bench: Bench) -> Outcome:
     """Mean accuracy over draws of some images a class, the most images first."""
-    classes = bench.same_classes(task.train, task.test)
+    names = bench.same_classes(task.train, task.test)
+    classes = len(names)
     train, test = bench.corpus(task.train), bench.corpus(task.test)
     bank, queries, scores = subject.vectors(train), subject.vectors(test), []
     for shots in sorted(task.shots, reverse=True):
-        values = []
+        draws = []
         for draw in range(task.draws):
             rows = per_class(train.labels, shots, generator(bench.settings.seed, "few shot", shots, draw))
             probe = Probe(bank[rows], train.labels[rows], task.strength, _UNSCALED)
-            values.append(float((probe.scores(queries, classes).argmax(1) == test.labels).mean()))
-        note = f"{task.draws} draws"
+            draws.append(probe.scores(queries, classes).argmax(1) == test.labels)
         scorer = bench.scorer(task, subject.name)
-        scores.append(scorer.over_draws(f"accuracy, {shots} a class", values, len(test), note))
+        scores.append(scorer.over_draws(f"accuracy, {shots} a class", draws, bench.leaked.get(task.test)))
     return Outcome(scores)
 
 

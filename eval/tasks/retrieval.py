@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
-from typing import TypeVar
+from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field
 from torchmetrics.functional.classification import binary_average_precision
 
 from eval.bench import Bench
 from eval.scores import Outcome, Score
 from eval.subject import Subject
 from eval.tasks.config import CopyDetection, Retrieval
+from eval.truth import read_json
 from infra.config import Config
 from infra.corpora import Corpus
 from infra.errors import UserError
 from infra.neighbours import nearest
+from infra.vectors import at_unit_length
 from pretrain.data.decode import decode_rgb
 
-T = TypeVar("T")
 Box = tuple[float, float, float, float]
+
+
+def _right_way_round(box: Box) -> Box:
+    if box[0] >= box[2] or box[1] >= box[3]:
+        raise ValueError("a box is left, top, right, bottom")
+    return box
 
 
 class Answers(Config):
@@ -35,7 +40,7 @@ class Answers(Config):
     """Keys of images that show it badly."""
     junk: list[str] = Field(default_factory=list)
     """Keys of images that count neither way."""
-    box: Box | None = None
+    box: Annotated[Box, AfterValidator(_right_way_round)] | None = None
     """What the query is cut to, in pixels: left, top, right, bottom."""
 
 
@@ -50,7 +55,7 @@ _SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 def retrieval(task: Retrieval, subject: Subject, bench: Bench) -> Outcome:
     """Mean average precision in the settings medium, hard and easy."""
     corpus, queries = bench.corpus(task.test), bench.corpus(task.queries)
-    truth = _read(task.truth, dict[str, Answers])
+    truth = read_json(task.truth, dict[str, Answers])
     rows, asked = _rows(corpus), _rows(queries)
     keys = [key for key in truth if _known(key, asked, task.truth)]
     cut = [(asked[key], truth[key].box) for key in keys]
@@ -82,7 +87,7 @@ def _cut(subject: Subject, corpus: Corpus, queries: list[tuple[int, Box | None]]
         image = decode_rgb(corpus.read_image(row))
         image = image if box is None else image.crop((round(box[0]), round(box[1]), round(box[2]), round(box[3])))
         found = subject.backbone.features(torch.as_tensor(np.array(subject.backbone.preprocess(image)))[None]).numpy()
-        yield found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+        yield at_unit_length(found)
 
 
 def revisited_precision(places: np.ndarray) -> float:
@@ -99,7 +104,7 @@ def revisited_precision(places: np.ndarray) -> float:
 def copy_detection(task: CopyDetection, subject: Subject, bench: Bench) -> Outcome:
     """Micro average precision of all pairs of queries and near references, and recall at a precision of 90 %."""
     references, queries = bench.corpus(task.test), bench.corpus(task.queries)
-    truth, rows, asked = _read(task.truth, dict[str, list[str]]), _rows(references), _rows(queries)
+    truth, rows, asked = read_json(task.truth, dict[str, list[str]]), _rows(references), _rows(queries)
     wanted = {
         (asked[query], rows[original])
         for query, originals in truth.items()
@@ -133,7 +138,8 @@ def micro_precision(scores: np.ndarray, right: np.ndarray, wanted: int) -> float
     """Average precision of pairs in one ranking, where `wanted` pairs should be found and others may be missing."""
     if not right.any():
         return 0.0
-    found = binary_average_precision(torch.from_numpy((scores + 1) / 2), torch.from_numpy(right.astype(np.int64)))
+    shares = ((scores.astype(np.float64) + 1) / 2).clip(0, 1)  # what is no share it would squeeze into one
+    found = binary_average_precision(torch.from_numpy(shares), torch.from_numpy(right.astype(np.int64)))
     return float(found) * float(right.sum()) / wanted
 
 
@@ -158,14 +164,3 @@ def _known(key: str, rows: Mapping[str, int], file: str) -> bool:
 
 def _places(answers: Answers, lists: Collection[str], rows: Mapping[str, int], file: str) -> list[int]:
     return [rows[key] for name in lists for key in getattr(answers, name) if _known(key, rows, file)]
-
-
-def _read(path: str, kind: type[T]) -> T:
-    try:
-        return TypeAdapter(kind).validate_python(json.loads(Path(path).read_text()))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give the JSON file with the truth") from None
-    except (ValueError, ValidationError) as error:
-        raise UserError(
-            f"{path}: not what the task reads: {str(error).splitlines()[0]}; see docs/evaluation.md"
-        ) from None

@@ -23,6 +23,7 @@ from infra.corpora import Corpus
 from infra.errors import UserError
 from infra.neighbours import nearest
 from infra.progress import progress
+from infra.vectors import at_unit_length
 from pretrain.backbones import default_device
 
 Judge = Callable[[np.ndarray], Tensor]
@@ -33,7 +34,7 @@ def segmentation(task: Segmentation, subject: Subject, bench: Bench) -> Outcome:
     """mIoU of a linear layer whose learning rate a held-out part of the training images chooses."""
     train, classes = bench.corpus(task.train), _classes(task, bench)
     tokens = maps.grids(subject, train, task.grid, task.kind)
-    shares = _shares(task, train, classes, tokens, maps.side_for(subject.tokens(task.kind), task.grid))
+    shares = _shares(task, subject, train, classes, tokens)
     layers = _Layers(task, tokens, shares, bench.settings.seed)
     everything, best = np.arange(len(train)), 0
     if len(task.learning_rates) > 1:
@@ -45,21 +46,24 @@ def segmentation(task: Segmentation, subject: Subject, bench: Bench) -> Outcome:
 
 
 def knn_segmentation(task: KnnSegmentation, subject: Subject, bench: Bench) -> Outcome:
-    """mIoU of the votes of similar patches; a patch of the bank votes for the classes it shows, by their shares."""
+    """mIoU of the votes of similar patches; a patch of the bank votes for the class it shows most of."""
     train, classes = bench.corpus(task.train), _classes(task, bench)
     tokens = maps.grids(subject, train, task.grid, task.kind)
-    shares = _shares(task, train, classes, tokens, maps.side_for(subject.tokens(task.kind), task.grid))
-    places = np.flatnonzero(shares.sum(1) > 0.5)
-    places = np.sort(generator(bench.settings.seed, "bank").permutation(places)[: task.bank])
+    side = maps.side_for(subject.tokens(task.kind), task.grid)
+    largest = _largest(task, train, classes, tokens, side)
+    places = generator(bench.settings.seed, "bank").permutation(np.flatnonzero(largest >= 0))
+    places = np.sort(places[: task.bank])
     if not len(places):
         raise UserError(f"datasets: {task.train} has no patch with a known class; check its masks and `ignore`")
     per_image = tokens.shape[0] * tokens.shape[1]
-    bank = _unit(np.concatenate([tokens.flat(np.array([i]))[_within(places, i, per_image)] for i in range(len(train))]))
-    labels = shares[places].argmax(1)
+    bank = at_unit_length(
+        np.concatenate([tokens.flat(np.array([i]))[_within(places, i, per_image)] for i in range(len(train))])
+    )
+    labels = largest[places]
     k = min(task.k, len(bank))
 
     def judge(rows: np.ndarray) -> Tensor:
-        cosines, found = nearest(_unit(rows), bank, k)
+        cosines, found = nearest(at_unit_length(rows), bank, k)
         votes = counted(cosines, labels[found], len(classes), task.temperature)
         return torch.from_numpy(votes / votes.sum(1, keepdims=True))
 
@@ -70,10 +74,6 @@ def _within(places: np.ndarray, image: int, per_image: int) -> np.ndarray:
     """Of places among all patches those of one image, counted within it."""
     low, high = np.searchsorted(places, [image * per_image, (image + 1) * per_image])
     return places[low:high] - image * per_image
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
 def _classes(task: SegmentationSettings, bench: Bench) -> np.ndarray:
@@ -87,12 +87,23 @@ def _classes(task: SegmentationSettings, bench: Bench) -> np.ndarray:
     return np.array(sorted(found - set(task.ignore)), dtype=np.int64)
 
 
-def _shares(task: SegmentationSettings, train: Corpus, classes: np.ndarray, tokens: Grids, side: int) -> np.ndarray:
-    """Of every patch of every image the share of each class, float32 `[n * h * w, classes]`."""
-    found = [
-        maps.patch_shares(maps.read_map(train, row, task.member), classes, tokens.shape, side)
-        for row in range(len(train))
-    ]
+def _shares(
+    task: SegmentationSettings, subject: Subject, train: Corpus, classes: np.ndarray, tokens: Grids
+) -> np.ndarray:
+    """Of every patch of every image the share of each class, float16 `[n, h * w, classes]`, on disk."""
+    side = maps.side_for(subject.tokens(task.protocol), task.grid)
+    found = subject.scratch((len(train), tokens.shape[0] * tokens.shape[1], len(classes)))
+    for row in range(len(train)):
+        found[row] = maps.patch_shares(maps.read_map(train, row, task.member), classes, tokens.shape, side)
+    return found
+
+
+def _largest(task: SegmentationSettings, train: Corpus, classes: np.ndarray, tokens: Grids, side: int) -> np.ndarray:
+    """Of every patch of every image the class that it shows most of, int64 `[n * h * w]`; -1 where half is unknown."""
+    found = []
+    for row in range(len(train)):
+        shares = maps.patch_shares(maps.read_map(train, row, task.member), classes, tokens.shape, side)
+        found.append(np.where(shares.sum(1) > 0.5, shares.argmax(1), -1))
     return np.concatenate(found)
 
 
@@ -108,7 +119,7 @@ class _Layers:
     def trained(self, rates: Sequence[float], images: np.ndarray, title: str) -> list[torch.nn.Linear]:
         """One layer for each learning rate, all on the same batches."""
         torch.manual_seed(self.seed)
-        width, classes = self.tokens.tokens.shape[-1], self.shares.shape[1]
+        width, classes = self.tokens.tokens.shape[-1], self.shares.shape[2]
         layers = [torch.nn.Linear(width, classes).to(self.device) for _ in rates]
         groups = [{"params": each.parameters(), "lr": rate} for each, rate in zip(layers, rates, strict=True)]
         optimiser = torch.optim.AdamW(groups, weight_decay=self.task.weight_decay)
@@ -125,9 +136,7 @@ class _Layers:
         return layers
 
     def _loss(self, layer: torch.nn.Linear, images: np.ndarray) -> Tensor:
-        per_image = self.tokens.shape[0] * self.tokens.shape[1]
-        places = (images[:, None] * per_image + np.arange(per_image)).ravel()
-        truth = torch.from_numpy(self.shares[places]).to(self.device)
+        truth = torch.from_numpy(self.shares[images].astype(np.float32)).flatten(0, 1).to(self.device)
         logits = layer(self._standardised(self.tokens.flat(images)))
         return -(truth * logits.log_softmax(-1)).sum() / truth.sum().clamp_min(1)
 

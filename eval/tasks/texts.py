@@ -19,6 +19,7 @@ from eval.views import preprocessed
 from infra.corpora import Corpus
 from infra.errors import UserError
 from infra.progress import progress
+from infra.vectors import at_unit_length
 from pretrain.data.decode import decode_rgb
 from pretrain.image_text import ImageTextModel
 
@@ -27,13 +28,16 @@ _TOGETHER = 256  # texts
 
 def class_vectors(model: ImageTextModel, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
     """For each class the mean of its prompts' vectors, at unit length, `[classes, dim]` (CLIP, section 3.1.4)."""
-    found = _texts(model, [template.format(name) for name in names for template in templates])
+    found = _texts(model, [template.replace("{}", name) for name in names for template in templates])
     means = found.reshape(len(names), len(templates), -1).mean(1)
-    return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+    return at_unit_length(means)
 
 
 def _texts(model: ImageTextModel, texts: Sequence[str]) -> np.ndarray:
-    return np.concatenate([model.texts(texts[i : i + _TOGETHER]) for i in range(0, len(texts), _TOGETHER)])
+    found = np.concatenate([model.texts(texts[i : i + _TOGETHER]) for i in range(0, len(texts), _TOGETHER)])
+    if not np.isfinite(found).all():
+        raise UserError("the text tower gives vectors that are not finite; are its weights whole?")
+    return found
 
 
 def zero_shot(task: ZeroShot, subject: Subject, bench: Bench) -> Outcome:
@@ -53,13 +57,22 @@ def image_text(task: ImageText, subject: Subject, bench: Bench) -> Outcome:
     captions, owner = captions_of(corpus, task.lines)
     images, texts = subject.joint(corpus), _texts(subject.pair, captions)
     leaked = bench.leaked.get(task.test)
-    of_text = None if leaked is None else leaked[owner]
-    places = np.arange(len(images))
-    to_text = ranks(images, texts, [np.flatnonzero(owner == image) for image in places])
+    own = np.split(np.arange(len(owner)), np.flatnonzero(np.diff(owner)) + 1)
+    to_text = ranks(images, texts, own)
     to_image = ranks(texts, images, [owner[i : i + 1] for i in range(len(texts))])
+
+    def by_texts(k: int) -> Score:
+        """Over captions, but resampled by images: the captions of one are alike."""
+        hits, counts = np.bincount(owner, to_image < k), np.bincount(owner)
+
+        def value(rows: np.ndarray) -> float:
+            return float(hits[rows].sum() / counts[rows].sum())
+
+        return scorer.over_images(f"R@{k}, text to image", len(images), value, leaked, f"{len(texts)} captions")
+
     return Outcome(
         [scorer.accuracy(f"R@{k}, image to text", to_text < k, leaked) for k in task.at]
-        + [scorer.accuracy(f"R@{k}, text to image", to_image < k, of_text) for k in task.at],
+        + [by_texts(k) for k in task.at],
         answers=to_text < task.at[0],
     )
 
@@ -107,13 +120,10 @@ def typographic(task: Typographic, subject: Subject, bench: Bench) -> Outcome:
     vectors = class_vectors(subject.pair, names, prompts(task.prompts))
     chance = generator(bench.settings.seed, "typographic")
     wrong = (labels + chance.integers(1, len(names), len(labels))) % len(names)
-    found = np.concatenate(
-        [
-            subject.pair.project(some).numpy() @ vectors.T
-            for some in _written(subject, corpus, [names[i] for i in wrong])
-        ]
-    ).argmax(1)
-    plain = (subject.joint(corpus) @ vectors.T).argmax(1)
+    plain, found = (
+        (subject.pair.project(torch.cat(list(_written(subject, corpus, words)))).numpy() @ vectors.T).argmax(1)
+        for words in (None, [names[i] for i in wrong])
+    )
     scorer, leaked = bench.scorer(task, subject.name), bench.leaked.get(task.test)
     return Outcome(
         [
@@ -130,12 +140,14 @@ def _believed(scorer: Scorer, believed: np.ndarray) -> Score:
     return replace(score, better="lower")
 
 
-def _written(subject: Subject, corpus: Corpus, words: Sequence[str]) -> Iterator[torch.Tensor]:
-    """Vectors of images with words on them, some at a time."""
+def _written(subject: Subject, corpus: Corpus, words: Sequence[str] | None) -> Iterator[torch.Tensor]:
+    """Vectors of whole images, with words on them or as they are, some at a time."""
     with progress(f"typographic attack on {subject.name}", len(corpus)) as advance:
         for start in range(0, len(corpus), subject.how.batch):
             rows = range(start, min(start + subject.how.batch, len(corpus)))
-            images = [with_word(decode_rgb(corpus.read_image(row)), words[row]) for row in rows]
+            images = [decode_rgb(corpus.read_image(row)) for row in rows]
+            if words is not None:
+                images = [with_word(image, words[row]) for image, row in zip(images, rows, strict=True)]
             yield subject.backbone.features(torch.stack([preprocessed(subject.backbone, each) for each in images]))
             advance(len(rows))
 

@@ -142,12 +142,15 @@ class VisionTransformer(nn.Module):
             x = run_block(block, x, shapes, rotations, self.execution)
             yield x
 
-    def intermediate(self, images: Tensor, blocks: int) -> list[Features]:
-        """Features of images `[B, 3, H, W]` after each of the last blocks, in order, all through the final norm."""
+    def intermediate(self, images: Tensor, blocks: int, norm: bool = True) -> list[Features]:
+        """Features of images `[B, 3, H, W]` after each of the last blocks, in order, through the final norm or not."""
         tokens, grid = self.tokens(images), self._grid(images)
         shape = (tokens.shape[0], tokens.shape[1])
         found = deque(self._through(tokens.flatten(0, 1), [shape], [grid]), maxlen=blocks)
-        return [Features(*self._features(x.unflatten(0, shape), local=False)) for x in found]
+        outputs = [x.unflatten(0, shape) for x in found]
+        if norm:
+            return [Features(*self._features(x, local=False)) for x in outputs]
+        return [Features(x[:, 0], x[:, 1 + self.config.registers :]) for x in outputs]
 
     def class_attention(self, images: Tensor) -> Tensor:
         """How the class token of each image `[B, 3, H, W]` attends to its patches in the last block, by head.
