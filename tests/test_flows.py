@@ -164,8 +164,7 @@ def pipeline(root: Path) -> dict[str, object]:
                 {"kind": "decontaminate", "threshold": 0.88},
             ]
         },
-        "pretrain": {**TINY, "runtime": {**TINY["runtime"], "teachers_every": 5}},
-        "follow": {"tasks": [{"kind": "knn", "k": [5]}], "baselines": False, "pictures": 0, "poll_seconds": 0.2},
+        "pretrain": TINY,
         "distill": STUDENT,
         "evaluate": {"tasks": [{"kind": "knn", "k": [5]}, {"kind": "logistic", "strengths": [1.0]}], "pictures": 4},
     }
@@ -273,7 +272,7 @@ def _killed_until_done(root: Path, home: Path) -> int:
     for kills in range(20):
         process = subprocess.Popen([str(FOVEA), "run", str(file)], env=environment, start_new_session=True)
         try:
-            process.wait(timeout=12 + rng.random() * 14 + 6 * kills)
+            process.wait(timeout=15 + rng.random() * 15 + 15 * kills)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()

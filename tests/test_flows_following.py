@@ -13,7 +13,7 @@ import torch
 import yaml
 
 import pretrain
-from flows.config import FollowConfig
+from flows.config import PipelineConfig
 from infra.artifacts import find, open_artifact, verify
 from pretrain import dumps
 from pretrain.checkpoints import WEIGHTS, Checkpoint
@@ -66,22 +66,22 @@ def test_a_killed_training_writes_the_same_teachers(embedded: Embedded, tmp_path
         assert len({each[WEIGHTS] for each in hashes}) == 1
 
 
+FOLLOW = {
+    "tasks": [{"kind": "knn", "k": [5]}],
+    "baselines": False,
+    "pictures": 0,
+    "bootstrap": 20,
+    "poll_seconds": 0.2,
+}
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_running_training_is_followed(embedded: Embedded, tmp_path: Path) -> None:
     """The follower starts before the training does, scores each teacher once, and ends with it."""
     out = tmp_path / "teacher"
-    follow = {
-        "training": str(out),
-        "datasets": {"train": embedded.seed, "test": embedded.test},
-        "tasks": [{"kind": "knn", "k": [5]}],
-        "baselines": False,
-        "pictures": 0,
-        "bootstrap": 20,
-        "poll_seconds": 0.2,
-    }
-    FollowConfig.model_validate(follow)
-    (tmp_path / "follow.yaml").write_text(yaml.safe_dump(follow))
+    datasets = {"train": embedded.seed, "test": embedded.test}
+    (tmp_path / "follow.yaml").write_text(yaml.safe_dump(FOLLOW | {"training": str(out), "datasets": datasets}))
     (tmp_path / "train.yaml").write_text(
         yaml.safe_dump(TINY | {"runtime": RUNTIME, "corpora": [embedded.seed], "out": str(out)})
     )
@@ -106,3 +106,41 @@ def test_a_running_training_is_followed(embedded: Embedded, tmp_path: Path) -> N
     reports = list((tmp_path / "teacher.reports" / "evaluate").iterdir())
     assert len(reports) == 3
     assert all(find(str(each)) is not None for each in reports)
+
+
+PIPELINE = """
+import sys
+from prefect import flow
+from flows import pipeline, stages
+from flows.config import PipelineConfig
+
+config = PipelineConfig.model_validate_json(sys.argv[1])
+
+@flow
+def part(train: str, test: str) -> dict[str, str]:
+    run = pipeline.Run(config)
+    with pipeline._following(run, {"train": train, "test": test}, [train], {}):
+        run.done("pretrain", stages.pretrain(pipeline._pretrain_config(run, [train])))
+    return run.urls
+
+print(part(sys.argv[2], sys.argv[3])["teachers"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_pipeline_follows_its_pretraining(embedded: Embedded, tmp_path: Path) -> None:
+    config = PipelineConfig.model_validate(
+        {"root": str(tmp_path / "run"), "embedded": {}, "pretrain": {**TINY, "runtime": RUNTIME}, "follow": FOLLOW}
+    )
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_LOGGING_LEVEL": "CRITICAL"}
+    done = subprocess.run(
+        [sys.executable, "-c", PIPELINE, config.model_dump_json(), embedded.seed, embedded.test],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    comparison = open_artifact(done.stdout.split()[-1], "report")
+    assert list(comparison.metrics["knn"]) == ["step 4", "step 8", "step 12"]
