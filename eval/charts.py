@@ -42,7 +42,7 @@ def accuracies(rows: Sequence[Mapping[str, Any]]) -> bytes:
             axes.errorbar(place, 100 * row["value"], yerr=interval, color=INK, capsize=2, linewidth=1)
         axes.text(place, 1, f"{100 * row['value']:.1f}", ha="center", va="bottom", fontsize=7, color="white")
     axes.set_xticks([i * (len(subjects) + 1) + (len(subjects) - 1) / 2 for i in range(len(protocols))], protocols)
-    axes.set_ylabel("accuracy, %", fontsize=8, color=INK)
+    axes.set_ylabel("%", fontsize=8, color=INK)
     for number, subject in enumerate(subjects):
         axes.bar(0, 0, color=_SERIES[number % len(_SERIES)], label=subject.replace("$", r"\$"))  # no formula
     axes.legend(fontsize=7, frameon=False, ncols=len(subjects), loc="lower left", bbox_to_anchor=(0, 1))

@@ -114,7 +114,7 @@ def _mean(protocol: str, name: str, reports: Sequence[Artifact], others: Sequenc
     value, low, high = student(values)
     if len(group) == 1:
         low, high = group[0]["low"], group[0]["high"]
-    metric, share, better = (first[0][key] for key in ("metric", "share", "better"))
+    metric, share, better = (group[0][key] for key in ("metric", "share", "better"))
     gain = student(values[:paired] - theirs[:paired])
     if paired == 1:
         gain = (gain[0], *_over_images(protocol, reports, others))
