@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal, get_args
+
+from pydantic import Field, field_validator
 
 from infra.config import Config
 from infra.launch.config import Launch, Launcher
 from pretrain.config import Guards, Health, Optimizer, Runtime, Schedule, Sharding, Teacher
 from pretrain.data.config import Sampling
 from pretrain.models.config import VisionTransformerConfig
+
+FormatName = Literal["timm", "hub", "transformers", "onnx", "torch_export", "official"]
 
 
 class DistillSettings(Config):
@@ -59,8 +63,17 @@ class PublishSettings(Config):
     """Licence of the weights, as a Hugging Face identifier."""
     description: str = ""
     """A sentence or two for the top of the model card."""
+    formats: list[FormatName] = Field(default_factory=lambda: list[FormatName](["timm", "hub", "official"]))
+    """What it is published as, beside timm's folder: torch.hub's, transformers', an ONNX graph, torch.export's, weights
+    under the official names. transformers and onnx need the extra `publish`."""
     tolerance: float = Field(1e-5, gt=0)
-    """Largest difference of any feature between Fovea and timm; a larger one fails the publication."""
+    """Largest difference of any feature between Fovea and each format; a larger one fails the publication."""
+
+    @field_validator("formats")
+    @classmethod
+    def _timm_first(cls, value: list[FormatName]) -> list[FormatName]:
+        """Each once, in one order, timm's folder always: others stand on it."""
+        return [each for each in get_args(FormatName) if each == "timm" or each in value]
 
 
 class PublishConfig(PublishSettings):
@@ -69,7 +82,7 @@ class PublishConfig(PublishSettings):
     checkpoint: str
     """URL of the checkpoint whose released backbone is published."""
     images: str
-    """URL of a corpus; features of its first images are compared between Fovea and timm."""
+    """URL of a corpus; features of its first images are compared between Fovea and each format."""
     reports: list[str] = Field(default_factory=list)
     """URLs of evaluation reports for the model card."""
     out: str

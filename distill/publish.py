@@ -1,4 +1,4 @@
-"""Publish: the released backbone of a checkpoint as a directory that timm loads, checked there before it counts."""
+"""Publish: the released backbone of a checkpoint as a directory that other tools load, checked before it counts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
-from distill import timm_format
-from distill.config import PublishConfig, PublishSettings
+from distill.config import FormatName, PublishConfig, PublishSettings
+from distill.formats import official_weights, timm_folder, transformers_folder
+from distill.formats.catalogue import FORMATS
 from infra.artifacts import Artifact, Input, Plan, produce
 from infra.corpora import Corpus
 from infra.errors import UserError
@@ -27,9 +27,10 @@ from pretrain.backbones import center_crop
 from pretrain.checkpoints import Checkpoint
 from pretrain.data.config import Views
 from pretrain.data.decode import decode_rgb
+from pretrain.models.official import from_official
 from pretrain.models.vit import VisionTransformer
 
-VERSION = 2
+VERSION = 3
 _CHECKED_IMAGES = 16
 
 
@@ -44,10 +45,10 @@ class Release:
 
 
 def publish(config: PublishConfig) -> Artifact:
-    """Write weights, timm's config and the model card; return the backbone artifact.
+    """Write weights in all formats and the model card; return the backbone artifact.
 
     Raises:
-        UserError: an input is missing, or timm's features differ by more than the tolerance.
+        UserError: an input is missing, or features of a format differ by more than the tolerance.
     """
     from infra.artifacts import open_artifact
 
@@ -66,19 +67,23 @@ def publish(config: PublishConfig) -> Artifact:
 
 def _write(release: Release, inputs: dict[str, Input], directory: Path) -> Mapping[str, Any]:
     backbone, views = release.checkpoint.backbone(), release.checkpoint.settings.views
-    save_file(timm_format.state_dict(backbone), directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(timm_format.config_json(backbone, views), indent=2))
-    difference = timm_difference(directory, backbone, _pixels(release.images, backbone, views))
-    if not difference <= release.settings.tolerance:  # also where it is not a number
-        raise UserError(f"publish: timm's features differ by {difference:.1e}; raise tolerance only if you know why")
+    pixels, differences = _pixels(release.images, backbone, views), dict[str, float]()
+    for name in release.settings.formats:
+        FORMATS[name].write(backbone, views, directory)
+        found = difference(name, directory, backbone, pixels)
+        if not found <= release.settings.tolerance:  # also where it is not a number
+            raise UserError(f"publish: {name}: features differ by {found:.1e}; raise tolerance only if you know why")
+        differences[name] = found
+    told = [{"id": each.id, **each.read_json("report.json")} for each in release.reports]
+    (directory / "eval.json").write_text(json.dumps(told, indent=1))
     lineage = ancestors(inputs.values())
     (directory / "lineage.json").write_text(json.dumps([each.as_dict() for each in lineage], indent=1))
-    (directory / "README.md").write_text(model_card(release, lineage, difference))
-    return {"timm_max_abs_diff": difference, "parameters": _parameters(backbone)}
+    (directory / "README.md").write_text(model_card(release, lineage, differences))
+    return {"max_abs_diff": differences, "parameters": _parameters(backbone)}
 
 
 def _parameters(backbone: VisionTransformer) -> int:
-    return sum(value.numel() for value in timm_format.state_dict(backbone).values())
+    return sum(value.numel() for value in timm_folder.state_dict(backbone).values())
 
 
 def _pixels(images: Corpus, backbone: VisionTransformer, views: Views) -> torch.Tensor:
@@ -90,23 +95,39 @@ def _pixels(images: Corpus, backbone: VisionTransformer, views: Views) -> torch.
     return (pixels - mean) / std
 
 
-def timm_difference(directory: Path, backbone: VisionTransformer, pixels: torch.Tensor) -> float:
-    """Largest absolute difference of any feature between Fovea and timm in a process of its own."""
+def difference(name: FormatName, directory: Path, backbone: VisionTransformer, pixels: torch.Tensor) -> float:
+    """Largest absolute difference of any feature between Fovea and a format, loaded in a process of its own."""
     with torch.inference_mode():
         ours = backbone([pixels])[0].class_token.numpy()
-    script = Path(__file__).with_name("timm_check.py")
-    with tempfile.TemporaryDirectory() as scratch:
-        inputs, outputs = Path(scratch, "pixels.npy"), Path(scratch, "features.npy")
-        np.save(inputs, pixels.numpy())
-        command = [sys.executable, "-I", str(script), str(directory.resolve()), str(inputs), str(outputs)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"publish: timm cannot load the backbone: {done.stderr.strip().splitlines()[-1]}")
-        theirs = np.load(outputs)
+    script = FORMATS[name].check
+    theirs = _by_official_names(directory, backbone, pixels) if script is None else _checked(script, directory, pixels)
     return float(np.abs(ours - theirs).max())
 
 
-def model_card(release: Release, lineage: list[Ancestor], difference: float) -> str:
+def _checked(script: str, directory: Path, pixels: torch.Tensor) -> np.ndarray:
+    """Features by a script of distill/checks."""
+    file = Path(__file__).parent / "checks" / script
+    with tempfile.TemporaryDirectory() as scratch:
+        inputs, outputs = Path(scratch, "pixels.npy"), Path(scratch, "features.npy")
+        np.save(inputs, pixels.numpy())
+        command = [sys.executable, "-IB", str(file), str(directory.resolve()), str(inputs), str(outputs)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            reason = done.stderr.strip().splitlines()[-1:]
+            raise UserError(f"publish: {file.stem}: cannot load the backbone: {''.join(reason)}")
+        return np.load(outputs)
+
+
+def _by_official_names(directory: Path, backbone: VisionTransformer, pixels: torch.Tensor) -> np.ndarray:
+    """Features of the weights under official names, read back: the official code is not to be had here."""
+    state = torch.load(directory / official_weights.FILE, weights_only=True)
+    again = VisionTransformer(backbone.config).eval()
+    again.load_state_dict(from_official(state, backbone.config))
+    with torch.inference_mode():
+        return again([pixels])[0].class_token.numpy()
+
+
+def model_card(release: Release, lineage: list[Ancestor], differences: Mapping[str, float]) -> str:
     """The model card, in Markdown with a Hugging Face metadata block."""
     template = resources.files("distill").joinpath("templates/card.md.jinja").read_text()
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
@@ -119,5 +140,6 @@ def model_card(release: Release, lineage: list[Ancestor], difference: float) -> 
         training=release.checkpoint.artifact.metrics,
         rows=[row for report in release.reports for row in report.read_json("report.json")["rows"]],
         lineage=lineage,
-        difference=difference,
+        differences=differences,
+        transformers_class=transformers_folder.family(settings.model),
     )

@@ -220,7 +220,7 @@ def ablate(file: File = None, /, *, config: Annotated[AblateConfig, Flags]) -> N
 
 @app.command(sort_key=9)
 def publish(file: File = None, /, *, config: Annotated[PublishConfig, Flags]) -> None:
-    """A checkpoint to a backbone that timm loads, with a model card, checked before it counts."""
+    """A checkpoint to a backbone that timm, torch.hub, transformers, onnxruntime load, with a model card, each checked."""
     from distill.publish import publish
 
     _made(publish(config))

@@ -20,7 +20,8 @@ def show(config: PipelineConfig, summary: dict[str, Any]) -> None:
     if curation := _curation(summary):
         console.print(curation)
     console.print(_evaluation(summary))
-    console.print(f"timm: features differ by at most {summary['publish']['timm_max_abs_diff']:.1e}\n")
+    told = (f"{name} {value:.1e}" for name, value in summary["publish"]["max_abs_diff"].items())
+    console.print(f"features as published differ by at most: {', '.join(told)}\n")
     places = {
         "report": storage.join(summary["artifacts"]["report"]["url"], PAGE),
         "backbone": storage.join(summary["artifacts"]["publish"]["url"], "model.safetensors"),

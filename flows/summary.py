@@ -34,7 +34,7 @@ def write(
     content = {
         **scores,
         "evaluation": _evaluation(*(artifacts[f"evaluate-{who}"] for who in ("teacher", "student"))),
-        "publish": {"timm_max_abs_diff": artifacts["publish"].metrics["timm_max_abs_diff"]},
+        "publish": {"max_abs_diff": artifacts["publish"].metrics["max_abs_diff"]},
         "artifacts": {stage: {"id": each.id, "url": each.url} for stage, each in artifacts.items()},
         "seconds": _making(config, artifacts, seconds),
         "config": config.settings(),

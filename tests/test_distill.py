@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from PIL import Image
 
 import distill
 import pretrain
-from distill.config import DistillConfig, PublishConfig
+from distill.config import DistillConfig, FormatName, PublishConfig
 from distill.distill import build_learner, student_settings
 from distill.publish import publish
 from eval import run as evaluate
@@ -132,10 +134,12 @@ def published(embedded: Embedded, student: Checkpoint, tmp_path_factory: pytest.
         images=embedded.test,
         reports=[report.url],
         license="cc0-1.0",
+        formats=["official", "torch_export", "onnx", "transformers", "hub"],
         out=str(out / "backbone"),
     )
     artifact = publish(settings)
-    assert artifact.metrics["timm_max_abs_diff"] <= 1e-5
+    assert list(artifact.metrics["max_abs_diff"]) == list(get_args(FormatName))
+    assert max(artifact.metrics["max_abs_diff"].values()) <= 1e-5
     return Path(artifact.url)
 
 
@@ -163,12 +167,67 @@ def test_the_model_cards_snippet_gives_our_features(embedded: Embedded, student:
     np.testing.assert_allclose(json.loads(done.stdout), backbone.features(image[None])[0], rtol=0, atol=1e-5)
 
 
+SNIPPET = """
+import sys
+from PIL import Image
+image = Image.open(sys.argv[1]).convert("RGB")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_the_cards_snippets_run_as_they_stand(embedded: Embedded, published: Path) -> None:
+    """Each in a process of its own that never imports Fovea."""
+    path = sorted((embedded.folder / "test").rglob("*.png"))[3]
+    blocks = re.findall(r"```python\n(.*?)```", (published / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 5
+    for block in blocks:
+        code = SNIPPET + block.replace("PATH/OF/THIS/FOLDER", str(published))
+        code += "\nassert features.shape[1] == 24\nassert not {'pretrain', 'infra', 'distill'} & set(sys.modules)"
+        done = subprocess.run([sys.executable, "-I", "-c", code, str(path)], capture_output=True, text=True)
+        assert done.returncode == 0, f"{block}\n{done.stderr}"
+
+
+def test_graphs_take_any_batch_and_size(student: Checkpoint, published: Path) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(published / "model.onnx", providers=["CPUExecutionProvider"])
+    graph = torch.export.load(published / "model.pt2").module()
+    backbone = student.backbone()
+    for shape in ((1, 3, 32, 32), (3, 3, 16, 56), (2, 3, 64, 40)):
+        pixels = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            expected = backbone([pixels])[0].class_token
+            torch.testing.assert_close(graph(pixels), expected, atol=1e-5, rtol=1e-4)
+        (found,) = session.run(["features"], {"pixels": pixels.numpy()})
+        np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_segmenter_of_transformers_stands_on_it(student: Checkpoint, published: Path) -> None:
+    from transformers import Dinov2WithRegistersBackbone, UperNetConfig, UperNetForSemanticSegmentation
+
+    backbone = Dinov2WithRegistersBackbone.from_pretrained(published / "transformers", out_indices=[0, 1])
+    settings = UperNetConfig(
+        backbone_config=backbone.config, hidden_size=8, pool_scales=[1, 2], use_auxiliary_head=False, num_labels=5
+    )
+    model = UperNetForSemanticSegmentation(settings)
+    model.backbone = backbone
+    pixels = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert model.eval()(pixels).logits.shape == (2, 5, 32, 48)
+        grid = backbone.eval()(pixels[..., :32]).feature_maps[-1]
+        expected = student.backbone()([pixels[..., :32]])[0].patch_tokens
+    torch.testing.assert_close(grid.flatten(2).transpose(1, 2), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_the_card_tells_numbers_lineage_and_licence(published: Path) -> None:
     card = (published / "README.md").read_text()
     assert card.startswith("---\nlicense: cc0-1.0\n")
     assert "| knn | accuracy, k = " in card
     assert "| logistic | accuracy | untrained |" in card
     assert "| health | RankMe | model |" in card
+    (evaluated,) = json.loads((published / "eval.json").read_text())
+    assert {row["protocol"] for row in evaluated["rows"]} == {"knn", "logistic", "health"}
     lineage = json.loads((published / "lineage.json").read_text())
     assert {each["stage"] for each in lineage} >= {"source", "ingest", "pretrain", "distill", "evaluate"}
     known: set[str] = set()
@@ -180,15 +239,15 @@ def test_the_card_tells_numbers_lineage_and_licence(published: Path) -> None:
 def test_a_backbone_that_timm_sees_differently_is_not_published(
     embedded: Embedded, student: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from distill import timm_format
+    from distill.formats import timm_folder
 
-    honest = timm_format.config_json
+    honest = timm_folder.config_json
     monkeypatch.setattr(
-        timm_format,
+        timm_folder,
         "config_json",
         lambda *arguments: (config := honest(*arguments)) | {"model_args": config["model_args"] | {"num_heads": 1}},
     )
     settings = PublishConfig(checkpoint=student.artifact.url, images=embedded.test, out=str(tmp_path / "b"))
-    with pytest.raises(UserError, match="timm's features differ"):
+    with pytest.raises(UserError, match="timm: features differ"):
         publish(settings)
     assert not (tmp_path / "b" / "manifest.json").exists()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import kept_for_backward
-from distill import timm_format
+from distill.formats import timm_folder
 from infra.errors import UserError
 from pretrain.data.config import Views
 from pretrain.models.attention import attention
@@ -62,9 +62,9 @@ def test_crops_packed_together_give_what_they_give_alone(registers: int) -> None
 @pytest.mark.parametrize("side", [32, 48])
 def test_timm_gives_the_same_features(registers: int, side: int) -> None:
     ours = model(registers=registers)
-    config = timm_format.config_json(ours, Views())
+    config = timm_folder.config_json(ours, Views())
     theirs = timm.create_model(config["architecture"], **config["model_args"]).eval()
-    theirs.load_state_dict(timm_format.state_dict(ours))
+    theirs.load_state_dict(timm_folder.state_dict(ours))
     pixels = images(4, side)
     with torch.inference_mode():
         features = theirs.forward_features(pixels)

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from distill import timm_format
+from distill.formats import timm_folder, transformers_folder
 from infra.errors import UserError
 from pretrain.data.config import Views
 from pretrain.models.config import VisionTransformerConfig
@@ -91,9 +91,9 @@ def test_timm_by_its_own_loader_of_official_checkpoints(
 )
 def test_timm_by_the_published_format(settings: dict[str, Any], size: tuple[int, int]) -> None:
     ours = model(**SMALL, **settings)
-    config = timm_format.config_json(ours, Views())
+    config = timm_folder.config_json(ours, Views())
     theirs = timm.create_model(config["architecture"], **config["model_args"]).eval()
-    theirs.load_state_dict(timm_format.state_dict(ours))
+    theirs.load_state_dict(timm_folder.state_dict(ours))
     pixels = images(*size)
     with torch.inference_mode():
         same(ours, pixels, theirs.forward_features(pixels))
@@ -101,54 +101,7 @@ def test_timm_by_the_published_format(settings: dict[str, Any], size: tuple[int,
 
 def test_what_timm_has_not_is_not_published() -> None:
     with pytest.raises(UserError, match=r"model\.class_norm: timm has no model"):
-        timm_format.state_dict(model(**SMALL, class_norm=True))
-
-
-def _transformers_names(state: dict[str, Tensor], layers: str) -> dict[str, Tensor]:
-    """Our names in transformers' DINO models, which keep queries, keys and values apart."""
-    out: dict[str, Tensor] = {}
-    for name, value in state.items():
-        name = re.sub(r"^blocks\.", f"{layers}.", name)
-        name = re.sub(r"ls(\d)\.gamma", r"layer_scale\1.lambda1", name).replace("attn.proj.", "attention.o_proj.")
-        if ".attn.qkv." in name:
-            for part, chunk in zip("qkv", value.chunk(3), strict=True):
-                out[name.replace("attn.qkv.", f"attention.{part}_proj.")] = chunk
-        else:
-            out[name] = value
-    return out
-
-
-def _gated(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    out = {}
-    for name, value in state.items():
-        if ".fc1." in name:
-            gate, linear = value.chunk(2)
-            out[name.replace("fc1", "gate_proj")], out[name.replace("fc1", "up_proj")] = gate, linear
-        else:
-            out[name.replace("fc2", "down_proj") if ".fc2." in name else name] = value
-    return out
-
-
-def _projected(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.replace("fc1", "up_proj").replace("fc2", "down_proj"): value for name, value in state.items()}
-
-
-_EMBEDDINGS = {
-    "cls_token": "embeddings.cls_token",
-    "reg_token": "embeddings.register_tokens",
-    "mask_token": "embeddings.mask_token",
-}
-_DINOV2_NAMES = _EMBEDDINGS | {
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
-    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
-    "norm.weight": "layernorm.weight",
-    "norm.bias": "layernorm.bias",
-}
-_DINOV3_NAMES = _EMBEDDINGS | {
-    "patch_embed.proj.weight": "embeddings.patch_embeddings.weight",
-    "patch_embed.proj.bias": "embeddings.patch_embeddings.bias",
-}
+        timm_folder.state_dict(model(**SMALL, class_norm=True))
 
 
 def transformers_agree(ours: VisionTransformer, theirs: Any, state: dict[str, Tensor], size: tuple[int, int]) -> None:
@@ -158,10 +111,6 @@ def transformers_agree(ours: VisionTransformer, theirs: Any, state: dict[str, Te
         same(ours, pixels, theirs.eval()(pixels).last_hidden_state)
 
 
-def renamed(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
-    return {names.get(name, name): value for name, value in state.items()}
-
-
 @pytest.mark.parametrize("size", DINOV2_SIZES)
 @pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
 def test_transformers_dinov2(ffn: str, size: tuple[int, int]) -> None:
@@ -169,9 +118,7 @@ def test_transformers_dinov2(ffn: str, size: tuple[int, int]) -> None:
 
     ours = model(**NARROW, **DINOV2, ffn=ffn, interpolation="plain")
     theirs = Dinov2Model(Dinov2Config(**THEIR_SIZE, image_size=518, patch_size=14, use_swiglu_ffn=ffn == "swiglu"))
-    state = _transformers_names(dict(ours.state_dict()), "encoder.layer")
-    state = _gated(state) if ffn == "swiglu" else state
-    transformers_agree(ours, theirs, renamed(state, _DINOV2_NAMES), size)
+    transformers_agree(ours, theirs, transformers_folder.state_dict(ours), size)
 
 
 @pytest.mark.parametrize("size", DINOV2_SIZES)
@@ -180,8 +127,7 @@ def test_transformers_dinov2_with_registers(size: tuple[int, int]) -> None:
 
     ours = model(**NARROW, **DINOV2, registers=4)
     config = Dinov2WithRegistersConfig(**THEIR_SIZE, image_size=518, patch_size=14, num_register_tokens=4)
-    state = _transformers_names(dict(ours.state_dict()), "encoder.layer")
-    transformers_agree(ours, Dinov2WithRegistersModel(config), renamed(state, _DINOV2_NAMES), size)
+    transformers_agree(ours, Dinov2WithRegistersModel(config), transformers_folder.state_dict(ours), size)
 
 
 @pytest.mark.parametrize("size", [(224, 224), (256, 256), (224, 128)])
@@ -199,11 +145,7 @@ def test_transformers_dinov3(ffn: str, size: tuple[int, int]) -> None:
         hidden_act="silu" if ffn == "swiglu" else "gelu",
         intermediate_size=ours.config.hidden,
     )
-    state = _transformers_names(dict(ours.state_dict()), "model.layer")
-    state = _gated(state) if ffn == "swiglu" else _projected(state)
-    state = {name: value for name, value in state.items() if not name.endswith("k_proj.bias")}
-    state["mask_token"] = state["mask_token"][None]
-    transformers_agree(ours, DINOv3ViTModel(config), renamed(state, _DINOV3_NAMES), size)
+    transformers_agree(ours, DINOv3ViTModel(config), transformers_folder.state_dict(ours), size)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Run as a script in a fresh process: features of a published directory by timm alone.
 
-Usage: timm_check.py DIRECTORY PIXELS.npy FEATURES.npy
+Usage: timm_folder.py DIRECTORY PIXELS.npy FEATURES.npy
 """
 
 import sys

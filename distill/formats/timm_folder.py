@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from infra.errors import UserError
@@ -13,6 +16,12 @@ from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.vit import VisionTransformer
 
 _TRAINING_ONLY = ("mask_token", "local_cls_norm.")
+
+
+def write(backbone: VisionTransformer, views: Views, directory: Path) -> None:
+    """Write `model.safetensors` and `config.json`."""
+    save_file(state_dict(backbone), directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config_json(backbone, views), indent=2))
 
 
 def state_dict(backbone: VisionTransformer) -> dict[str, Tensor]:

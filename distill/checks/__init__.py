@@ -1,0 +1,1 @@
+"""Scripts that load a published directory with nothing of Fovea, each in a process of its own."""

@@ -1,0 +1,53 @@
+"""The backbone as a graph that needs no model code: ONNX, and torch.export's. Batch and size stay free."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infra.errors import UserError
+from pretrain.data.config import Views
+from pretrain.models.vit import VisionTransformer
+
+ONNX, EXPORTED = "model.onnx", "model.pt2"
+_MOST = 1024  # patches a side
+
+
+def write_onnx(backbone: VisionTransformer, views: Views, directory: Path) -> None:
+    """Write `model.onnx`: `pixels [n, 3, height, width]`, normalised, to `features [n, dim]`.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    try:
+        import onnxruntime  # noqa: F401 (what checks it)
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise UserError("publish: format onnx needs its packages; pip install 'fovea[publish]'") from None
+    names: dict[str, Any] = {"input_names": ["pixels"], "output_names": ["features"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(_graph(backbone, directory), dynamo=True, verbose=False, **names)
+    assert program is not None
+    program.save(directory / ONNX)
+
+
+def write_exported(backbone: VisionTransformer, views: Views, directory: Path) -> None:
+    """Write `model.pt2`, which `torch.export.load` reads."""
+    torch.export.save(_graph(backbone, directory), directory / EXPORTED)
+
+
+def _graph(backbone: VisionTransformer, directory: Path) -> torch.export.ExportedProgram:
+    """timm's model of the folder, whose code is made to be exported; sides are multiples of the patch."""
+    import timm
+
+    model = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
+    patch, side = backbone.config.patch_size, backbone.config.image_size
+    rows, columns = (torch.export.Dim(name, min=2, max=_MOST) for name in ("rows", "columns"))
+    shape = {0: torch.export.Dim("batch", min=1), 2: patch * rows, 3: patch * columns}
+    example = torch.zeros(2, 3, side, side + patch)  # of different sides, or they would count as one
+    with torch.no_grad():
+        return torch.export.export(model, (example,), dynamic_shapes=(shape,))

@@ -1,0 +1,24 @@
+"""Weights under the key names of the official DINOv2 or DINOv3 code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pretrain.data.config import Views
+from pretrain.models.official import family_of, to_official
+from pretrain.models.vit import VisionTransformer
+
+FILE = "official.pth"
+
+
+def write(backbone: VisionTransformer, views: Views, directory: Path) -> None:
+    """Write `official.pth`, a plain state dict."""
+    state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
+    torch.save(to_official(state, backbone.config), directory / FILE)
+
+
+def family(backbone: VisionTransformer) -> str:
+    """Whose names they are."""
+    return family_of(backbone.config)

@@ -1,0 +1,158 @@
+"""A backbone as transformers knows it: Dinov2, Dinov2WithRegisters or DINOv3ViT, with its image processor."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infra.errors import UserError
+from pretrain.data.config import Views
+from pretrain.models.config import VisionTransformerConfig
+from pretrain.models.vit import VisionTransformer
+
+FOLDER = "transformers"
+
+_EMBEDDINGS = {
+    "cls_token": "embeddings.cls_token",
+    "reg_token": "embeddings.register_tokens",
+    "mask_token": "embeddings.mask_token",
+}
+_POSITIONED = _EMBEDDINGS | {
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+    "norm.weight": "layernorm.weight",
+    "norm.bias": "layernorm.bias",
+}
+_ROTARY = _EMBEDDINGS | {
+    "patch_embed.proj.weight": "embeddings.patch_embeddings.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embeddings.bias",
+}
+
+
+def write(backbone: VisionTransformer, views: Views, directory: Path) -> None:
+    """Write `transformers/` as `save_pretrained` does.
+
+    Raises:
+        UserError: the package is missing, or has no model like this one.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("publish: format transformers needs its package; pip install 'fovea[publish]'") from None
+    config, name = backbone.config, family(backbone.config)
+    if config.class_norm:
+        raise UserError("model.class_norm: transformers has no model like this one; leave the format out")
+    settings = _rotary_settings(config) if config.position == "rope" else _positioned_settings(config)
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**settings))
+    model.load_state_dict(state_dict(backbone))
+    model.save_pretrained(directory / FOLDER)
+    _processor(transformers, config, views).save_pretrained(directory / FOLDER)
+
+
+def family(config: VisionTransformerConfig) -> str:
+    """What transformers' classes of such a model are named by."""
+    if config.position == "rope":
+        return "DINOv3ViT"
+    return "Dinov2WithRegisters" if config.registers else "Dinov2"
+
+
+def state_dict(backbone: VisionTransformer) -> dict[str, Tensor]:
+    """Weights under the names of transformers' modules, which keep queries, keys and values apart."""
+    config = backbone.config
+    rotary = config.position == "rope"
+    layers, names = ("model.layer", _ROTARY) if rotary else ("encoder.layer", _POSITIONED)
+    state = _layers(dict(backbone.state_dict()), layers, config)
+    state = _gated(state) if config.ffn == "swiglu" else _projected(state) if rotary else state
+    state = {name: value for name, value in state.items() if not name.startswith("local_cls_norm.")}
+    if rotary:
+        state["mask_token"] = state["mask_token"][None]
+        if not config.key_bias:
+            state = {name: value for name, value in state.items() if not name.endswith("k_proj.bias")}
+    return {names.get(name, name): value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def _layers(state: dict[str, Tensor], layers: str, config: VisionTransformerConfig) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for name, value in state.items():
+        name = re.sub(r"^blocks\.", f"{layers}.", name)
+        name = re.sub(r"ls(\d)\.gamma", r"layer_scale\1.lambda1", name).replace("attn.proj.", "attention.o_proj.")
+        if ".attn.qkv." in name:
+            for part, chunk in zip("qkv", value.chunk(3), strict=True):
+                out[name.replace("attn.qkv.", f"attention.{part}_proj.")] = chunk
+        else:
+            out[name] = value
+    if config.layer_scale is None:  # transformers has one in every block
+        ones = torch.ones(config.dim)
+        out |= {f"{layers}.{i}.layer_scale{k}.lambda1": ones.clone() for i in range(config.depth) for k in (1, 2)}
+    return out
+
+
+def _gated(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    out = {}
+    for name, value in state.items():
+        if ".fc1." in name:
+            gate, linear = value.chunk(2)
+            out[name.replace("fc1", "gate_proj")], out[name.replace("fc1", "up_proj")] = gate, linear
+        else:
+            out[name.replace("fc2", "down_proj") if ".fc2." in name else name] = value
+    return out
+
+
+def _projected(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.replace("fc1", "up_proj").replace("fc2", "down_proj"): value for name, value in state.items()}
+
+
+def _shared(config: VisionTransformerConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "layer_norm_eps": config.norm_eps,
+        "layerscale_value": config.layer_scale or 1.0,
+    }
+
+
+def _positioned_settings(config: VisionTransformerConfig) -> dict[str, Any]:
+    gated = config.ffn == "swiglu"
+    if gated and config.swiglu_multiple != 8:
+        raise UserError("model.swiglu_multiple: transformers rounds to 8 alone; leave the format out")
+    if config.mlp_ratio != int(config.mlp_ratio):
+        raise UserError("model.mlp_ratio: transformers takes whole ones alone; leave the format out")
+    settings = _shared(config) | {"qkv_bias": config.qkv_bias, "use_swiglu_ffn": gated}
+    settings |= {"mlp_ratio": int(config.mlp_ratio)}
+    return settings | ({"num_register_tokens": config.registers} if config.registers else {})
+
+
+def _rotary_settings(config: VisionTransformerConfig) -> dict[str, Any]:
+    gated = config.ffn == "swiglu"
+    return _shared(config) | {
+        "num_register_tokens": config.registers,
+        "intermediate_size": config.hidden,
+        "use_gated_mlp": gated,
+        "hidden_act": "silu" if gated else "gelu",
+        "rope_theta": config.rope.base,
+        "query_bias": config.qkv_bias,
+        "key_bias": config.qkv_bias and config.key_bias,
+        "value_bias": config.qkv_bias,
+    }
+
+
+def _processor(transformers: Any, config: VisionTransformerConfig, views: Views) -> Any:
+    """What prepares images as Fovea does: the shorter side to 256/224 of the model's, then its middle."""
+    side = config.image_size
+    resized = round(side * 256 / 224) if side >= 64 else side
+    return transformers.BitImageProcessor(
+        size={"shortest_edge": resized},
+        crop_size={"height": side, "width": side},
+        resample=3,  # bicubic
+        image_mean=list(views.mean),
+        image_std=list(views.std),
+        do_convert_rgb=True,
+    )
