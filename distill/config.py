@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from infra.config import Config
 from infra.launch.config import Launch, Launcher
 from pretrain.config import Guards, Health, Optimizer, Runtime, Schedule, Sharding, Teacher
-from pretrain.data.config import Sampling
+from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD, Sampling
 from pretrain.models.config import VisionTransformerConfig
 
 FormatName = Literal["timm", "hub", "transformers", "onnx", "torch_export", "official"]
@@ -87,3 +87,20 @@ class PublishConfig(PublishSettings):
     """URLs of evaluation reports for the model card."""
     out: str
     """URL of the backbone; {id} stands for its id."""
+
+
+class ImportConfig(Config):
+    """Weights of others in, checkpoint out."""
+
+    checkpoint: str
+    """Path of the weights on this machine: a state dict, or a training's teacher."""
+    layout: Literal["official", "timm"] = "official"
+    """Whose names they have: the official DINOv2 or DINOv3 code's, or timm's Vision Transformers'."""
+    model: VisionTransformerConfig = VisionTransformerConfig()
+    """The dimensions and parts it was trained with."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Mean of each channel that is subtracted, values 0 to 1."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Standard deviation of each channel that is divided by."""
+    out: str
+    """URL of the checkpoint; {id} stands for its id."""

@@ -16,7 +16,7 @@ from cyclopts import App, CycloptsError, Parameter
 from pydantic import ValidationError
 
 from curation.config import CurateConfig, EmbedConfig, IngestConfig, MaterializeConfig
-from distill.config import DistillConfig, PublishConfig
+from distill.config import DistillConfig, ImportConfig, PublishConfig
 from eval.config import EvaluateConfig, ReportConfig
 from flows.config import AblateConfig, FollowConfig, PipelineConfig
 from infra.config import Config, describe, load_yaml
@@ -218,9 +218,17 @@ def ablate(file: File = None, /, *, config: Annotated[AblateConfig, Flags]) -> N
     print(url)
 
 
+@app.command(name="import", sort_key=7)
+def import_weights(file: File = None, /, *, config: Annotated[ImportConfig, Flags]) -> None:
+    """Weights of others to a checkpoint: to evaluate, publish, or start a pretraining from (--start)."""
+    from distill.importing import import_weights
+
+    _made(import_weights(config))
+
+
 @app.command(sort_key=9)
 def publish(file: File = None, /, *, config: Annotated[PublishConfig, Flags]) -> None:
-    """A checkpoint to a backbone that timm, torch.hub, transformers, onnxruntime load, with a model card, each checked."""
+    """A checkpoint to a backbone that timm, torch.hub, transformers and onnxruntime load, with a model card."""
     from distill.publish import publish
 
     _made(publish(config))
@@ -251,6 +259,7 @@ _CONFIGS: dict[str, type[Config]] = {
     "distill": DistillConfig,
     "eval": EvaluateConfig,
     "follow": FollowConfig,
+    "import": ImportConfig,
     "publish": PublishConfig,
     "report": ReportConfig,
 }

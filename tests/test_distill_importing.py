@@ -1,0 +1,86 @@
+"""Weights of others as checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import pretrain
+from distill.config import ImportConfig, PublishConfig
+from distill.importing import import_weights
+from distill.publish import publish
+from infra.artifacts import find, verify
+from infra.errors import UserError
+from pretrain.backbones import load
+from pretrain.checkpoints import Checkpoint
+from pretrain.config import CheckpointBackbone, OfficialBackbone
+from pretrain.models.config import VisionTransformerConfig
+from pretrain.models.official import to_official
+from pretrain.models.vit import VisionTransformer
+from tests.conftest import Embedded
+from tests.test_pretrain_training import config
+
+MODEL = {"dim": 32, "depth": 2, "heads": 2, "patch_size": 8, "image_size": 32}
+
+
+@pytest.mark.parametrize("extra", [{"registers": 2}, {"position": "rope", "key_bias": False, "norm_eps": 1e-5}])
+def test_official_weights_become_a_checkpoint(extra: dict[str, object], embedded: Embedded, tmp_path: Path) -> None:
+    model = VisionTransformerConfig.model_validate(MODEL | extra)
+    torch.manual_seed(0)
+    vit = VisionTransformer(model).eval()
+    if not model.key_bias:
+        for block in vit.blocks:
+            block.attn.qkv.bias.data.chunk(3)[1].zero_()
+    path = tmp_path / "teacher.pth"
+    torch.save({"teacher": to_official(vit.state_dict(), model)}, path)
+    artifact = import_weights(ImportConfig(checkpoint=str(path), model=model, out=str(tmp_path / "imported")))
+    assert verify(artifact) == []
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    ours = load(CheckpointBackbone(url=artifact.url)).features(images)
+    theirs = load(OfficialBackbone(checkpoint=str(path), architecture=model, input_size=32)).features(images)
+    torch.testing.assert_close(ours, theirs)
+    started = pretrain.run(
+        config(
+            embedded.seed,
+            tmp_path / "on",
+            model=model.model_dump(),
+            start=artifact.url,
+            schedule={"steps": 1, "batch": 8},
+        )
+    )
+    assert started.manifest.inputs["start"].id == artifact.id
+
+
+def test_timms_weights_become_a_checkpoint_and_go_back(embedded: Embedded, tmp_path: Path) -> None:
+    for number, options in enumerate(({}, {"reg_tokens": 2, "no_embed_class": True, "init_values": 1e-5})):
+        torch.manual_seed(number)
+        shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+        theirs = timm.create_model("vit_tiny_patch16_224", **shape, **options, num_classes=7).eval()
+        path = tmp_path / f"{number}.pt"
+        torch.save({"state_dict": theirs.state_dict()}, path)
+        model = MODEL | {"registers": 2 if options else 0, "layer_scale": 1e-5 if options else None}
+        settings = {"checkpoint": str(path), "layout": "timm", "model": model, "out": str(tmp_path / f"out-{number}")}
+        artifact = import_weights(ImportConfig.model_validate(settings))
+        pixels = torch.randn(2, 3, 32, 32)
+        theirs.reset_classifier(0)
+        with torch.inference_mode():
+            ours = Checkpoint.open(artifact.url).backbone()([pixels])[0].class_token
+            torch.testing.assert_close(ours, theirs(pixels), atol=1e-5, rtol=1e-4)
+    published = publish(
+        PublishConfig(checkpoint=artifact.url, images=embedded.test, formats=["timm"], out=str(tmp_path / "published"))
+    )
+    assert published.metrics["max_abs_diff"]["timm"] <= 1e-5
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    torch.save({"cls_token": torch.zeros(1, 1, 9)}, tmp_path / "w.pt")
+    for layout in ("official", "timm"):
+        settings = {"checkpoint": str(tmp_path / "w.pt"), "layout": layout, "model": MODEL, "out": str(tmp_path / "o")}
+        with pytest.raises(UserError, match=r"w\.pt: (has no|cls_token is|blocks)"):
+            import_weights(ImportConfig.model_validate(settings))
+    assert find(str(tmp_path / "o")) is None
+    with pytest.raises(UserError, match="no such file"):
+        import_weights(ImportConfig(checkpoint=str(tmp_path / "nope"), out=str(tmp_path / "o")))
