@@ -47,7 +47,7 @@ class EvaluateSettings(Config):
 
     suite: str | None = None
     """Name of a suite (quick, imagenet, full) or path of a YAML file with `tasks`, which come before `tasks`."""
-    tasks: list[TaskConfig] = Field(default_factory=list, min_length=1)
+    tasks: list[TaskConfig] = Field(default_factory=list)
     """Protocols. Without suite and tasks: the suite quick."""
     bootstrap: int = Field(1000, ge=10)
     """Resamples of the test set for the 95 % intervals."""
@@ -71,7 +71,7 @@ class EvaluateSettings(Config):
         if not isinstance(given, dict):
             return given
         suite, tasks = given.get("suite"), given.get("tasks")
-        if suite is None and tasks is None:
+        if suite is None and not tasks:
             suite = "quick"
         if suite is None or not isinstance(tasks, list | None):
             return given

@@ -81,6 +81,17 @@ def samples(folder: Path, members: Mapping[str, Mapping[str, bytes]], **settings
     return ingested(folder / "samples.tar", folder / "corpus", labels="none", **settings)
 
 
+def first_of(shard: Path, count: int, folder: Path) -> Corpus:
+    """The first samples of a shard, a corpus of their own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(shard) as whole, tarfile.open(folder / "first.tar", "w") as part:
+        keys = sorted({each.name.partition(".")[0] for each in whole.getmembers()})[:count]
+        for each in whole.getmembers():
+            if each.name.partition(".")[0] in keys:
+                part.addfile(each, whole.extractfile(each))
+    return ingested(folder / "first.tar", folder / "corpus")
+
+
 def png(values: np.ndarray) -> bytes:
     return encoded(Image.fromarray(values))
 

@@ -30,7 +30,7 @@ from pretrain import backbones
 from pretrain.config import TimmBackbone
 from pretrain.data.decode import decode_rgb
 from pretrain.data.order import generator as drawn
-from tests.benches import PIXELS, Colours, bench, subject, tinted, unit
+from tests.benches import PIXELS, Colours, bench, first_of, subject, tinted, unit
 
 
 @pytest.fixture(scope="module")
@@ -347,9 +347,6 @@ def test_a_timm_model_scores_on_cifar10_as_by_hand(shared_data: Path, tmp_path: 
 
     import timm
 
-    from curation.config import IngestConfig
-    from curation.ingest import ingest
-
     config = tiny_timm(tmp_path)
 
     def by_hand(shard: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -366,16 +363,6 @@ def test_a_timm_model_scores_on_cifar10_as_by_hand(shared_data: Path, tmp_path: 
         found = np.stack(vectors)
         return found / np.linalg.norm(found, axis=1, keepdims=True), np.array(labels)
 
-    def first(shard: Path, count: int) -> Corpus:
-        """The first samples of a shard, as a shard of its own."""
-        cut = tmp_path / f"{shard.stem}.tar"
-        with tarfile.open(shard) as whole, tarfile.open(cut, "w") as part:
-            keys = sorted({each.name.partition(".")[0] for each in whole.getmembers()})[:count]
-            for each in whole.getmembers():
-                if each.name.partition(".")[0] in keys:
-                    part.addfile(each, whole.extractfile(each))
-        return Corpus.open(ingest(IngestConfig(source=str(cut), out=str(tmp_path / shard.stem))).url)
-
     shards = [shared_data / "cifar10" / f"{name}-000000.tar.gz" for name in ("train", "test")]
     (bank, labels), (queries, truth) = by_hand(shards[0], 240), by_hand(shards[1], 120)
     expected = []
@@ -384,7 +371,10 @@ def test_a_timm_model_scores_on_cifar10_as_by_hand(shared_data: Path, tmp_path: 
         nearest = np.argsort(-similar)[:20]
         votes = np.bincount(labels[nearest], np.exp(similar[nearest] / 0.07), minlength=10)
         expected.append(votes.argmax())
-    corpora = {"train": first(shards[0], 240), "test": first(shards[1], 120)}
+    corpora = {
+        "train": first_of(shards[0], 240, tmp_path / "train"),
+        "test": first_of(shards[1], 120, tmp_path / "test"),
+    }
     opened = bench(corpora, [{"kind": "knn", "k": [20]}])
     (score,) = knn.knn(opened.settings.tasks[0], subject(tmp_path, config), opened).scores
     assert score.value == pytest.approx(float((np.array(expected) == truth).mean()))

@@ -21,6 +21,7 @@ from eval.rendering import PAGE
 from flows.cli import main
 from flows.config import PipelineConfig
 from infra.artifacts import Artifact, find, verify
+from infra.errors import UserError
 from tests.conftest import SMALL, Embedded, image_folder
 from tests.test_distill import STUDENT
 from tests.test_pretrain_recipes import RECIPES
@@ -130,6 +131,22 @@ def test_every_recipe_passes_through_the_command_line(recipe: str, capsys: pytes
         main(["pretrain", recipe, "--corpora", "/nope", "--out", "out", "--views.global-count", "2"])
     assert ended.value.code == 2
     assert "/nope: no corpus or selection here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["demo", "cifar10", "webpool"])
+def test_every_pipeline_passes_through_the_command_line(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FOVEA_DATA", str(tmp_path))
+    from flows import pipeline
+
+    def reached(config: PipelineConfig) -> None:
+        raise UserError(f"{len(config.evaluate.tasks)} protocols")
+
+    monkeypatch.setattr(pipeline, "pipeline", reached)
+    with pytest.raises(SystemExit):
+        main(["run", str(Path(__file__).parents[1] / "flows" / "pipelines" / f"{name}.yaml")])
+    assert capsys.readouterr().err == "fovea: 3 protocols\n"
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
