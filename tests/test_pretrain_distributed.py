@@ -71,6 +71,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
         value.backward()
         found[name] = {"loss": value.detach(), "gradient": first.grad}
     torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.barrier()  # who leaves while the other still talks to it may be aborted
     dist.destroy_process_group()
 
 
