@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -201,6 +202,32 @@ def test_graphs_take_any_batch_and_size(student: Checkpoint, published: Path) ->
             torch.testing.assert_close(graph(pixels), expected, atol=1e-5, rtol=1e-4)
         (found,) = session.run(["features"], {"pixels": pixels.numpy()})
         np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-4)
+
+
+AGAIN = """
+import sys
+from pathlib import Path
+from distill.formats.catalogue import FORMATS
+from pretrain.checkpoints import Checkpoint
+
+checkpoint = Checkpoint.open(sys.argv[1])
+for name in ("timm", "onnx", "torch_export"):
+    FORMATS[name].write(checkpoint.backbone(), checkpoint.settings.views, Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_graphs_have_the_same_bytes_in_every_process_and_name_no_paths(
+    student: Checkpoint, published: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", AGAIN, student.artifact.url, str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": "7"})
+    for name in ("model.onnx", "model.pt2"):
+        data = (published / name).read_bytes()
+        assert data == (tmp_path / name).read_bytes(), name
+        assert b"site-packages" not in data
+        assert str(Path(distill.__file__).parents[1]).encode() not in data
 
 
 def test_a_segmenter_of_transformers_stands_on_it(student: Checkpoint, published: Path) -> None:

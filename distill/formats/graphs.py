@@ -32,6 +32,10 @@ def write_onnx(backbone: VisionTransformer, views: Views, directory: Path) -> No
         warnings.simplefilter("ignore")
         program = torch.onnx.export(_graph(backbone, directory), dynamo=True, verbose=False, **names)
     assert program is not None
+    program.model.metadata_props.clear()
+    for node in program.model.graph.all_nodes():  # where each came from: paths of this machine
+        node.metadata_props.clear()
+        node.doc_string = None
     program.save(directory / ONNX)
 
 
@@ -50,4 +54,11 @@ def _graph(backbone: VisionTransformer, directory: Path) -> torch.export.Exporte
     shape = {0: torch.export.Dim("batch", min=1), 2: patch * rows, 3: patch * columns}
     example = torch.zeros(2, 3, side, side + patch)  # of different sides, or they would count as one
     with torch.no_grad():
-        return torch.export.export(model, (example,), dynamic_shapes=(shape,))
+        program = torch.export.export(model, (example,), dynamic_shapes=(shape,))
+    for node in program.graph.nodes:  # where each came from: paths of this machine, and numbers of this process
+        for name in ("stack_trace", "from_node", "nn_module_stack", "source_fn_stack", "torch_fn"):
+            node.meta.pop(name, None)
+    bounds = sorted(program.range_constraints.items(), key=lambda pair: str(pair[0]))  # they come from a set
+    program.range_constraints.clear()
+    program.range_constraints.update(bounds)
+    return program
