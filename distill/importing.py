@@ -47,7 +47,8 @@ def _write(config: ImportConfig, directory: Path) -> Mapping[str, Any]:
         raise UserError(f"{config.checkpoint}: {error}") from None
     backbone = {name: value.float().contiguous() for name, value in backbone.items()}
     both = {f"{role}.{name}": value.clone() for role in ("student", "teacher") for name, value in backbone.items()}
-    views = Views(mean=config.mean, std=config.std)
+    sides = {"globals": {"size": config.model.image_size}, "local_count": 0}  # that fit any patch
+    views = Views.model_validate(sides | {"mean": config.mean, "std": config.std})
     settings = PretrainSettings(model=config.model, objectives=[KoleoConfig()], views=views)
     checkpoints.write(both, "teacher", settings, directory)
     parameters = sum(value.numel() for value in backbone.values())
@@ -59,7 +60,8 @@ def _state(path: str) -> dict[str, Tensor]:
     content: Any = weights.read(path)
     for name in ("teacher", "model", "state_dict"):
         content = content.get(name, content) if isinstance(content, dict) else {}
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    content = content if isinstance(content, dict) else {}
+    return {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
 def from_timm(state: Mapping[str, Tensor], config: VisionTransformerConfig) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from infra.artifacts import Artifact, Plan, find, produce
 from infra.errors import UserError
-from infra.storage import is_folder, join, list_files
+from infra.storage import is_folder, join, list_files, remove
 from pretrain import checkpoints
 from pretrain.reporting import Task
 
@@ -43,8 +43,17 @@ class Dumps:
 
     def __init__(self, task: Task) -> None:
         self.task = task
+        self._forget_others()
         self._writer = ThreadPoolExecutor(1, "dumps")
         self._writing: list[Future[None]] = []
+
+    def _forget_others(self) -> None:
+        """Remove what an earlier training with other settings left at the same place: two curves would become one."""
+        folder = folder_of(self.task.url)
+        names = {path.partition("/")[0] for path in list_files(folder)} if is_folder(folder) else set()
+        for name in names:
+            if not name.startswith(self.task.planned.id[:12]):
+                remove(join(folder, name))
 
     def begin(self, weights: Mapping[str, Tensor], released: str, step: int) -> None:
         """Start to write what is released after some steps; nobody may change the weights any more."""
@@ -59,7 +68,9 @@ class Dumps:
 
     def _write(self, weights: Mapping[str, Tensor], released: str, step: int) -> None:
         planned = self.task.planned
-        plan = Plan("checkpoint", "teacher", VERSION, {**planned.settings, "step": step}, planned.inputs)
+        plan = Plan(
+            "checkpoint", "teacher", VERSION, {**planned.settings, "training": planned.id, "step": step}, planned.inputs
+        )
 
         def write(directory: Path) -> Mapping[str, Any]:
             checkpoints.write(weights, released, self.task.settings, directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -19,6 +21,7 @@ import distill
 import pretrain
 from distill.config import DistillConfig, FormatName, PublishConfig
 from distill.distill import build_learner, student_settings
+from distill.formats import timm_folder
 from distill.publish import publish
 from eval import run as evaluate
 from eval.config import EvaluateConfig
@@ -263,11 +266,48 @@ def test_the_card_tells_numbers_lineage_and_licence(published: Path) -> None:
         known.add(each["id"])
 
 
+@pytest.mark.parametrize("side", [64, 96, 256, 518])
+def test_timm_prepares_images_as_we_do(side: int) -> None:
+    from pretrain.backbones import center_crop
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (600, 600, 3), dtype=np.uint8))
+    transform = timm.data.create_transform(
+        input_size=side, crop_pct=timm_folder._crop_share(side), interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1)
+    )
+    ours = center_crop(image, side) / 255.0
+    np.testing.assert_allclose(transform(image).permute(1, 2, 0), ours, atol=1e-6)
+
+
+def test_timm_resizes_to_the_side_that_we_do() -> None:
+    for side in range(64, 1024):
+        assert math.floor(side / timm_folder._crop_share(side)) == round(side * 256 / 224)
+
+
+def test_rotary_models_load_in_transformers_with_and_without_registers(tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    from distill.formats import graphs, transformers_folder
+    from pretrain.data.config import Views
+    from pretrain.models.config import VisionTransformerConfig
+    from pretrain.models.vit import VisionTransformer
+
+    for registers in (0, 3):
+        shape = {"dim": 32, "depth": 2, "heads": 2, "patch_size": 8, "image_size": 32, "position": "rope"}
+        torch.manual_seed(0)
+        vit = VisionTransformer(VisionTransformerConfig.model_validate(shape | {"registers": registers})).eval()
+        transformers_folder.write(vit, Views(), tmp_path / str(registers))
+        model = AutoModel.from_pretrained(tmp_path / str(registers) / "transformers").eval()
+        pixels = torch.randn(2, 3, 32, 48)
+        with torch.inference_mode():
+            expected = vit([pixels])[0].class_token
+            torch.testing.assert_close(model(pixels).pooler_output, expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(UserError, match="timm's rotary models freeze the size"):
+        graphs.write_exported(vit, Views(), tmp_path)
+
+
 def test_a_backbone_that_timm_sees_differently_is_not_published(
     embedded: Embedded, student: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from distill.formats import timm_folder
-
     honest = timm_folder.config_json
     monkeypatch.setattr(
         timm_folder,

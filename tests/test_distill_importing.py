@@ -26,7 +26,10 @@ from tests.test_pretrain_training import config
 MODEL = {"dim": 32, "depth": 2, "heads": 2, "patch_size": 8, "image_size": 32}
 
 
-@pytest.mark.parametrize("extra", [{"registers": 2}, {"position": "rope", "key_bias": False, "norm_eps": 1e-5}])
+@pytest.mark.parametrize(
+    "extra",
+    [{"registers": 2}, {"patch_size": 7, "image_size": 28}, {"position": "rope", "key_bias": False, "norm_eps": 1e-5}],
+)
 def test_official_weights_become_a_checkpoint(extra: dict[str, object], embedded: Embedded, tmp_path: Path) -> None:
     model = VisionTransformerConfig.model_validate(MODEL | extra)
     torch.manual_seed(0)
@@ -38,9 +41,10 @@ def test_official_weights_become_a_checkpoint(extra: dict[str, object], embedded
     torch.save({"teacher": to_official(vit.state_dict(), model)}, path)
     artifact = import_weights(ImportConfig(checkpoint=str(path), model=model, out=str(tmp_path / "imported")))
     assert verify(artifact) == []
-    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    side = model.image_size
+    images = torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8)
     ours = load(CheckpointBackbone(url=artifact.url)).features(images)
-    theirs = load(OfficialBackbone(checkpoint=str(path), architecture=model, input_size=32)).features(images)
+    theirs = load(OfficialBackbone(checkpoint=str(path), architecture=model, input_size=side)).features(images)
     torch.testing.assert_close(ours, theirs)
     started = pretrain.run(
         config(
@@ -49,6 +53,7 @@ def test_official_weights_become_a_checkpoint(extra: dict[str, object], embedded
             model=model.model_dump(),
             start=artifact.url,
             schedule={"steps": 1, "batch": 8},
+            views={"globals": {"size": side}, "local_count": 0},
         )
     )
     assert started.manifest.inputs["start"].id == artifact.id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +47,11 @@ def test_teachers_are_what_the_probe_sees_at_their_steps(embedded: Embedded, tmp
     plain = pretrain.run(config(embedded.seed, tmp_path / "plain", runtime={"workers": 0}))
     assert plain.id == trained.id  # how often teachers are written changes nothing else
     assert dumps.written(plain.url) == []
+    reseeded = settings.schedule.model_copy(update={"seed": 9})
+    other = settings.model_copy(update={"schedule": reseeded})
+    shutil.rmtree(tmp_path / "run")
+    again = pretrain.run(other, probe)
+    assert {teacher.manifest.config["training"] for _, teacher in dumps.written(again.url)} == {again.id}
 
 
 def test_a_killed_training_writes_the_same_teachers(embedded: Embedded, tmp_path: Path) -> None:

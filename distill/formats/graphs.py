@@ -48,10 +48,13 @@ def _graph(backbone: VisionTransformer, directory: Path) -> torch.export.Exporte
     """timm's model of the folder, whose code is made to be exported; sides are multiples of the patch."""
     import timm
 
+    if backbone.config.position == "rope":
+        raise UserError("model.position: timm's rotary models freeze the size; leave onnx and torch_export out")
     model = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
     patch, side = backbone.config.patch_size, backbone.config.image_size
     rows, columns = (torch.export.Dim(name, min=2, max=_MOST) for name in ("rows", "columns"))
     shape = {0: torch.export.Dim("batch", min=1), 2: patch * rows, 3: patch * columns}
+    side = max(side, 2 * patch)
     example = torch.zeros(2, 3, side, side + patch)  # of different sides, or they would count as one
     with torch.no_grad():
         program = torch.export.export(model, (example,), dynamic_shapes=(shape,))

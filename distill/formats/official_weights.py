@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from pretrain.data.config import Views
-from pretrain.models.official import family_of, to_official
+from pretrain.models.official import to_official
 from pretrain.models.vit import VisionTransformer
 
 FILE = "official.pth"
@@ -17,8 +17,3 @@ def write(backbone: VisionTransformer, views: Views, directory: Path) -> None:
     """Write `official.pth`, a plain state dict."""
     state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
     torch.save(to_official(state, backbone.config), directory / FILE)
-
-
-def family(backbone: VisionTransformer) -> str:
-    """Whose names they are."""
-    return family_of(backbone.config)

@@ -107,7 +107,7 @@ def config_json(backbone: VisionTransformer, views: Views) -> dict[str, Any]:
             "input_size": [3, config.image_size, config.image_size],
             "fixed_input_size": False,
             "interpolation": "bicubic",
-            "crop_pct": 0.875 if config.image_size >= 64 else 1.0,
+            "crop_pct": _crop_share(config.image_size),
             "mean": list(views.mean),
             "std": list(views.std),
             "num_classes": 0,
@@ -116,6 +116,11 @@ def config_json(backbone: VisionTransformer, views: Views) -> dict[str, Any]:
             "classifier": "head",
         },
     }
+
+
+def _crop_share(side: int) -> float:
+    """What timm divides the side by and rounds down, so that it resizes to the side that `center_crop` does."""
+    return side / (round(side * 256 / 224) + 0.25) if side >= 64 else 1.0
 
 
 # Every dimension of the named architectures is overridden by model_args; they choose the parts.

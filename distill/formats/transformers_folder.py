@@ -71,6 +71,7 @@ def state_dict(backbone: VisionTransformer) -> dict[str, Tensor]:
     state = {name: value for name, value in state.items() if not name.startswith("local_cls_norm.")}
     if rotary:
         state["mask_token"] = state["mask_token"][None]
+        state.setdefault("reg_token", torch.zeros(1, 0, config.dim))
         if not config.key_bias:
             state = {name: value for name, value in state.items() if not name.endswith("k_proj.bias")}
     return {names.get(name, name): value.detach().cpu().contiguous() for name, value in state.items()}
@@ -138,6 +139,9 @@ def _rotary_settings(config: VisionTransformerConfig) -> dict[str, Any]:
         "use_gated_mlp": gated,
         "hidden_act": "silu" if gated else "gelu",
         "rope_theta": config.rope.base,
+        "pos_embed_shift": config.rope.shift or None,
+        "pos_embed_jitter": config.rope.jitter if config.rope.jitter > 1 else None,
+        "pos_embed_rescale": config.rope.rescale if config.rope.rescale > 1 else None,
         "query_bias": config.qkv_bias,
         "key_bias": config.qkv_bias and config.key_bias,
         "value_bias": config.qkv_bias,

@@ -77,7 +77,7 @@ def _split_gate(name: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def _join_gates(state: dict[str, Tensor]) -> None:
-    for name in [name for name in state if ".w1." in name]:
+    for name in [name for name in state if ".w1." in name and name.replace(".w1.", ".w2.") in state]:
         gate, linear = state.pop(name), state.pop(name.replace(".w1.", ".w2."))
         state[name.replace(".w1.", ".fc1.")] = torch.cat([gate, linear])
 
