@@ -32,15 +32,6 @@ class FunnelStep:
     dropped: int
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A picture with a heading and a note."""
-
-    title: str
-    note: str
-    source: str
-
-
 def report(config: ReportConfig) -> Artifact:
     """Write the page of a run; return the report artifact.
 
@@ -72,7 +63,7 @@ def _write(config: ReportConfig, artifacts: Mapping[str, Artifact], directory: P
                 sections["scores"].append(summary.of_artifact(name, artifact))
             elif artifact.manifest.stage == "compare":
                 picture = data_uri(artifact.read_bytes("comparison.png"), "image/png")
-                sections["curves"].append(Chart(name, "Headline scores of teachers while training.", picture))
+                sections["curves"].append(summary.Picture(name, "Headline scores of teachers while training.", picture))
             advance(note=name)
     lineage = ancestors(each.as_input() for each in artifacts.values())
     html = render(config, sections, lineage, artifacts)
@@ -99,13 +90,13 @@ def funnel(artifacts: Mapping[str, Artifact]) -> list[FunnelStep]:
     return steps
 
 
-def _curves(name: str, artifact: Artifact) -> Chart:
+def _curves(name: str, artifact: Artifact) -> summary.Picture:
     steps = telemetry.parse(artifact.read_bytes(telemetry.METRICS).decode())
     rows = [telemetry.losses(row) for row in steps if telemetry.SKIPPED not in row]
     picture = charts.losses({term: [row[term] for row in rows] for term in rows[0]})
     metrics = artifact.metrics
     note = f"{metrics['steps']} steps over {metrics['images']} images, {metrics['parameters']:,} parameters."
-    return Chart(name, note, data_uri(picture, "image/png"))
+    return summary.Picture(name, note, data_uri(picture, "image/png"))
 
 
 def render(
