@@ -17,8 +17,7 @@ from pretrain import checkpoints, weights
 from pretrain.config import PretrainSettings
 from pretrain.data.config import Views
 from pretrain.models.config import VisionTransformerConfig
-from pretrain.models.official import from_official
-from pretrain.models.vit import VisionTransformer
+from pretrain.models.official import from_official, require_fitting
 from pretrain.objectives.config import KoleoConfig
 
 VERSION = 1
@@ -77,13 +76,5 @@ def from_timm(state: Mapping[str, Tensor], config: VisionTransformerConfig) -> d
     if table is not None and table.shape[1] == config.grid**2:  # the class token has no position of its own
         out["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
     out.setdefault("mask_token", torch.zeros(1, config.dim))
-    with torch.device("meta"):
-        wanted = {name: value.shape for name, value in VisionTransformer(config).state_dict().items()}
-    for name in sorted(wanted.keys() | out.keys()):
-        if name not in out:
-            raise UserError(f"has no {name}; choose the model settings it was trained with")
-        if name not in wanted:
-            raise UserError(f"{name} has no place in the model settings")
-        if out[name].shape != wanted[name]:
-            raise UserError(f"{name} is {list(out[name].shape)}, the model settings ask for {list(wanted[name])}")
+    require_fitting(out, config)
     return out

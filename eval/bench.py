@@ -33,8 +33,7 @@ class Bench:
         Raises:
             UserError: something is missing.
         """
-        wanted = {name for task in config.runnable() for name in [*task.datasets(), *task.optional_datasets()]}
-        wanted &= set(config.datasets)
+        wanted = config.needed()
         corpora = {name: Corpus.open(config.datasets[name]) for name in sorted(wanted)}
         inputs = {f"dataset_{name}": corpus.artifact.as_input() for name, corpus in corpora.items()}
         leaked = {}

@@ -64,10 +64,8 @@ def compare(config: CompareConfig) -> Artifact:
 
 
 def _write(title: str, groups: Mapping[str, Sequence[Artifact]], directory: Path) -> Mapping[str, Any]:
-    told = {name: [_headlines(each) for each in group] for name, group in groups.items()}
-    first = next(iter(groups.values()))
-    protocols = _common(groups, told)
-    rows = [_mean(protocol, name, group, first) for protocol in protocols for name, group in groups.items()]
+    told = {name: [headlines(each) for each in group] for name, group in groups.items()}
+    rows = [_mean(protocol, name, groups, told) for protocol in _common(groups, told) for name in groups]
     picture = charts.accuracies([asdict(row) for row in rows if row.share])
     (directory / "report.json").write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=1))
     (directory / "comparison.png").write_bytes(picture)
@@ -76,7 +74,7 @@ def _write(title: str, groups: Mapping[str, Sequence[Artifact]], directory: Path
     return {row.protocol: {each.subject: each.value for each in rows if each.protocol == row.protocol} for row in rows}
 
 
-def _headlines(report: Artifact) -> Headlines:
+def headlines(report: Artifact) -> Headlines:
     """The first row of each protocol of the model."""
     if not any(file.path == "report.json" for file in report.manifest.files):
         raise UserError(f"{report.url}: tells no scores; give reports of fovea eval")
@@ -87,12 +85,12 @@ def _headlines(report: Artifact) -> Headlines:
 def _common(groups: Mapping[str, Sequence[Artifact]], told: Mapping[str, Sequence[Headlines]]) -> list[str]:
     """Protocols of the first report, which all others must have."""
     reports = [report for group in groups.values() for report in group]
-    headlines = [each for group in told.values() for each in group]
-    for report, each in zip(reports, headlines, strict=True):
-        if missing := [name for name in headlines[0] if name not in each]:
+    rows = [each for group in told.values() for each in group]
+    for report, each in zip(reports, rows, strict=True):
+        if missing := [name for name in rows[0] if name not in each]:
             raise UserError(f"{report.url}: has no score of a model by {missing[0]}; evaluate all alike")
-        require_alike(reports[0], report, list(headlines[0]))
-    return list(headlines[0])
+        require_alike(reports[0], report, list(rows[0]))
+    return list(rows[0])
 
 
 def require_alike(first: Artifact, other: Artifact, protocols: Sequence[str]) -> None:
@@ -107,8 +105,11 @@ def require_alike(first: Artifact, other: Artifact, protocols: Sequence[str]) ->
             raise UserError(f"{other.url}: {name} has other datasets or settings than in {first.url}; evaluate alike")
 
 
-def _mean(protocol: str, name: str, reports: Sequence[Artifact], others: Sequence[Artifact]) -> Mean:
-    group, first = ([_headlines(each)[protocol] for each in some] for some in (reports, others))
+def _mean(
+    protocol: str, name: str, groups: Mapping[str, Sequence[Artifact]], told: Mapping[str, Sequence[Headlines]]
+) -> Mean:
+    base = next(iter(groups))
+    group, first = ([each[protocol] for each in told[which]] for which in (name, base))
     values, theirs = (np.array([each["value"] for each in some], dtype=float) for some in (group, first))
     paired = min(len(values), len(theirs))
     value, low, high = student(values)
@@ -117,8 +118,8 @@ def _mean(protocol: str, name: str, reports: Sequence[Artifact], others: Sequenc
     metric, share, better = (group[0][key] for key in ("metric", "share", "better"))
     gain = student(values[:paired] - theirs[:paired])
     if paired == 1:
-        gain = (gain[0], *_over_images(protocol, reports, others))
-    return Mean(protocol, metric, name, value, low, high, share, better, len(values), _images(reports[0]), *gain)
+        gain = (gain[0], *_over_images(protocol, groups[name], groups[base]))
+    return Mean(protocol, metric, name, value, low, high, share, better, len(values), _images(groups[name][0]), *gain)
 
 
 def _over_images(

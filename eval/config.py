@@ -109,6 +109,11 @@ class EvaluateConfig(EvaluateSettings):
         """The tasks whose datasets are given."""
         return [task for task in self.tasks if set(task.datasets()) <= set(self.datasets)]
 
+    def needed(self) -> set[str]:
+        """Names of the given datasets that some task reads."""
+        read = {name for task in self.runnable() for name in [*task.datasets(), *task.optional_datasets()]}
+        return read & set(self.datasets)
+
     def left_out(self) -> dict[str, list[str]]:
         """Names of tasks that miss datasets, and which."""
         found = {task.protocol: sorted(set(task.datasets()) - set(self.datasets)) for task in self.tasks}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +72,13 @@ def _write(config: EvaluateConfig, bench: Bench, directory: Path) -> Mapping[str
         if name == "model" and config.pictures:
             _draw(overview(subject, bench), directory)
     scores.sort(key=lambda score: [task.protocol for task in config.tasks].index(score.protocol))  # stable
-    told = {"rows": [score.as_dict() for score in scores], "left_out": left_out}
+    told: dict[str, Any] = {"rows": [score.as_dict() for score in scores], "left_out": left_out}
     (directory / "report.json").write_text(json.dumps(told, indent=1))
     summary.write(config, told, directory)
-    return headlines(scores)
-
-
-def headlines(scores: list[Score]) -> dict[str, dict[str, float]]:
-    """The first score of each protocol and subject."""
-    found: dict[str, dict[str, float]] = {}
-    for score in scores:
-        found.setdefault(score.protocol, {}).setdefault(score.subject, score.value)
-    return found
+    metrics: dict[str, dict[str, float]] = {}
+    for row in summary.headline_rows(told["rows"]):
+        metrics.setdefault(row["protocol"], {})[row["subject"]] = row["value"]
+    return metrics
 
 
 def _extraction(config: EvaluateConfig) -> Extraction:
@@ -94,7 +88,7 @@ def _extraction(config: EvaluateConfig) -> Extraction:
 
 def _features(config: EvaluateConfig) -> str:
     """Where features go: beside the report, so that other reports of a run find them."""
-    below = config.features or storage.join(config.out.rstrip("/").rpartition("/")[0] or ".", "features")
+    below = config.features or storage.join(storage.parent(config.out), "features")
     return storage.join(below, "{id}")
 
 
@@ -108,7 +102,7 @@ def _scored(task: TaskConfig, subject: Subject, bench: Bench, directory: Path) -
     if outcome.answers is not None and subject.name == "model":
         np.save(directory / summary.answers_file(task.protocol), outcome.answers)
     with appearing(done, 0o644) as partial:
-        partial.write_text(json.dumps([asdict(score) for score in outcome.scores]))
+        partial.write_text(json.dumps([score.as_dict() for score in outcome.scores]))
     return outcome.scores
 
 

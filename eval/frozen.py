@@ -61,8 +61,7 @@ class Frozen:
 
     def vectors(self) -> np.ndarray:
         """Vectors of the centres of all images at unit length, float32 `[n, vector]`."""
-        found = self.raw()
-        return at_unit_length(found)
+        return at_unit_length(self.raw())
 
     def raw(self) -> np.ndarray:
         """The same as the backbone gives them."""
@@ -126,7 +125,9 @@ class _Views(Dataset[torch.Tensor]):
 
 def _write(backbone: Backbone, corpus: Corpus, how: Extraction, directory: Path, title: str) -> Mapping[str, Any]:
     """Parts that appear when they are whole; what a killed attempt left is gone on from."""
-    part_rows = _part_rows(backbone, corpus, how)
+    layout = _layout(backbone, corpus, how)
+    width = layout["vector"] + sum(layout["blocks"]) + layout["mean"]
+    part_rows = max(_PART_BYTES // (4 * width * how.views), 1)
     starts = range(0, len(corpus), part_rows)
     left = [start for start in starts if not _part(directory, start).exists()]
     done = len(corpus) - sum(min(part_rows, len(corpus) - start) for start in left)
@@ -141,19 +142,12 @@ def _write(backbone: Backbone, corpus: Corpus, how: Extraction, directory: Path,
                 advance(len(features) // how.views)
             with appearing(_part(directory, start), 0o644) as partial, partial.open("wb") as file:
                 np.save(file, np.concatenate(found))
-    layout = _layout(backbone, corpus, how)
     (directory / _LAYOUT).write_text(json.dumps(layout | {"views": how.views}))
     return {"images": len(corpus), "views": how.views}
 
 
 def _part(directory: Path, start: int) -> Path:
     return directory / f"rows-{start:012d}.npy"
-
-
-def _part_rows(backbone: Backbone, corpus: Corpus, how: Extraction) -> int:
-    layout = _layout(backbone, corpus, how)
-    width = layout["vector"] + sum(layout["blocks"]) + layout["mean"]
-    return max(_PART_BYTES // (4 * width * how.views), 1)
 
 
 def _layout(backbone: Backbone, corpus: Corpus, how: Extraction) -> dict[str, Any]:

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from eval.compare import require_alike
+from eval.compare import headlines, require_alike
 from eval.config import Gate
-from eval.summary import headline_rows
 from infra.artifacts import Artifact, open_artifact
 from infra.errors import Regression, UserError
-
-_SUBJECT = "model"
 
 
 def require(report: Artifact, gate: Gate) -> None:
@@ -21,13 +15,14 @@ def require(report: Artifact, gate: Gate) -> None:
         Regression: a headline fell further than the gate allows.
         UserError: the reports have no protocol in common, or a named one is missing.
     """
-    now, before = _headlines(report), _headlines(open_artifact(gate.report, "report"))
+    earlier = open_artifact(gate.report, "report")
+    now, before = headlines(report), headlines(earlier)
     names = gate.protocols or [name for name, row in now.items() if name in before and row["share"]]
     if missing := [name for name in names if name not in now or name not in before]:
         raise UserError(f"gate: {missing[0]}: not in both {report.url} and {gate.report}; name another protocol")
     if not names:
         raise UserError(f"gate: {gate.report} has no protocol in common with {report.url}; compare with another")
-    require_alike(open_artifact(gate.report, "report"), report, names)
+    require_alike(earlier, report, names)
     fallen = []
     for name in names:
         new, old = now[name]["value"], before[name]["value"]
@@ -36,9 +31,3 @@ def require(report: Artifact, gate: Gate) -> None:
             fallen.append(f"{name} {old:.4f} to {new:.4f}")
     if fallen:
         raise Regression(f"regression against {gate.report}: {'; '.join(fallen)} (allowed {gate.drop:g})")
-
-
-def _headlines(report: Artifact) -> dict[str, Mapping[str, Any]]:
-    """The headline of each protocol."""
-    rows = headline_rows(report.read_json("report.json")["rows"])
-    return {row["protocol"]: row for row in rows if row["subject"] == _SUBJECT}

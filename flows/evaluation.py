@@ -31,8 +31,8 @@ def evaluate(config: EvaluateConfig) -> Artifact:
     """
     from eval import run
 
-    wanted = {name for task in config.runnable() for name in [*task.datasets(), *task.optional_datasets()]}
-    datasets = {name: _corpus(url, config) if name in wanted else url for name, url in config.datasets.items()}
+    needed = config.needed()
+    datasets = {name: _corpus(url, config) if name in needed else url for name, url in config.datasets.items()}
     report = run(config.model_copy(update={"datasets": datasets}))
     if config.gate is not None:
         require(report, config.gate)
@@ -41,7 +41,7 @@ def evaluate(config: EvaluateConfig) -> Artifact:
 
 def _corpus(url: str, config: EvaluateConfig) -> str:
     """URL of a dataset's corpus, made beside the report where there is none yet."""
-    out = storage.join(config.out.rstrip("/").rpartition("/")[0] or ".", "datasets", "{id}")
+    out = storage.join(storage.parent(config.out), "datasets", "{id}")
     if is_named(url):
         corpus = corpus_of(url, out)
         if unpaired := corpus.metrics["rejected"].get("unpaired"):
@@ -56,18 +56,19 @@ def _corpus(url: str, config: EvaluateConfig) -> str:
 
 def show(report: Artifact) -> None:
     """Print a report's headlines, and where it is."""
-    rows = report.read_json("report.json")["rows"]
+    told = report.read_json("report.json")
+    rows = headline_rows(told["rows"])
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
     table = Table("protocol", "metric", *subjects, "95 % interval", "without leaks", box=None)
-    for row in (row for row in headline_rows(rows) if row["subject"] == subjects[0]):
-        others = {each["subject"]: each for each in headline_rows(rows) if each["protocol"] == row["protocol"]}
+    for row in (row for row in rows if row["subject"] == subjects[0]):
+        others = {each["subject"]: each for each in rows if each["protocol"] == row["protocol"]}
         values = [shown(others[name]["value"], row["share"]) if name in others else "" for name in subjects]
         interval = "" if row["low"] is None else " – ".join(shown(row[end], row["share"]) for end in ("low", "high"))
         clean = shown(row["without_leaks"], row["share"])
         table.add_row(escape(row["protocol"]), escape(row["metric"]), *values, interval, clean)
     console = Console(soft_wrap=True, highlight=False, stderr=True)
     console.print(table)
-    for name, reason in report.read_json("report.json")["left_out"].items():
+    for name, reason in told["left_out"].items():
         console.print(escape(f"{name}: not scored, {reason}"))
     console.print(f"page: {storage.join(report.url, PAGE)}")
 

@@ -52,6 +52,11 @@ def join(url: str, *parts: str) -> str:
     return url
 
 
+def parent(url: str) -> str:
+    """What a URL lies in; of a bare name the working directory."""
+    return url.rstrip("/").rpartition("/")[0] or "."
+
+
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a URL and the path inside it.
 

@@ -28,14 +28,15 @@ def folder_of(checkpoint: str) -> str:
 
 def written(checkpoint: str) -> list[tuple[int, Artifact]]:
     """The teachers that a training has written so far, with their steps, in order."""
+    found = [find(join(folder_of(checkpoint), name)) for name in _names(checkpoint)]
+    steps = [(int(each.manifest.config["step"]), each) for each in found if each is not None]
+    return sorted(steps, key=lambda pair: pair[0])
+
+
+def _names(checkpoint: str) -> list[str]:
+    """Of all that lies where teachers do, in order."""
     folder = folder_of(checkpoint)
-    if not is_folder(folder):
-        return []
-    names = {path.partition("/")[0] for path in list_files(folder)}
-    found = [(name, find(join(folder, name))) for name in sorted(names)]
-    return sorted(
-        ((int(each.manifest.config["step"]), each) for _, each in found if each is not None), key=lambda pair: pair[0]
-    )
+    return sorted({path.partition("/")[0] for path in list_files(folder)}) if is_folder(folder) else []
 
 
 class Dumps:
@@ -49,11 +50,9 @@ class Dumps:
 
     def _forget_others(self) -> None:
         """Remove what an earlier training with other settings left at the same place: two curves would become one."""
-        folder = folder_of(self.task.url)
-        names = {path.partition("/")[0] for path in list_files(folder)} if is_folder(folder) else set()
-        for name in names:
+        for name in _names(self.task.url):
             if not name.startswith(self.task.planned.id[:12]):
-                remove(join(folder, name))
+                remove(join(folder_of(self.task.url), name))
 
     def begin(self, weights: Mapping[str, Tensor], released: str, step: int) -> None:
         """Start to write what is released after some steps; nobody may change the weights any more."""

@@ -52,7 +52,7 @@ class Heads:
         self.rates: list[Tensor] = []
         for blocks, pooled in dict.fromkeys((head.blocks, head.pooled) for head in self.heads):
             members = [i for i, head in enumerate(self.heads) if (head.blocks, head.pooled) == (blocks, pooled)]
-            columns = torch.from_numpy(features.probe_columns(blocks, pooled))
+            columns = torch.from_numpy(features.probe_columns(blocks, pooled)).to(self.device)
             # All members start alike, so that only their learning rates tell them apart. The last row is the bias.
             start = torch.zeros(len(columns) + 1, classes)
             start[:-1] = torch.randn(len(columns), classes, generator=chance) * _STD
@@ -64,7 +64,7 @@ class Heads:
     def logits(self, rows: Tensor) -> list[Tensor]:
         """Of features `[b, width]` the logits `[members, b, classes]` of each group."""
         return [
-            torch.einsum("bd,hdc->hbc", rows[:, columns.to(rows.device)], weights[:, :-1]) + weights[:, -1:]
+            torch.einsum("bd,hdc->hbc", rows[:, columns], weights[:, :-1]) + weights[:, -1:]
             for (_, columns), weights in zip(self.groups, self.weights, strict=True)
         ]
 
@@ -76,7 +76,7 @@ class Heads:
             wrong[:, torch.arange(len(labels), device=labels.device), labels] -= 1
             wrong /= len(labels)
             gradient = torch.empty_like(weights)
-            gradient[:, :-1] = torch.einsum("bd,hbc->hdc", rows[:, columns.to(rows.device)], wrong)
+            gradient[:, :-1] = torch.einsum("bd,hbc->hdc", rows[:, columns], wrong)
             gradient[:, -1] = wrong.sum(1)
             self._moved[i].mul_(_MOMENTUM).add_(gradient)
             weights -= factor * self.rates[i][:, None, None] * self._moved[i]
@@ -155,9 +155,7 @@ def _trained(
 ) -> Heads:
     """Heads after all epochs over all views of some images; learning rates fall to 0 along a cosine."""
     scale = task.batch / _REFERENCE_BATCH
-    heads = Heads(
-        [Head(each.blocks, each.pooled, each.learning_rate * scale) for each in grid], features, classes, seed
-    )
+    heads = Heads([replace(each, learning_rate=each.learning_rate * scale) for each in grid], features, classes, seed)
     rows = (images[:, None] * task.views + np.arange(task.views)).ravel()
     steps = max(task.epochs * len(images) // task.batch, task.min_steps)
     chance, order = generator(seed, "linear"), np.empty(0, dtype=np.int64)

@@ -22,10 +22,9 @@ from infra.corpora import Corpus
 class Probe:
     """A fitted regression that knows all classes, those too that it was shown no image of."""
 
-    def __init__(self, features: np.ndarray, labels: np.ndarray, strength: float, task: Logistic | None = None) -> None:
-        scaled = StandardScaler() if task is None or task.standardise else FunctionTransformer()
-        iterations = 1000 if task is None else task.iterations
-        self._model = make_pipeline(scaled, LogisticRegression(C=strength, max_iter=iterations, tol=1e-3))
+    def __init__(self, features: np.ndarray, labels: np.ndarray, strength: float, task: Logistic) -> None:
+        scaled = StandardScaler() if task.standardise else FunctionTransformer()
+        self._model = make_pipeline(scaled, LogisticRegression(C=strength, max_iter=task.iterations, tol=1e-3))
         self._model.fit(features, labels)
         self._classes: np.ndarray = self._model.classes_
 

@@ -61,7 +61,7 @@ def from_official(state: Mapping[str, Tensor], config: VisionTransformerConfig) 
             name = name.replace(".w12.", ".fc1.").replace(".w3.", ".fc2.")
         out[name] = value
     _join_gates(out)
-    _require_fitting(out, config)
+    require_fitting(out, config)
     return out
 
 
@@ -87,7 +87,12 @@ def _bias_mask(bias: Tensor) -> Tensor:
     return torch.cat([query, torch.zeros_like(key), value])
 
 
-def _require_fitting(state: Mapping[str, Tensor], config: VisionTransformerConfig) -> None:
+def require_fitting(state: Mapping[str, Tensor], config: VisionTransformerConfig) -> None:
+    """Check that a state dict is whole and of a model of this configuration.
+
+    Raises:
+        UserError: tensors are missing, of another shape, or of no place in it.
+    """
     from pretrain.models.vit import VisionTransformer
 
     with torch.device("meta"):
