@@ -2,56 +2,95 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import re
+from typing import Any, Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from distill.objectives.config import DistillObjective, PrototypesConfig
 from infra.config import Config
-from infra.launch.config import Launch, Launcher
-from pretrain.config import Guards, Health, Optimizer, Runtime, Schedule, Sharding, Teacher
-from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD, Sampling
-from pretrain.models.config import VisionTransformerConfig
+from pretrain.config import BackboneConfig, TrainingSettings
+from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD, Views
+from pretrain.models.config import ModelConfig, TimmNetworkConfig, VisionTransformerConfig
 
 FormatName = Literal["timm", "hub", "transformers", "onnx", "torch_export", "official"]
 
 
-class DistillSettings(Config):
-    """Settings of a distillation. Objectives, heads and views are the teacher's."""
+class StudentSettings(Config):
+    """One of the students that learn in one run."""
 
     model: VisionTransformerConfig = VisionTransformerConfig()
-    """The student; its patch size is the teacher's."""
-    sampling: Sampling = Sampling()
-    """Order of the samples."""
-    schedule: Schedule = Schedule()
-    """Length and batch."""
-    optimizer: Optimizer = Optimizer()
-    """Optimiser and its schedules."""
-    average: Teacher = Teacher()
-    """The moving average of the student, which is what is released, and the frozen teacher's temperature."""
-    guards: Guards = Guards()
-    """What happens when losses go wrong."""
-    health: Health = Health()
-    """What counts as collapse."""
-    sharding: Sharding = Sharding()
-    """Ranks and precision."""
-    runtime: Runtime = Runtime()
-    """Speed only."""
-    launcher: Launcher = "local"
-    """What starts the ranks: this process alone, or one of several that a launcher started; or torchrun, DeepSpeed's
-    launcher or SLURM."""
-    launch: Launch = Launch()
-    """Where the ranks run."""
+    """Its backbone; stochastic depth is off."""
+    timm: TimmNetworkConfig | None = None
+    """A network of timm in place of `model`."""
+    lr: float = Field(1.0, gt=0)
+    """Factor of its learning rate."""
+    start: str | None = None
+    """URL of a checkpoint whose released backbone it starts from; null: from initial weights."""
+
+    @property
+    def network(self) -> ModelConfig:
+        """Its backbone, whichever it is."""
+        return self.timm or self.model.model_copy(update={"drop_path": 0.0})
+
+
+def _one_student() -> dict[str, StudentSettings]:
+    return {"student": StudentSettings()}
+
+
+def _prototypes() -> list[DistillObjective]:
+    return [PrototypesConfig()]
+
+
+class DistillSettings(TrainingSettings):
+    """Settings of a distillation."""
+
+    students: dict[str, StudentSettings] = Field(default_factory=_one_student, min_length=1)
+    """Students by name, of any size, patch size and make. Each batch goes through the teachers once for all of them."""
+    objectives: list[DistillObjective] = Field(default_factory=_prototypes, min_length=1)
+    """Losses; their weighted sum is optimised, for each student. The default is DINOv2's distillation."""
+    teachers: dict[str, BackboneConfig] = Field(default_factory=dict)
+    """Frozen teachers without heads, by name, beside the teacher checkpoint, whose name is teacher."""
+    views: Views | None = None
+    """Crops and augmentation; null: those that the teacher checkpoint was trained with."""
+
+    @field_validator("students", "teachers")
+    @classmethod
+    def _plain_names(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """They stand in the names of weights, files and terms."""
+        for name in value:
+            if not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
+                raise ValueError(f"{name!r} is no plain name; use small letters, digits, - and _")
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> DistillSettings:
+        kinds = [each.kind for each in self.objectives]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError("objectives: each kind may be given once")
+        if "teacher" in self.teachers or "teacher" in self.students:
+            raise ValueError("teachers, students: the name teacher is the teacher checkpoint's")
+        if self.runtime.teachers_every and len(self.students) > 1:
+            raise ValueError("runtime.teachers_every: writes one backbone; leave it 0 with several students")
+        return self
 
 
 class DistillConfig(DistillSettings):
-    """Teacher checkpoint and corpora in, student checkpoint out."""
+    """Teachers and corpora in; out a checkpoint, or with several students one for each, at its URL, - and its name."""
 
-    teacher_checkpoint: str
-    """URL of the checkpoint of the frozen teacher, with its heads."""
+    teacher_checkpoint: str | None = None
+    """URL of a pretraining checkpoint, with its heads, which teaches frozen; null: `teachers` alone do."""
     corpora: list[str] = Field(min_length=1)
     """URLs of the corpora to distill on, or of selections: of those, what they keep of their corpus."""
     out: str
     """URL of the checkpoint; {id} stands for its id."""
+
+    @model_validator(mode="after")
+    def _somebody_teaches(self) -> DistillConfig:
+        heads = any(isinstance(each, PrototypesConfig) for each in self.objectives)
+        if self.teacher_checkpoint is None and heads:
+            raise ValueError("teacher_checkpoint: objective prototypes needs a teacher with heads; give its URL")
+        return self
 
 
 class PublishSettings(Config):

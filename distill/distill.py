@@ -1,93 +1,164 @@
-"""Self-supervised distillation from a frozen teacher with its heads (DINOv2, section 5), by pretraining's engine."""
+"""The distillation stage: frozen teachers and corpora to a checkpoint for each student, by pretraining's engine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+from torch import Tensor
 
 from distill.config import DistillConfig
-from infra.artifacts import Artifact, Plan, open_artifact
+from distill.lesson import Lesson
+from distill.objectives.clip import towers
+from distill.objectives.config import ClipLogitsConfig, DeitConfig, FeaturesConfig
+from infra.artifacts import Artifact, Input, Plan, open_artifact, produce
+from infra.corpora import Corpus
 from infra.errors import UserError
-from pretrain.checkpoints import Checkpoint, initial_backbone
-from pretrain.config import PretrainSettings, decisive
-from pretrain.learner import Learner
-from pretrain.objectives.build import build as build_objectives
+from infra.hashing import hash_file
+from pretrain import backbones, checkpoints
+from pretrain.checkpoints import STUDENTS, Description
+from pretrain.config import decisive
+from pretrain.data.loader import Batch, ViewDataset
+from pretrain.data.samples import Part
+from pretrain.engine import Trained
+from pretrain.objectives.image_text import tokenizer
+from pretrain.ranks import world
 from pretrain.reporting import Task
-from pretrain.train import corpus_inputs, produce_together, train, view_dataset
+from pretrain.train import corpus_inputs, dataset_of, produce_together, train, training_metrics
 
-VERSION = 4
-_DISTILLED = ("dino", "ibot", "koleo", "gram")  # the others have nothing to learn from a teacher
+VERSION = 5
+_BATCH = 32  # images that teachers see at a time before the training
 
 
 def distill(config: DistillConfig) -> Artifact:
-    """Train a student on the targets of a frozen teacher; return its checkpoint artifact.
+    """Train students on what frozen teachers say; return the checkpoint artifact.
+
+    With several students the metrics of that one tell the URLs of theirs.
 
     Raises:
-        UserError: teacher or corpus is missing, or student and teacher do not fit.
+        UserError: a teacher or a corpus is missing, or students and teachers do not fit.
     """
-    teacher = Checkpoint.open(config.teacher_checkpoint)
-    settings = student_settings(config, teacher)
 
     def write(directory: Path) -> Mapping[str, Any]:
-        dataset, url = view_dataset(config.corpora, settings), planned.resolve(config.out)
-        task = Task("distill", settings, dataset, lambda: build_learner(settings, teacher), directory, url, planned)
-        return train(task, task.build())
+        lesson = Lesson.of(config, _classes(config))
+        dataset, url = _dataset(lesson), planned.resolve(config.out)
+        described = [_description(lesson, name) for name in config.students]
+        task = Task("distill", config, described, dataset, lesson.build, directory, url, planned)
+        learner = lesson.build()
+        learner.standardise(_first_batches(lesson, dataset))
+        trained = train(task, learner)
+        names = list(config.students)
+        if len(names) == 1:
+            if world()[0] == 0:
+                checkpoints.write(_weights(trained, names[0]), described[0], directory)
+            return training_metrics(trained, dataset, f"students.{names[0]}.student.")
+        if world()[0] == 0:
+            for name, description in zip(names, described, strict=True):
+                _write_student(name, description, trained, dataset, planned, url)
+        urls = {name: student_url(url, name) for name in names}
+        return training_metrics(trained, dataset, "students.") | {STUDENTS: urls}
 
     planned = plan(config)
     return produce_together(planned, config.out, write)
 
 
-def plan(config: DistillConfig) -> Plan:
-    """The checkpoint that a configuration asks for."""
-    teacher = open_artifact(config.teacher_checkpoint, "checkpoint").as_input()
-    inputs = {"teacher": teacher} | corpus_inputs(config.corpora)
-    return Plan("checkpoint", "distill", VERSION, decisive(config), inputs)
+def student_url(url: str, name: str) -> str:
+    """Where the checkpoint of one of several students is, given the URL of what was distilled."""
+    return f"{url.rstrip('/')}-{name}"
 
 
-def student_settings(config: DistillConfig, teacher: Checkpoint) -> PretrainSettings:
-    """The teacher's objectives and views with the student's model and schedules; stochastic depth is off.
+def student_urls(artifact: Artifact, names: Sequence[str]) -> dict[str, str]:
+    """URLs of the students' checkpoints of a distillation: one of a single student is that student's."""
+    if len(names) == 1:
+        return {names[0]: artifact.url}
+    return {name: student_url(artifact.url, name) for name in names}
 
-    Raises:
-        UserError: the teacher is itself distilled, has no prototypes, or patches of another size.
-    """
-    if config.model.patch_size != teacher.model.patch_size:
-        raise UserError(
-            f"model.patch_size: {config.model.patch_size}, but the teacher's is {teacher.model.patch_size}; "
-            "patch tokens must match one to one"
-        )
-    if teacher.released != "teacher":
-        raise UserError(
-            f"{teacher.artifact.url}: a distillation's, whose heads are its teacher's; distill from that one"
-        )
-    objectives = [each for each in teacher.settings.objectives if each.kind in _DISTILLED]
-    if not any(each.kind in ("dino", "ibot") for each in objectives):
-        raise UserError(f"{teacher.artifact.url}: has no prototypes to distill from; train it with dino or ibot")
-    return PretrainSettings(
-        model=config.model.model_copy(update={"drop_path": 0.0}),
-        objectives=objectives,
-        views=teacher.settings.views,
-        sampling=config.sampling,
-        schedule=config.schedule,
-        optimizer=config.optimizer,
-        teacher=config.average,
-        guards=config.guards,
-        health=config.health,
-        sharding=config.sharding,
-        runtime=config.runtime,
-        launch=config.launch,
+
+def _write_student(
+    name: str, description: Description, trained: Trained, dataset: ViewDataset, planned: Plan, url: str
+) -> None:
+    def write(directory: Path) -> Mapping[str, Any]:
+        checkpoints.write(_weights(trained, name), description, directory)
+        return training_metrics(trained, dataset, f"students.{name}.student.")
+
+    own = Plan("checkpoint", "distill", VERSION, {**planned.settings, "student": name}, planned.inputs)
+    produce(own, student_url(url, name), write)
+
+
+def _weights(trained: Trained, name: str) -> dict[str, Tensor]:
+    """What of the learner is a student's own and can be used again: both backbones, CLIP's towers."""
+    prefix = f"students.{name}."
+    kept = {"student.": "student.", "average.": "average.", "objectives.clip.towers.": "objectives.clip."}
+    return {
+        after + key.removeprefix(prefix + before): value
+        for before, after in kept.items()
+        for key, value in trained.weights.items()
+        if key.startswith(prefix + before)
+    }
+
+
+def _description(lesson: Lesson, name: str) -> Description:
+    clip = lesson.asked(ClipLogitsConfig)
+    return Description(
+        released="average",
+        model=lesson.config.students[name].network,
+        views=lesson.views,
+        seed=lesson.config.schedule.seed,
+        objectives=[towers(clip)] if clip else [],
     )
 
 
-def build_learner(settings: PretrainSettings, teacher: Checkpoint) -> Learner:
-    """A new student under the released backbone of a checkpoint and the heads it was trained with."""
-    student = initial_backbone(settings.model, settings.schedule.seed)
-    torch.manual_seed(settings.schedule.seed + 1)
-    losses = build_objectives(settings.objectives, settings.model, teacher.model)
-    for name, objective in losses.items():
-        for part in ("teacher_head", "targets"):
-            if weights := teacher.weights(f"objectives.{name}.{part}."):
-                getattr(objective, part).load_state_dict(weights)
-    return Learner(student, teacher.backbone(), losses, settings.views, distilling=True)
+def _dataset(lesson: Lesson) -> ViewDataset:
+    clip, views = lesson.asked(ClipLogitsConfig), lesson.views
+    if not lesson.inherited:
+        views = views.model_copy(update={"local_count": 0})  # nobody else reads them
+    tokenize = tokenizer(clip.text) if clip else None
+    labelled = lesson.asked(DeitConfig) is not None
+    return dataset_of(lesson.config.corpora, lesson.config, views, lesson.patch_size, tokenize, labelled)
+
+
+def _first_batches(lesson: Lesson, dataset: ViewDataset) -> Iterator[Batch]:
+    """What teachers' features are standardised by: the same on all ranks."""
+    features = lesson.asked(FeaturesConfig)
+    images = features.standardise if features else 0
+    for first in range(0, images, _BATCH):
+        yield dataset.batch(np.arange(first, min(first + _BATCH, images)))
+
+
+def _classes(config: DistillConfig) -> list[str]:
+    """Names of the corpora's classes, where an objective reads them.
+
+    Raises:
+        UserError: they have none, or not the same.
+    """
+    if not any(isinstance(each, DeitConfig) for each in config.objectives):
+        return []
+    corpora: list[Corpus] = [Part.open(url).corpus for url in config.corpora]
+    classes = corpora[0].classes
+    for corpus in corpora:
+        if not corpus.classes or corpus.classes != classes:
+            raise UserError(f"{corpus.artifact.url}: objective deit needs the same classes in all corpora")
+    return classes
+
+
+def plan(config: DistillConfig) -> Plan:
+    """The checkpoint that a configuration asks for."""
+    settings, inputs = decisive(config), corpus_inputs(config.corpora)
+    if config.teacher_checkpoint is not None:
+        inputs["teacher"] = open_artifact(config.teacher_checkpoint, "checkpoint").as_input()
+    known = {name: backbones.identity(each) for name, each in config.teachers.items()}
+    settings["teachers"] = {name: told for name, (told, _) in known.items()}
+    inputs |= {f"teacher_{name}_{key}": each for name, (_, found) in known.items() for key, each in found.items()}
+    settings["students"] = {
+        name: each.model_dump(mode="json", exclude={"start"}) for name, each in config.students.items()
+    }
+    for name, student in config.students.items():
+        if student.start is not None:
+            inputs[f"start_{name}"] = open_artifact(student.start, "checkpoint").as_input()
+    settings["objectives"] = [each.model_dump(mode="json", exclude={"checkpoint"}) for each in config.objectives]
+    for each in config.objectives:
+        if isinstance(each, DeitConfig):
+            inputs["classifier"] = Input(id=hash_file(Path(each.checkpoint)), url=each.checkpoint)
+    return Plan("checkpoint", "distill", VERSION, settings, inputs)

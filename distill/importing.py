@@ -14,13 +14,12 @@ from infra.artifacts import Artifact, Input, Plan, produce
 from infra.errors import UserError
 from infra.hashing import hash_file
 from pretrain import checkpoints, weights
-from pretrain.config import PretrainSettings
+from pretrain.checkpoints import Description
 from pretrain.data.config import Views
 from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.official import from_official, require_fitting
-from pretrain.objectives.config import KoleoConfig
 
-VERSION = 1
+VERSION = 2
 
 
 def import_weights(config: ImportConfig) -> Artifact:
@@ -48,8 +47,8 @@ def _write(config: ImportConfig, directory: Path) -> Mapping[str, Any]:
     both = {f"{role}.{name}": value.clone() for role in ("student", "teacher") for name, value in backbone.items()}
     sides = {"globals": {"size": config.model.image_size}, "local_count": 0}  # that fit any patch
     views = Views.model_validate(sides | {"mean": config.mean, "std": config.std})
-    settings = PretrainSettings(model=config.model, objectives=[KoleoConfig()], views=views)
-    checkpoints.write(both, "teacher", settings, directory)
+    description = Description(released="teacher", model=config.model, views=views, seed=0)
+    checkpoints.write(both, description, directory)
     parameters = sum(value.numel() for value in backbone.values())
     return {"images": 0, "unusable": {}, "skipped": 0, "rewinds": 0, "steps": 0, "parameters": parameters}
 

@@ -27,7 +27,9 @@ from pretrain.backbones import center_crop
 from pretrain.checkpoints import Checkpoint
 from pretrain.data.config import Views
 from pretrain.data.decode import decode_rgb
+from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.official import from_official
+from pretrain.models.timm_network import Network
 from pretrain.models.vit import VisionTransformer
 
 VERSION = 3
@@ -66,7 +68,7 @@ def publish(config: PublishConfig) -> Artifact:
 
 
 def _write(release: Release, inputs: dict[str, Input], directory: Path) -> Mapping[str, Any]:
-    backbone, views = release.checkpoint.backbone(), release.checkpoint.settings.views
+    backbone, views = release.checkpoint.backbone(), release.checkpoint.views
     pixels, differences = _pixels(release.images, backbone, views), dict[str, float]()
     for name in release.settings.formats:
         FORMATS[name].write(backbone, views, directory)
@@ -82,11 +84,11 @@ def _write(release: Release, inputs: dict[str, Input], directory: Path) -> Mappi
     return {"max_abs_diff": differences, "parameters": _parameters(backbone)}
 
 
-def _parameters(backbone: VisionTransformer) -> int:
+def _parameters(backbone: Network) -> int:
     return sum(value.numel() for value in timm_folder.state_dict(backbone).values())
 
 
-def _pixels(images: Corpus, backbone: VisionTransformer, views: Views) -> torch.Tensor:
+def _pixels(images: Corpus, backbone: Network, views: Views) -> torch.Tensor:
     """The first images of a corpus, preprocessed and normalised, float32 `[n, 3, side, side]`."""
     count = min(_CHECKED_IMAGES, len(images))
     crops = [center_crop(decode_rgb(images.read_image(row)), backbone.config.image_size) for row in range(count)]
@@ -95,7 +97,7 @@ def _pixels(images: Corpus, backbone: VisionTransformer, views: Views) -> torch.
     return (pixels - mean) / std
 
 
-def difference(name: FormatName, directory: Path, backbone: VisionTransformer, pixels: torch.Tensor) -> float:
+def difference(name: FormatName, directory: Path, backbone: Network, pixels: torch.Tensor) -> float:
     """Largest absolute difference of any feature between Fovea and a format, loaded in a process of its own."""
     with torch.inference_mode():
         ours = backbone([pixels])[0].class_token.numpy()
@@ -118,8 +120,9 @@ def _checked(script: str, directory: Path, pixels: torch.Tensor) -> np.ndarray:
         return np.load(outputs)
 
 
-def _by_official_names(directory: Path, backbone: VisionTransformer, pixels: torch.Tensor) -> np.ndarray:
+def _by_official_names(directory: Path, backbone: Network, pixels: torch.Tensor) -> np.ndarray:
     """Features of the weights under official names, read back: the official code is not to be had here."""
+    assert isinstance(backbone, VisionTransformer)
     state = torch.load(directory / official_weights.FILE, weights_only=True)
     again = VisionTransformer(backbone.config).eval()
     again.load_state_dict(from_official(state, backbone.config))
@@ -131,15 +134,15 @@ def model_card(release: Release, lineage: list[Ancestor], differences: Mapping[s
     """The model card, in Markdown with a Hugging Face metadata block."""
     template = resources.files("distill").joinpath("templates/card.md.jinja").read_text()
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    settings = release.checkpoint.settings
+    model = release.checkpoint.model
     return environment.from_string(template).render(
         release=release.settings,
-        model=settings.model,
+        model=model,
         parameters=_parameters(release.checkpoint.backbone()),
         recipe=json.dumps(release.checkpoint.artifact.manifest.config, indent=1),
         training=release.checkpoint.artifact.metrics,
         rows=[row for report in release.reports for row in report.read_json("report.json")["rows"]],
         lineage=lineage,
         differences=differences,
-        transformers_class=transformers_folder.family(settings.model),
+        transformers_class=transformers_folder.family(model) if isinstance(model, VisionTransformerConfig) else "",
     )

@@ -156,10 +156,15 @@ def plan(file: File = None, /, *, config: Annotated[PlanConfig, Flags]) -> None:
 
 @app.command(sort_key=7)
 def distill(file: File = None, /, *, config: Annotated[DistillConfig, Flags]) -> None:
-    """A teacher checkpoint to a smaller student's."""
+    """Frozen teachers to smaller students, several at once if you like."""
+    from distill.distill import student_urls
     from flows.trainings import train
 
-    _made(train("distill", config))
+    artifact = train("distill", config)
+    _made(artifact)
+    if artifact is not None and len(config.students) > 1:
+        for name, url in student_urls(artifact, list(config.students)).items():
+            print(f"{name}: {url}", file=sys.stderr)
 
 
 @app.command(name="eval", sort_key=8)

@@ -20,16 +20,20 @@ def show(config: PipelineConfig, summary: dict[str, Any]) -> None:
     if curation := _curation(summary):
         console.print(curation)
     console.print(_evaluation(summary))
-    told = (f"{name} {value:.1e}" for name, value in summary["publish"]["max_abs_diff"].items())
-    console.print(f"features as published differ by at most: {', '.join(told)}\n")
+    for student, differences in summary["publish"].items():
+        told = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+        console.print(f"features of {student} as published differ by at most: {told}")
+    artifacts = summary["artifacts"]
     places = {
-        "report": storage.join(summary["artifacts"]["report"]["url"], PAGE),
-        "backbone": storage.join(summary["artifacts"]["publish"]["url"], "model.safetensors"),
-        "model card": storage.join(summary["artifacts"]["publish"]["url"], "README.md"),
+        "report": storage.join(artifacts["report"]["url"], PAGE),
+        **{
+            student: storage.join(artifacts[f"publish-{student}"]["url"], "README.md") for student in summary["publish"]
+        },
         "summary": storage.join(config.root, SUMMARY),
     }
+    console.print()
     for name, place in places.items():
-        console.print(f"[bold]{name:<11}[/bold]{place}")
+        console.print(f"[bold]{escape(name):<11}[/bold]{place}")
 
 
 def _curation(summary: dict[str, Any]) -> Table | None:

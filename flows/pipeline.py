@@ -19,7 +19,7 @@ from flows import stages, summary
 from flows.config import FollowConfig, PipelineConfig, Sources
 from flows.following import following
 from infra import storage
-from infra.artifacts import cache_directory
+from infra.artifacts import cache_directory, open_artifact
 from infra.errors import UserError
 from pretrain.config import CheckpointBackbone, PretrainConfig
 
@@ -60,9 +60,10 @@ def pipeline(config: PipelineConfig) -> dict[str, Any]:
     with _following(run, corpora, training, leaks):
         teacher = run.done("pretrain", stages.pretrain(_pretrain_config(run, training)))
     _evaluate(run, "evaluate-teacher", teacher, corpora, leaks)
-    student = run.done("distill", stages.distill(_distill_config(run, teacher, training)))
-    _evaluate(run, "evaluate-student", student, corpora, leaks)
-    _publish(run, student, corpora)
+    students = _distill(run, teacher, training)
+    for name, student in students.items():
+        _evaluate(run, f"evaluate-{name}", student, corpora, leaks)
+        _publish(run, name, student, corpora)
     facts = summary.curation_scores(config, run.urls, truth)
     _report(run, facts)
     return summary.write(config, run.urls, run.seconds, facts)
@@ -167,9 +168,14 @@ def _following(run: Run, corpora: dict[str, str], training: list[str], leaks: di
         run.done("teachers", comparison[0])
 
 
-def _distill_config(run: Run, teacher: str, corpora: list[str]) -> DistillConfig:
+def _distill(run: Run, teacher: str, corpora: list[str]) -> dict[str, str]:
+    """Checkpoints of the students by name."""
+    from distill.distill import student_urls
+
     settings = dict(run.config.distill)
-    return DistillConfig(**settings, teacher_checkpoint=teacher, corpora=corpora, out=run.out("distill"))
+    config = DistillConfig(**settings, teacher_checkpoint=teacher, corpora=corpora, out=run.out("distill"))
+    url = run.done("distill", stages.distill(config))
+    return student_urls(open_artifact(url, "checkpoint"), list(config.students))
 
 
 def _leaks(run: Run, corpora: dict[str, str], training: list[str]) -> dict[str, str]:
@@ -213,15 +219,19 @@ def _evaluate(run: Run, stage: str, checkpoint: str, corpora: dict[str, str], le
     run.done(stage, stages.evaluate(config))
 
 
-def _publish(run: Run, checkpoint: str, corpora: dict[str, str]) -> None:
+def _publish(run: Run, student: str, checkpoint: str, corpora: dict[str, str]) -> None:
+    """One of several students is published by its own name behind that of the family."""
+    settings = dict(run.config.publish)
+    if len(run.config.distill.students) > 1:
+        settings["name"] = f"{settings['name']}-{student}"
     config = PublishConfig(
-        **dict(run.config.publish),
+        **settings,
         checkpoint=checkpoint,
         images=corpora["test"],
-        reports=[run.urls["evaluate-student"]],
+        reports=[run.urls[f"evaluate-{student}"]],
         out=run.out("publish"),
     )
-    run.done("publish", stages.publish(config))
+    run.done(f"publish-{student}", stages.publish(config))
 
 
 def _report(run: Run, facts: dict[str, dict[str, float]]) -> None:

@@ -17,7 +17,7 @@ from pretrain.config import PretrainConfig
 from pretrain.config import Probe as ProbeSettings
 
 if TYPE_CHECKING:
-    from pretrain.models.vit import VisionTransformer
+    from pretrain.models.timm_network import Network
     from pretrain.reporting import Probe
 
 _BATCH = 256
@@ -44,12 +44,12 @@ def knn_probe(config: PretrainConfig, settings: ProbeSettings) -> Probe:
     if train.classes != test.classes or not len(train.labels) or not len(test.labels):
         raise UserError(f"health.probe: {settings.train} and {settings.test} need the same labels")
 
-    def score(backbone: VisionTransformer, steps: int) -> Mapping[str, float]:
+    def score(backbone: Network, steps: int) -> Mapping[str, float]:
         from eval.tasks.knn import predict
-        from pretrain.backbones import CheckpointedViT
+        from pretrain.backbones import checkpointed
         from pretrain.features import extract
 
-        model = CheckpointedViT.of(backbone, config.model.image_size, config.views.mean, config.views.std)
+        model = checkpointed(backbone, config.views)
         bank, queries = (extract(model, corpus, _BATCH, "probe", shown=False) for corpus in (train, test))
         classes = int(max(train.labels.max(), test.labels.max())) + 1
         votes = predict(bank, train.labels, queries, classes, settings.k, _TEMPERATURE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,11 @@ def write(
     config: PipelineConfig, urls: dict[str, str], seconds: dict[str, float], scores: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
     """Collect the summary, write it below the root and return it."""
-    artifacts = {stage: _artifact(url) for stage, url in urls.items()}
+    artifacts, students = {stage: _artifact(url) for stage, url in urls.items()}, list(config.distill.students)
     content = {
         **scores,
-        "evaluation": _evaluation(*(artifacts[f"evaluate-{who}"] for who in ("teacher", "student"))),
-        "publish": {"max_abs_diff": artifacts["publish"].metrics["max_abs_diff"]},
+        "evaluation": _evaluation(artifacts["evaluate-teacher"], {n: artifacts[f"evaluate-{n}"] for n in students}),
+        "publish": {name: artifacts[f"publish-{name}"].metrics["max_abs_diff"] for name in students},
         "artifacts": {stage: {"id": each.id, "url": each.url} for stage, each in artifacts.items()},
         "seconds": _making(config, artifacts, seconds),
         "config": config.settings(),
@@ -60,8 +61,8 @@ def _artifact(url: str) -> Artifact:
     return artifact
 
 
-def _evaluation(teacher: Artifact, student: Artifact) -> dict[str, dict[str, Any]]:
-    """The headline of each protocol: metric, whether it is a share, and values of both backbones and the baselines."""
+def _evaluation(teacher: Artifact, students: Mapping[str, Artifact]) -> dict[str, dict[str, Any]]:
+    """The headline of each protocol: metric, whether it is a share, and values of all backbones and the baselines."""
     found: dict[str, dict[str, Any]] = {}
     for row in headline_rows(teacher.read_json("report.json")["rows"]):
         name = "teacher" if row["subject"] == "model" else row["subject"]
@@ -69,5 +70,6 @@ def _evaluation(teacher: Artifact, student: Artifact) -> dict[str, dict[str, Any
         told["values"][name] = row["value"]
     for protocol, told in found.items():
         first = told["values"].pop("teacher")
-        told["values"] = {"teacher": first, "student": student.metrics.get(protocol, {}).get("model"), **told["values"]}
+        taught = {name: each.metrics.get(protocol, {}).get("model") for name, each in students.items()}
+        told["values"] = {"teacher": first, **taught, **told["values"]}
     return found

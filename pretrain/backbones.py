@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,8 +25,10 @@ from pretrain.config import (
     PixelDescriptor,
     TorchHubBackbone,
 )
-from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD
+from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD, Views
+from pretrain.models import timm_network
 from pretrain.models.official import from_official
+from pretrain.models.timm_network import Network, TimmNetwork
 from pretrain.models.vit import VisionTransformer
 
 
@@ -97,7 +99,7 @@ def load(config: BackboneConfig) -> Backbone:
     if isinstance(config, PixelDescriptor):
         return Pixels(config)
     if isinstance(config, CheckpointBackbone):
-        return CheckpointedViT.open(config)
+        return _of_checkpoint(config)
     if isinstance(config, OfficialBackbone):
         return CheckpointedViT.from_official(config)
     if isinstance(config, OpenClipBackbone):
@@ -166,22 +168,74 @@ class Pixels:
         return vectors * (vectors.norm(dim=1, keepdim=True) > _FLOOR)
 
 
-@dataclass
-class CheckpointedViT:
-    """A Vision Transformer of a checkpoint, ours or an official one; its vector is the class token."""
+def _of_checkpoint(config: CheckpointBackbone) -> Backbone:
+    checkpoint = Checkpoint.open(config.url)
+    model = checkpoint.untrained() if config.untrained else checkpoint.backbone()
+    return checkpointed(model, checkpoint.views)
 
-    model: VisionTransformer
+
+def checkpointed(model: Network, views: Views) -> CheckpointedViT | CheckpointedNetwork:
+    """The backbone of a checkpoint behind the call of all backbones, on the GPU, if there is one."""
+    if isinstance(model, TimmNetwork):
+        return CheckpointedNetwork.of(model, model.config.image_size, views.mean, views.std)
+    return CheckpointedViT.of(model, model.config.image_size, views.mean, views.std)
+
+
+Model = TypeVar("Model", VisionTransformer, TimmNetwork)
+
+
+@dataclass
+class Checkpointed(Generic[Model]):
+    """A network of a checkpoint; its vector is the class token."""
+
+    model: Model
     side: int
     """Side in pixels that images are brought to."""
     mean: Tensor
     std: Tensor
 
     @classmethod
-    def open(cls, config: CheckpointBackbone) -> CheckpointedViT:
-        checkpoint = Checkpoint.open(config.url)
-        model = checkpoint.untrained() if config.untrained else checkpoint.backbone()
-        views = checkpoint.settings.views
-        return cls.of(model, model.config.image_size, views.mean, views.std)
+    def of(cls, model: Model, side: int, mean: Sequence[float], std: Sequence[float]) -> Self:
+        device = default_device()
+        return cls(
+            model.to(device), side, *(torch.tensor(each, device=device).view(1, 3, 1, 1) for each in (mean, std))
+        )
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        return center_crop(image, self.side)
+
+    @property
+    def patch(self) -> int:
+        return self.model.patch_size
+
+    @torch.inference_mode()
+    def features(self, batch: Tensor) -> Tensor:
+        return self.model([self.pixels(batch)])[0].class_token.float().cpu()
+
+    def normalised(self, images: Tensor) -> Tensor:
+        return images
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """What the network takes of images, uint8 `[n, H, W, 3]`."""
+        return (images.to(self.mean.device).permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+
+
+class CheckpointedNetwork(Checkpointed[TimmNetwork]):
+    """A network of timm that was distilled."""
+
+    @property
+    def any_size(self) -> bool:
+        return self.model.any_size
+
+    @torch.inference_mode()
+    def layers(self, batch: Tensor, blocks: int, norm: bool = True) -> tuple[Tensor, list[Tokens]]:
+        images = self.model.fitting(self.pixels(batch))
+        vectors, found = timm_network.layers(self.model.network, images, blocks, norm)
+        return vectors.float().cpu(), [tokens_of(grid, prefix) for grid, prefix in found]
+
+
+class CheckpointedViT(Checkpointed[VisionTransformer]):
+    """A Vision Transformer of a checkpoint, ours or an official one."""
 
     @classmethod
     def from_official(cls, config: OfficialBackbone) -> CheckpointedViT:
@@ -194,30 +248,9 @@ class CheckpointedViT:
             raise UserError(f"{config.checkpoint}: {error}") from None
         return cls.of(model, config.input_size, config.mean, config.std)
 
-    @classmethod
-    def of(cls, model: VisionTransformer, side: int, mean: Sequence[float], std: Sequence[float]) -> CheckpointedViT:
-        device = default_device()
-        return cls(
-            model.to(device), side, *(torch.tensor(each, device=device).view(1, 3, 1, 1) for each in (mean, std))
-        )
-
-    def preprocess(self, image: Image.Image) -> np.ndarray:
-        return center_crop(image, self.side)
-
-    @property
-    def patch(self) -> int:
-        return self.model.config.patch_size
-
     @property
     def any_size(self) -> bool:
         return True
-
-    @torch.inference_mode()
-    def features(self, batch: Tensor) -> Tensor:
-        return self.model([self.pixels(batch)])[0].class_token.float().cpu()
-
-    def normalised(self, images: Tensor) -> Tensor:
-        return images
 
     @torch.inference_mode()
     def layers(self, batch: Tensor, blocks: int, norm: bool = True) -> tuple[Tensor, list[Tokens]]:
@@ -227,10 +260,6 @@ class CheckpointedViT:
         tokens = [Tokens(each.class_token.float(), each.patch_tokens.float().unflatten(1, grid)) for each in found]
         vectors = tokens[-1].class_token if norm else self.model([pixels])[0].class_token.float()
         return vectors.cpu(), tokens
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """What the network takes of images, uint8 `[n, H, W, 3]`."""
-        return (images.to(self.mean.device).permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
 
 
 class OpenClip:
@@ -298,7 +327,8 @@ class Normaliser:
         self._mean, self._std = (torch.tensor(each).view(1, 3, 1, 1) for each in (mean, std))
 
     def __call__(self, images: Tensor) -> Tensor:
-        return (images.permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
+        mean, std = (each.to(images.device) for each in (self._mean, self._std))
+        return (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
 def tokens_of(grid: Tensor, prefix: Tensor | None) -> Tokens:

@@ -2,28 +2,62 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import Field, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from infra.artifacts import Artifact, open_artifact
+from infra.config import Config
 from infra.errors import UserError
-from pretrain.config import LAUNCHING, PLACES, PretrainSettings
-from pretrain.learner import Learner
+from pretrain.config import PretrainSettings
+from pretrain.data.config import Views
+from pretrain.learner import Pretraining, Role
 from pretrain.models import positions
-from pretrain.models.config import VisionTransformerConfig
+from pretrain.models.config import ModelConfig, TimmNetworkConfig, VisionTransformerConfig
+from pretrain.models.timm_network import Network, TimmNetwork
 from pretrain.models.vit import VisionTransformer
+from pretrain.objectives.config import ObjectiveConfig
 
 WEIGHTS = "learner.safetensors"
 DESCRIPTION = "learner.json"
+STUDENTS = "students"
+"""Metric of a checkpoint of several students: the URLs of their own checkpoints."""
+
+
+class Description(Config):
+    """What is needed to rebuild the modules of a checkpoint."""
+
+    released: Role
+    """Prefix of the released backbone's weights: of a distillation `average`."""
+    model: ModelConfig
+    """The backbone."""
+    views: Views
+    """How its images were cut and normalised."""
+    seed: int
+    """Seed of its initial weights."""
+    objectives: list[ObjectiveConfig] = Field(default_factory=list)
+    """Those whose heads, of student and teacher, are in the checkpoint."""
+    temperature: float | None = None
+    """The teacher's, in the end."""
+
+    @classmethod
+    def of(cls, settings: PretrainSettings) -> Description:
+        """That of a pretraining."""
+        return cls(
+            released="teacher",
+            model=settings.model,
+            views=settings.views,
+            seed=settings.schedule.seed,
+            objectives=settings.objectives,
+            temperature=settings.teacher.temperature[1],
+        )
 
 
 @dataclass(frozen=True)
@@ -31,19 +65,30 @@ class Checkpoint:
     """A checkpoint artifact, opened."""
 
     artifact: Artifact
-    settings: PretrainSettings
-    released: str
-    """Prefix of the released backbone's weights: `teacher` or `average`."""
+    description: Description
 
     @classmethod
     def open(cls, url: str) -> Checkpoint:
+        """Open a checkpoint.
+
+        Raises:
+            UserError: there is none, it is of several students, or an earlier version wrote it.
+        """
         artifact = open_artifact(url, "checkpoint")
-        description = artifact.read_json(DESCRIPTION)
-        return cls(artifact, PretrainSettings.model_validate(description["settings"]), description["released"])
+        if STUDENTS in artifact.metrics:
+            raise UserError(f"{url}: of several students; give one of {', '.join(artifact.metrics[STUDENTS])}")
+        try:
+            return cls(artifact, Description.model_validate(artifact.read_json(DESCRIPTION)))
+        except ValidationError:
+            raise UserError(f"{url}: written by another version of fovea; run its stage again") from None
 
     @property
-    def model(self) -> VisionTransformerConfig:
-        return self.settings.model
+    def model(self) -> ModelConfig:
+        return self.description.model
+
+    @property
+    def views(self) -> Views:
+        return self.description.views
 
     def weights(self, prefix: str = "") -> dict[str, Tensor]:
         """Weights whose name starts with `prefix`, without it."""
@@ -51,15 +96,15 @@ class Checkpoint:
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no mapping)
             return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
-    def backbone(self) -> VisionTransformer:
+    def backbone(self) -> Network:
         """The released backbone, for inference."""
-        return inference(self.weights(f"{self.released}."), self.model)
+        return inference(self.weights(f"{self.description.released}."), self.model)
 
-    def untrained(self) -> VisionTransformer:
+    def untrained(self) -> Network:
         """The backbone with the initial weights of its settings and seed."""
-        return inference(initial_backbone(self.model, self.settings.schedule.seed).state_dict(), self.model)
+        return inference(initial_backbone(self.model, self.description.seed).state_dict(), self.model)
 
-    def start(self, learner: Learner) -> None:
+    def start(self, learner: Pretraining) -> None:
         """Load student, teacher and heads into a learner of the same dimensions.
 
         Learned position tables are resized; objectives that only one of the two has are left alone.
@@ -67,10 +112,10 @@ class Checkpoint:
         Raises:
             UserError: the checkpoint is a distillation's, or has other dimensions.
         """
-        if self.released != "teacher":
+        if self.description.released != "teacher":
             raise UserError(f"{self.artifact.url}: a distillation's; start from a pretraining checkpoint")
         wanted = learner.state_dict()
-        known = {objective.kind for objective in self.settings.objectives} & set(learner.objectives)
+        known = {objective.kind for objective in self.description.objectives} & set(learner.objectives)
         shared = ("student.", "teacher.", *(f"objectives.{kind}." for kind in known))
         state = {name: value for name, value in self.weights().items() if name.startswith(shared)}
         for name, value in wanted.items():
@@ -85,9 +130,11 @@ class Checkpoint:
         learner.load_state_dict(state)
 
 
-def inference(weights: Mapping[str, Tensor], model: VisionTransformerConfig) -> VisionTransformer:
+def inference(weights: Mapping[str, Tensor], model: ModelConfig) -> Network:
     """A backbone of some weights, frozen."""
-    backbone = VisionTransformer(model.model_copy(update={"attention": "sdpa", "drop_path": 0.0}))
+    if isinstance(model, VisionTransformerConfig):
+        model = model.model_copy(update={"attention": "sdpa", "drop_path": 0.0})
+    backbone = build_backbone(model)
     backbone.load_state_dict(weights)
     return backbone.requires_grad_(False).eval()
 
@@ -100,22 +147,22 @@ def _resized_table(table: Tensor, wanted: Tensor, model: VisionTransformerConfig
     )
 
 
-def initial_backbone(model: VisionTransformerConfig, seed: int) -> VisionTransformer:
+def build_backbone(model: ModelConfig) -> Network:
+    """A backbone with initial weights by torch's generator as it stands."""
+    return TimmNetwork(model) if isinstance(model, TimmNetworkConfig) else VisionTransformer(model)
+
+
+def initial_backbone(model: ModelConfig, seed: int) -> Network:
     """A backbone with the initial weights of a seed."""
     torch.manual_seed(seed)
-    return VisionTransformer(model)
+    return build_backbone(model)
 
 
-def write(weights: Mapping[str, Tensor], released: str, settings: PretrainSettings, directory: Path) -> None:
-    """Write weights and description of a learner into an artifact's directory.
+def write(weights: Mapping[str, Tensor], description: Description, directory: Path) -> None:
+    """Write weights and description into an artifact's directory.
 
     Args:
-        weights: its state dict, on the CPU.
-        released: `teacher` or `average`: which of its backbones is released.
+        weights: `student.`, `teacher.` or `average.`, and `objectives.`, on the CPU.
     """
     save_file(dict(weights), directory / WEIGHTS, metadata={"format": "pt"})
-    description: dict[str, Any] = {
-        "settings": settings.model_dump(mode="json", exclude={*PLACES, *LAUNCHING}),
-        "released": released,
-    }
-    (directory / DESCRIPTION).write_text(json.dumps(description, indent=1))
+    (directory / DESCRIPTION).write_text(description.model_dump_json(indent=1))

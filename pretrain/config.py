@@ -206,15 +206,9 @@ class Schedule(Config):
     """Seed of weights, order, augmentation, masks and dropout."""
 
 
-class PretrainSettings(Config):
-    """Settings of a pretraining run."""
+class TrainingSettings(Config):
+    """What the engine is told, whatever it trains."""
 
-    model: VisionTransformerConfig = VisionTransformerConfig()
-    """The backbone."""
-    objectives: list[ObjectiveConfig] = Field(default_factory=_default_objectives, min_length=1)
-    """Losses; their weighted sum is optimised. The default is DINOv2's."""
-    views: Views = Views()
-    """Crops and augmentation."""
     sampling: Sampling = Sampling()
     """Order of the samples."""
     schedule: Schedule = Schedule()
@@ -222,7 +216,8 @@ class PretrainSettings(Config):
     optimizer: Optimizer = Optimizer()
     """Optimiser and its schedules."""
     teacher: Teacher = Teacher()
-    """The teacher and its schedules."""
+    """Schedules of the teacher; in a distillation the momentum is that of the students' averages, which are released.
+    """
     guards: Guards = Guards()
     """What happens when losses go wrong."""
     health: Health = Health()
@@ -237,13 +232,20 @@ class PretrainSettings(Config):
     launch: Launch = Launch()
     """Where the ranks run."""
 
+
+class PretrainSettings(TrainingSettings):
+    """Settings of a pretraining run."""
+
+    model: VisionTransformerConfig = VisionTransformerConfig()
+    """The backbone."""
+    objectives: list[ObjectiveConfig] = Field(default_factory=_default_objectives, min_length=1)
+    """Losses; their weighted sum is optimised. The default is DINOv2's."""
+    views: Views = Views()
+    """Crops and augmentation."""
+
     @model_validator(mode="after")
     def _crops_fit_patches(self) -> PretrainSettings:
-        views = self.views
-        sizes = {"views.globals.size": views.globals.size, "views.plain_size": views.plain_size or 0}
-        if views.local_count:
-            sizes["views.locals.size"] = views.locals.size
-        for name, size in sizes.items():
+        for name, size in self.views.sizes().items():
             if size % self.model.patch_size:
                 raise ValueError(f"{name} {size} is no multiple of patch_size {self.model.patch_size}")
         return self

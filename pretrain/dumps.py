@@ -54,9 +54,9 @@ class Dumps:
             if not name.startswith(self.task.planned.id[:12]):
                 remove(join(folder_of(self.task.url), name))
 
-    def begin(self, weights: Mapping[str, Tensor], released: str, step: int) -> None:
+    def begin(self, weights: Mapping[str, Tensor], step: int) -> None:
         """Start to write what is released after some steps; nobody may change the weights any more."""
-        self._writing.append(self._writer.submit(self._write, weights, released, step))
+        self._writing.append(self._writer.submit(self._write, weights, step))
 
     def settle(self) -> None:
         """Wait until all are written."""
@@ -65,14 +65,14 @@ class Dumps:
         self._writing = []
         self._writer.shutdown()
 
-    def _write(self, weights: Mapping[str, Tensor], released: str, step: int) -> None:
+    def _write(self, weights: Mapping[str, Tensor], step: int) -> None:
         planned = self.task.planned
         plan = Plan(
             "checkpoint", "teacher", VERSION, {**planned.settings, "training": planned.id, "step": step}, planned.inputs
         )
 
         def write(directory: Path) -> Mapping[str, Any]:
-            checkpoints.write(weights, released, self.task.settings, directory)
+            checkpoints.write(weights, self.task.descriptions[0], directory)
             return {"images": self.task.dataset.samples.size, "steps": step}
 
         try:

@@ -19,7 +19,7 @@ from torch import Tensor
 from infra.errors import Preempted, UserError
 from pretrain import guards, health, schedules, telemetry
 from pretrain.checkpoints import inference
-from pretrain.config import PretrainSettings
+from pretrain.config import TrainingSettings
 from pretrain.data import order
 from pretrain.data.loader import UNUSABLE, Batch, Place, batches
 from pretrain.dumps import Dumps
@@ -156,12 +156,12 @@ class Training:
         self.engine.follow(self.learner.begin_step(step), 0.0)
         self.learner.looking = _due(step + 1, self.settings.health.every)
         _seed_dropout(self.settings.schedule.seed, step, self.rank)
-        centers = [(buffer, buffer.clone()) for buffer in self.learner.objectives.buffers()]
+        buffers = [(buffer, buffer.clone()) for buffer in self.learner.buffers()]
         totals, facts, places, stepped = self._micro_batches(step, source, position.temperature)
         if stepped.applied:
             self.engine.follow(self.learner.averages(), position.momentum)
         else:
-            for buffer, before in centers:
+            for buffer, before in buffers:
                 buffer.copy_(before)
         losses = dict(zip(totals, all_reduce_mean(torch.stack(list(totals.values()))).tolist(), strict=True))
         losses = health.known(losses)
@@ -179,10 +179,11 @@ class Training:
         if self.task.probe is None or settings is None or not _due(steps, settings.every):
             return {}
         self._arrive(steps, "probing")
-        weights = state.weights(self.engine, f"{self._released}.")
+        part = self.learner.parts()[0]
+        weights = state.weights(self.engine, f"{part.prefix}{part.released}.")
         if self.rank != 0:
             return {}
-        backbone = inference(weights, self.learner.released().config)
+        backbone = inference(weights, part.student.config)
         try:
             return {PROBE_PREFIX + key: value for key, value in self.task.probe(backbone, steps).items()}
         except Exception:  # somebody else's code: no reason to end a training
@@ -295,21 +296,18 @@ class Training:
         self.saves.revise(step, now)
         return step
 
-    @property
-    def _released(self) -> str:
-        """Which of the learner's backbones is released."""
-        return "teacher" if self.learner.average is None else "average"
-
     def _dump(self, step: int) -> None:
         """Write out what would be released now, if it is due; the last one is the checkpoint itself."""
         every, steps = self.settings.runtime.teachers_every, self.settings.schedule.steps
         if not _due(step, every) or step == steps:
             return
         self._arrive(step, "gathering its teacher")
-        parts = {name: state.weights(self.engine, name) for name in (f"{self._released}.", "objectives.")}
+        (part,) = self.learner.parts()
+        names = [f"{name}." for name in (part.released, "objectives")]
+        kinds = {name: state.weights(self.engine, part.prefix + name) for name in names}
         if self.dumps is not None:
-            weights = {prefix + name: value.clone() for prefix, part in parts.items() for name, value in part.items()}
-            self.dumps.begin(weights, self._released, step)
+            weights = {kind + name: value.clone() for kind, found in kinds.items() for name, value in found.items()}
+            self.dumps.begin(weights, step)
 
     def _save(self, step: int) -> None:
         self._arrive(step, "saving its state")
@@ -332,31 +330,34 @@ class Training:
             telemetry.cut(self.work / _SKIPPED_SAMPLES, lambda row: bool(row["samples"] <= self.tally.samples))
 
 
-def parameter_groups(learner: Learner, settings: PretrainSettings) -> list[dict[str, Any]]:
-    """AdamW groups of parameters that share their multipliers, in a fixed order."""
-    last_layers = {
-        id(parameter)
-        for objective in learner.losses()
-        for layer in objective.last_layers()
-        for parameter in layer.parameters()
-    }
+def parameter_groups(learner: Learner, settings: TrainingSettings) -> list[dict[str, Any]]:
+    """AdamW groups of parameters that share their multipliers, in a fixed order.
+
+    Each student's gradient is clipped by itself, so that it does not matter with which others it learns.
+    """
     groups: dict[tuple[str, schedules.Multipliers], list[torch.nn.Parameter]] = {}
-    for name, parameter in learner.named_parameters():
-        if parameter.requires_grad:
-            key = schedules.multipliers(
-                name, parameter.ndim, settings.optimizer, settings.model, id(parameter) in last_layers
-            )
-            part = _part(name) if settings.optimizer.clip_of == "parts" else ""
-            groups.setdefault((part, key), []).append(parameter)
+    for part in learner.parts():
+        last_layers = {
+            id(parameter)
+            for objective in learner.objectives_of(part)
+            for layer in objective.last_layers()
+            for parameter in layer.parameters()
+        }
+        for name, parameter in learner.named_parameters():
+            if parameter.requires_grad and name.startswith(part.prefix):
+                own = name.removeprefix(part.prefix)
+                key = schedules.multipliers(own, parameter.ndim, settings.optimizer, part, id(parameter) in last_layers)
+                clipped = part.prefix + (_kind(own) if settings.optimizer.clip_of == "parts" else "")
+                groups.setdefault((clipped, key), []).append(parameter)
     return [
         {
             "params": parameters,
             "lr_multiplier": key.lr,
             "weight_decay_multiplier": key.weight_decay,
             "last_layer": key.last_layer,
-            CLIPPED_WITH: part,
+            CLIPPED_WITH: clipped,
         }
-        for (part, key), parameters in groups.items()
+        for (clipped, key), parameters in groups.items()
     ]
 
 
@@ -364,7 +365,7 @@ def _due(steps: int, every: int) -> bool:
     return every > 0 and steps % every == 0
 
 
-def _part(name: str) -> str:
+def _kind(name: str) -> str:
     """The backbone or the objective that a parameter belongs to."""
     return ".".join(name.split(".")[: 2 if name.startswith("objectives.") else 1])
 

@@ -24,6 +24,7 @@ from pretrain.config import (
     TransformersBackbone,
 )
 from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD
+from pretrain.models import timm_network
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,13 +76,8 @@ class Timm:
 
     @torch.inference_mode()
     def layers(self, batch: Tensor, blocks: int, norm: bool = True) -> tuple[Tensor, list[Tokens]]:
-        takes = inspect.signature(self.model.forward_intermediates).parameters
-        options = {name: value for name, value in (("norm", norm), ("return_prefix_tokens", True)) if name in takes}
-        last = min(blocks, len(self.model.feature_info))
-        final, found = self.model.forward_intermediates(batch.to(default_device()), last, **options)
-        vectors = self.model.forward_head(final, pre_logits=True)
-        pairs = [each if isinstance(each, tuple) else (each, None) for each in found]
-        return vectors.float().cpu(), [tokens_of(grid, prefix) for grid, prefix in pairs]
+        vectors, found = timm_network.layers(self.model, batch.to(default_device()), blocks, norm)
+        return vectors.float().cpu(), [tokens_of(grid, prefix) for grid, prefix in found]
 
 
 def _of_timm(config: TimmBackbone) -> nn.Module:

@@ -12,8 +12,8 @@ from pretrain.config import Health
 from pretrain.ranks import all_reduce_sum, gathered
 
 PREFIX = "health_"
-RANK = f"{PREFIX}rank"
-_USAGE, _DIVERGENCE = "usage", "kl"
+_RANK, _USAGE, _DIVERGENCE = "rank", "usage", "kl"
+RANK = PREFIX + _RANK
 
 
 @torch.no_grad()
@@ -69,9 +69,7 @@ def alarms(row: Mapping[str, float], health: Health) -> list[str]:
 def _floor(name: str, health: Health) -> float | None:
     if not name.startswith(PREFIX):
         return None
-    if name == RANK:
-        return health.min_rank
-    return {_USAGE: health.min_usage, _DIVERGENCE: health.min_kl}.get(name.rsplit("_", 1)[-1])
+    return {_RANK: health.min_rank, _USAGE: health.min_usage, _DIVERGENCE: health.min_kl}.get(name.rsplit("_", 1)[-1])
 
 
 def alarming_looks(rows: Sequence[Mapping[str, float]], health: Health) -> int:

@@ -43,7 +43,7 @@ def has_texts(config: BackboneConfig) -> bool:
 
 
 def _objectives(checkpoint: Checkpoint) -> list[ClipConfig | SiglipConfig]:
-    return [each for each in checkpoint.settings.objectives if isinstance(each, ClipConfig | SiglipConfig)]
+    return [each for each in checkpoint.description.objectives if isinstance(each, ClipConfig | SiglipConfig)]
 
 
 def load(config: BackboneConfig, backbone: Backbone | None = None) -> ImageTextModel:
@@ -88,7 +88,8 @@ class _Checkpointed:
         pairs = _objectives(checkpoint)
         if not pairs or config.untrained:
             raise UserError(f"{config.url}: has no trained text tower; pretrain with the objective clip or siglip")
-        objective = build(pairs[:1], checkpoint.model, checkpoint.model)[pairs[0].kind]
+        dims = checkpoint.backbone()
+        objective = build(pairs[:1], dims, dims)[pairs[0].kind]
         assert isinstance(objective, ImageText)
         objective.load_state_dict(checkpoint.weights(f"objectives.{pairs[0].kind}."))
         self._objective = objective.requires_grad_(False).eval().to(default_device())

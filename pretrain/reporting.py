@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from infra.artifacts import Plan
 from infra.hashing import hash_json
 from infra.progress import Advance, progress
 from pretrain import meter, telemetry, trackers
-from pretrain.config import PretrainSettings
+from pretrain.checkpoints import Description
+from pretrain.config import TrainingSettings
 from pretrain.data.loader import ViewDataset
 from pretrain.learner import Learner
 from pretrain.meter import Meter
-from pretrain.models.vit import VisionTransformer
+from pretrain.models.timm_network import Network
 from pretrain.planning import dryrun, hardware
 from pretrain.ranks import world
 
 _log = logging.getLogger(__name__)
 _DRY = 4  # images, at most, of the micro-batch whose work is counted
 
-Probe = Callable[[VisionTransformer, int], Mapping[str, float]]
+Probe = Callable[[Network, int], Mapping[str, float]]
 """Scores the released backbone after some steps: called on the first rank with its weights, for inference."""
 
 
@@ -34,7 +36,9 @@ class Task:
     """What is trained, on what, and where it goes."""
 
     title: str
-    settings: PretrainSettings
+    settings: TrainingSettings
+    descriptions: Sequence[Description]
+    """Of the learner's parts, in order."""
     dataset: ViewDataset
     build: Callable[[], Learner]
     """Makes the learner, with its initial weights."""
@@ -50,7 +54,8 @@ class Task:
     def work_and_peak(self, device: torch.device) -> tuple[float, float]:
         """FLOPs of an image, and the FLOP/s that the devices of all ranks can reach."""
         images = min(self.settings.runtime.micro_batch or self.settings.schedule.batch, _DRY)
-        flops = dryrun.flops(dryrun.shapes_of(self.build), self.settings, images) / images
+        batch = self.dataset.batch(np.arange(images))
+        flops = dryrun.flops_of(dryrun.shapes_of(self.build), self.settings, batch) / images
         return flops, world()[1] * hardware.peak(device, self.settings.sharding.precision)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from infra.errors import UserError
-from pretrain.config import Optimizer, PretrainSettings
-from pretrain.models.config import VisionTransformerConfig
+from pretrain.config import Optimizer, TrainingSettings
+
+if TYPE_CHECKING:
+    from pretrain.learner import Part
 
 
 def cosine(first: float, last: float, step: int, steps: int) -> float:
@@ -47,7 +50,7 @@ def learning_rate(optimizer: Optimizer, step: int, steps: int, batch: int) -> fl
     return peak if optimizer.decay == "constant" else cosine(peak, optimizer.min_lr, step - warmup, steps - warmup)
 
 
-def at(settings: PretrainSettings, step: int) -> Position:
+def at(settings: TrainingSettings, step: int) -> Position:
     """The schedules of a run at a step (DINOv2, train/train.py)."""
     optimizer, teacher, steps = settings.optimizer, settings.teacher, settings.schedule.steps
     return Position(
@@ -59,7 +62,7 @@ def at(settings: PretrainSettings, step: int) -> Position:
     )
 
 
-def spread(settings: PretrainSettings, world_size: int) -> tuple[int, int]:
+def spread(settings: TrainingSettings, world_size: int) -> tuple[int, int]:
     """(micro-batch of a rank, micro-batches a step) that make up the global batch.
 
     Raises:
@@ -84,17 +87,15 @@ class Multipliers:
     last_layer: bool
 
 
-def multipliers(
-    name: str, dimensions: int, optimizer: Optimizer, model: VisionTransformerConfig, last_layer: bool
-) -> Multipliers:
-    """DINOv2's rules (utils/param_groups.py) for a parameter of the learner, by its name and number of dimensions.
+def multipliers(name: str, dimensions: int, optimizer: Optimizer, part: Part, last_layer: bool) -> Multipliers:
+    """DINOv2's rules (utils/param_groups.py) for a parameter of a student, by its name and number of dimensions.
 
     Layer decay counts embeddings and tokens as layer 0 and block i as i + 1. Vectors and scalars (biases, norms,
     LayerScale, CLIP's scale) have no weight decay, tokens and position tables only if the optimizer says so.
     """
-    lr = 1.0
-    if name.startswith("student."):
-        lr = optimizer.layer_decay ** (model.depth + 1 - _layer(name.removeprefix("student."), model.depth))
+    lr, depth = part.lr, getattr(part.student.config, "depth", None)
+    if name.startswith("student.") and depth is not None:  # networks of timm have no layers that we know of
+        lr *= optimizer.layer_decay ** (depth + 1 - _layer(name.removeprefix("student."), depth))
     if "patch_embed" in name:
         lr *= optimizer.patch_embed_lr
     token = name.endswith(_TOKENS) and not optimizer.decay_tokens

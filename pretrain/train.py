@@ -14,14 +14,16 @@ from infra.artifacts import Artifact, Input, Plan, cache_directory, find, open_a
 from infra.cache import BlockCache
 from infra.errors import UserError
 from pretrain import checkpoints, telemetry
-from pretrain.checkpoints import Checkpoint, initial_backbone
-from pretrain.config import PretrainConfig, PretrainSettings, decisive
+from pretrain.checkpoints import Checkpoint, Description
+from pretrain.config import PretrainConfig, PretrainSettings, TrainingSettings, decisive
+from pretrain.data.config import Views
 from pretrain.data.loader import ViewDataset
 from pretrain.data.masks import MaskPlan
 from pretrain.data.samples import Part, Samples
 from pretrain.engine import Trained, Training
-from pretrain.learner import Learner
+from pretrain.learner import Learner, Pretraining
 from pretrain.models.execution import Execution
+from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.build import build as build_objectives
 from pretrain.objectives.config import ClipConfig, SiglipConfig
 from pretrain.objectives.image_text import tokenizer
@@ -29,7 +31,7 @@ from pretrain.ranks import barrier, world
 from pretrain.reporting import Probe, Task
 from pretrain.saves import remove_remote
 
-VERSION = 4
+VERSION = 5
 
 _log = logging.getLogger(__name__)
 
@@ -49,25 +51,32 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Artifact:
         learner = build_learner(config)
         if config.start:
             Checkpoint.open(config.start).start(learner)
-        task = Task("pretrain", config, dataset, lambda: build_learner(config), directory, url, planned, probe)
-        return train(task, learner)
+        build, described = (lambda: build_learner(config)), [Description.of(config)]
+        trained = train(Task("pretrain", config, described, dataset, build, directory, url, planned, probe), learner)
+        if world()[0] == 0:
+            checkpoints.write(trained.weights, described[0], directory)
+        return training_metrics(trained, dataset, "student.")
 
     planned = plan(config)
     return produce_together(planned, config.out, write)
 
 
-def train(task: Task, learner: Learner) -> Mapping[str, Any]:
-    """Train a learner to the end, write it into its checkpoint's directory and return the checkpoint's metrics."""
+def train(task: Task, learner: Learner) -> Trained:
+    """Train a learner to the end.
+
+    Raises:
+        UserError: the settings ask for a probe that is not there, or the training goes wrong.
+    """
     settings = task.settings
     if settings.health.probe is not None and task.probe is None:
         raise UserError("health.probe: nobody scores here; `fovea pretrain` does, or pass a probe to pretrain.run")
     learner.precision = settings.sharding.precision
-    learner.student.execution = Execution(settings.runtime.activation_checkpointing, settings.runtime.compile)
-    _log.info("attention: %s; blocks: %s", settings.model.attention, learner.student.execution)
-    trained = Training(task, learner).run()
-    if world()[0] == 0:
-        checkpoints.write(trained.weights, "teacher" if learner.average is None else "average", settings, task.work)
-    return training_metrics(trained, task.dataset)
+    execution = Execution(settings.runtime.activation_checkpointing, settings.runtime.compile)
+    learner.execute(execution)
+    for part in learner.parts():
+        backend = getattr(part.student.config, "attention", "timm's")
+        _log.info("%sattention: %s; blocks: %s", part.prefix, backend, execution)
+    return Training(task, learner).run()
 
 
 def produce_together(plan: Plan, out: str, write: Callable[[Path], Mapping[str, Any]]) -> Artifact:
@@ -93,16 +102,44 @@ def corpus_inputs(urls: Sequence[str]) -> dict[str, Input]:
     return {f"corpus_{i}": open_artifact(url, "corpus", "selection").as_input() for i, url in enumerate(urls)}
 
 
+Tokenize = Callable[[Sequence[str]], Tensor]
+
+
 def view_dataset(corpora: Sequence[str], settings: PretrainSettings) -> ViewDataset:
-    """Views of the samples of some corpora or selections."""
+    """Views of the samples of some corpora or selections, as a pretraining's objectives read them."""
+    texts = [each.text for each in settings.objectives if isinstance(each, ClipConfig | SiglipConfig)]
+    tokenize = tokenizer(texts[0]) if texts else None
+    return dataset_of(corpora, settings, settings.views, settings.model.patch_size, tokenize)
+
+
+def dataset_of(
+    corpora: Sequence[str],
+    settings: TrainingSettings,
+    views: Views,
+    patch_size: int,
+    tokenize: Tokenize | None = None,
+    labelled: bool = False,
+) -> ViewDataset:
+    """Views of the samples of some corpora or selections.
+
+    Args:
+        patch_size: of the patch tokens that masks cover.
+        tokenize: captions to token ids, where an objective reads them; then every sample must have one.
+        labelled: an objective reads classes; then every sample must have one.
+    """
     samples = Samples([Part.open(url) for url in corpora])
     _cache(samples, settings)
-    masks = MaskPlan.of(settings.views, settings.model.patch_size)
-    tokenize = _tokenizer(settings, samples)
-    return ViewDataset(samples, settings.views, masks, settings.schedule.seed, settings.sampling, tokenize)
+    if tokenize is not None:
+        for part in samples.parts:
+            _ = part.corpus.captions  # raises now, not in a worker, if one is missing
+    if labelled:
+        for part in samples.parts:
+            _ = part.corpus.labels
+    masks = MaskPlan.of(views, patch_size)
+    return ViewDataset(samples, views, masks, settings.schedule.seed, settings.sampling, tokenize, labelled)
 
 
-def _cache(samples: Samples, settings: PretrainSettings) -> None:
+def _cache(samples: Samples, settings: TrainingSettings) -> None:
     """Keep parts of shards on the local disk, where that saves reading them again."""
     max_bytes = int(settings.runtime.cache_gb * 1e9)
     whole = sum(part.corpus.total_bytes for part in samples.parts)
@@ -116,27 +153,23 @@ def _cache(samples: Samples, settings: PretrainSettings) -> None:
         part.corpus.cache = cache
 
 
-def _tokenizer(settings: PretrainSettings, samples: Samples) -> Callable[[Sequence[str]], Tensor] | None:
-    """The text objectives' tokenizer, where there is one; then every sample must have a caption."""
-    for objective in settings.objectives:
-        if isinstance(objective, ClipConfig | SiglipConfig):
-            for part in samples.parts:
-                _ = part.corpus.captions  # raises now, not in a worker, if one is missing
-            return tokenizer(objective.text)
-    return None
-
-
-def build_learner(settings: PretrainSettings) -> Learner:
+def build_learner(settings: PretrainSettings) -> Pretraining:
     """Student, teacher and heads with the initial weights of the settings' seed; the teacher starts as the student."""
-    student = initial_backbone(settings.model, settings.schedule.seed)
-    teacher = initial_backbone(settings.model.model_copy(update={"drop_path": 0.0}), settings.schedule.seed)
+    torch.manual_seed(settings.schedule.seed)
+    student = VisionTransformer(settings.model)
+    teacher = VisionTransformer(settings.model.model_copy(update={"drop_path": 0.0}))
     teacher.load_state_dict(student.state_dict())
     torch.manual_seed(settings.schedule.seed + 1)
     losses = build_objectives(settings.objectives, settings.model, settings.model)
-    return Learner(student, teacher, losses, settings.views)
+    return Pretraining(student, teacher, losses, settings.views)
 
 
-def training_metrics(trained: Trained, dataset: ViewDataset) -> dict[str, Any]:
+def training_metrics(trained: Trained, dataset: ViewDataset, student: str) -> dict[str, Any]:
+    """Metrics of a checkpoint.
+
+    Args:
+        student: what the names of its student's weights begin with.
+    """
     last = next((row for row in reversed(trained.metrics) if telemetry.SKIPPED not in row), {})
     return {
         "images": dataset.samples.size,
@@ -144,7 +177,7 @@ def training_metrics(trained: Trained, dataset: ViewDataset) -> dict[str, Any]:
         "skipped": trained.tally.skipped,
         "rewinds": trained.tally.rewinds,
         "steps": len(trained.metrics),
-        "parameters": sum(value.numel() for name, value in trained.weights.items() if name.startswith("student.")),
+        "parameters": sum(value.numel() for name, value in trained.weights.items() if name.startswith(student)),
         "loss": telemetry.losses(last),
         "images_per_second": round(trained.images_per_second, 1),
         **{name: round(trained.speed[name], 3) for name in ("mfu", "memory_gb") if name in trained.speed},

@@ -20,23 +20,28 @@ from PIL import Image
 import distill
 import pretrain
 from distill.config import DistillConfig, FormatName, PublishConfig
-from distill.distill import build_learner, student_settings
+from distill.distill import _dataset
 from distill.formats import timm_folder
+from distill.lesson import Lesson
 from distill.publish import publish
 from eval import run as evaluate
 from eval.config import EvaluateConfig
 from infra.errors import UserError
 from pretrain.backbones import load
 from pretrain.checkpoints import Checkpoint
-from pretrain.config import CheckpointBackbone
+from pretrain.config import CheckpointBackbone, Optimizer, Sharding
+from pretrain.data.loader import Batch
+from pretrain.engine import parameter_groups
+from pretrain.sharding import base
 from tests.conftest import Embedded
 from tests.test_pretrain_training import TINY, config
 
+MODEL = {"dim": 24, "depth": 1, "heads": 2, "patch_size": 8, "image_size": 32, "registers": 2}
 STUDENT = {
-    "model": {"dim": 24, "depth": 1, "heads": 2, "patch_size": 8, "image_size": 32, "registers": 2},
+    "students": {"student": {"model": MODEL}},
     "schedule": {"steps": 6, "batch": 8},
     "optimizer": {"base_lr": 2e-2},
-    "average": {"momentum": [0.5, 1.0]},
+    "teacher": {"momentum": [0.5, 1.0]},
     "sharding": {"engine": "torch"},
     "runtime": {"workers": 0},
 }
@@ -60,49 +65,73 @@ def distillation(teacher: Checkpoint, corpus: str, out: Path, **changes: object)
     return DistillConfig.model_validate(content)
 
 
+def lesson(teacher: Checkpoint, **changes: object) -> Lesson:
+    return Lesson.of(distillation(teacher, "x", Path("y"), **changes), [])
+
+
 def test_the_teacher_and_its_heads_are_those_of_the_checkpoint(teacher: Checkpoint) -> None:
-    settings = distillation(teacher, "x", Path("y"))
-    learner = build_learner(student_settings(settings, teacher), teacher)
-    for name, value in teacher.weights("teacher.").items():
-        assert torch.equal(learner.teacher.state_dict()[name], value)
-    heads = teacher.weights("objectives.dino.teacher_head.")
+    learner = lesson(teacher).build()
     state = learner.state_dict()
-    assert all(torch.equal(state[f"objectives.dino.teacher_head.{name}"], value) for name, value in heads.items())
+    for name, value in teacher.weights("teacher.").items():
+        assert torch.equal(state[f"teacher.{name}"], value)
+    heads = teacher.weights("objectives.dino.teacher_head.")
+    for name, value in heads.items():
+        assert torch.equal(state[f"students.student.objectives.dino.teacher_head.{name}"], value)
 
 
 def test_distilling_moves_the_student_and_its_average_and_not_the_teacher(
-    teacher: Checkpoint, student: Checkpoint
+    embedded: Embedded, teacher: Checkpoint, student: Checkpoint
 ) -> None:
-    assert student.released == "average"
-    for name, value in teacher.weights("teacher.").items():
-        assert torch.equal(student.weights("teacher.")[name], value)
-    for name, value in teacher.weights("objectives.ibot.teacher_head.").items():
-        assert torch.equal(student.weights("objectives.ibot.teacher_head.")[name], value)
+    assert student.description.released == "average"
     first, average, last = (
         state["blocks.0.mlp.fc1.weight"]
         for state in (student.untrained().state_dict(), student.backbone().state_dict(), student.weights("student."))
     )
     assert not torch.equal(first, average)
     assert not torch.equal(average, last)
+    learner = lesson(teacher).build()
+    engine = base.build(
+        learner, parameter_groups(learner, learner_settings()), Optimizer(), Sharding(engine="torch"), (4, 1)
+    )
+    before = {name: value.clone() for name, value in learner.state_dict().items()}
+    loss, _ = engine.forward(batch_of(embedded, teacher), 0.07)
+    engine.parameter_groups()[0]["lr"] = 1e-3
+    engine.backward(loss)
+    engine.step()
+    moved = {name for name, value in learner.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all(name.startswith(("students.student.student.", "students.student.objectives.")) for name in moved)
+    assert not any("teacher_head" in name for name in moved)
 
 
-def test_the_student_sees_everything(teacher: Checkpoint, embedded: Embedded) -> None:
-    from pretrain.train import view_dataset
+def learner_settings() -> DistillConfig:
+    return DistillConfig.model_validate({**STUDENT, "teacher_checkpoint": "t", "corpora": ["x"], "out": "y"})
 
-    settings = student_settings(distillation(teacher, "x", Path("y")), teacher)
-    learner = build_learner(settings, teacher).eval()
-    batch = view_dataset([embedded.seed], settings).batch(np.arange(4))
+
+def batch_of(embedded: Embedded, teacher: Checkpoint) -> Batch:
+    return _dataset(Lesson.of(distillation(teacher, embedded.seed, Path("y")), [])).batch(np.arange(4))
+
+
+@pytest.mark.parametrize("patches", ["sampled", "all"])
+def test_the_student_sees_everything(teacher: Checkpoint, embedded: Embedded, patches: str) -> None:
+    learner = lesson(teacher, objectives=[{"kind": "prototypes", "patches": patches}]).build().eval()
+    batch = batch_of(embedded, teacher)
     seen: list[object] = []
-    learner.student.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
+    compared: list[int] = []
+    (part,) = learner.parts()
+    part.student.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
+    head = dict(learner.named_modules())["students.student.objectives.ibot.head"]
+    head.register_forward_pre_hook(lambda _, arguments: compared.append(len(arguments[0])))
     learner(batch, 0.07)
     assert batch.masks.any()
     assert seen == [[None, None]]
+    assert compared == [len(batch.masked) if patches == "sampled" else batch.masks.numel()]
 
 
-def test_patch_sizes_must_match(teacher: Checkpoint, embedded: Embedded, tmp_path: Path) -> None:
-    model = {**STUDENT["model"], "patch_size": 4}  # type: ignore[dict-item]
-    with pytest.raises(UserError, match="the teacher's is 8"):
-        distill.run(distillation(teacher, embedded.seed, tmp_path / "x", model=model))
+def test_crops_must_fit_every_students_patches(teacher: Checkpoint, embedded: Embedded, tmp_path: Path) -> None:
+    model = {**MODEL, "patch_size": 3, "image_size": 33}
+    with pytest.raises(UserError, match=r"32 is no multiple of the patch size 3 of students.odd.model"):
+        distill.run(distillation(teacher, embedded.seed, tmp_path / "x", students={"odd": {"model": model}}))
 
 
 def test_a_mixed_teacher_hands_down_its_prototypes_alone(embedded: Embedded, tmp_path: Path) -> None:
@@ -113,9 +142,9 @@ def test_a_mixed_teacher_hands_down_its_prototypes_alone(embedded: Embedded, tmp
         embedded.seed, tmp_path / "mixed", **settings, objectives=[dino, {"kind": "ibot", "tied": True}, pixels]
     )
     checkpoint = Checkpoint.open(pretrain.run(mixed).url)
+    assert [each.kind for each in lesson(checkpoint).inherited] == ["dino", "ibot"]
     student = Checkpoint.open(distill.run(distillation(checkpoint, embedded.seed, tmp_path / "student")).url)
-    assert [each.kind for each in student.settings.objectives] == ["dino", "ibot"]
-    with pytest.raises(UserError, match="distill from that one"):
+    with pytest.raises(UserError, match="which has no heads"):
         distill.run(distillation(student, embedded.seed, tmp_path / "again"))
     alone = config(embedded.seed, tmp_path / "alone", **settings, objectives=[pixels])
     nothing = Checkpoint.open(pretrain.run(alone).url)
@@ -215,7 +244,7 @@ from pretrain.checkpoints import Checkpoint
 
 checkpoint = Checkpoint.open(sys.argv[1])
 for name in ("timm", "onnx", "torch_export"):
-    FORMATS[name].write(checkpoint.backbone(), checkpoint.settings.views, Path(sys.argv[2]))
+    FORMATS[name].write(checkpoint.backbone(), checkpoint.views, Path(sys.argv[2]))
 """
 
 

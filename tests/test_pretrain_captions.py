@@ -82,9 +82,10 @@ class Encoded:
 
 def encoded(checkpoint: Checkpoint, kind: type[Clip] | type[Siglip], url: str) -> Encoded:
     corpus = Corpus.open(url)
-    objective = checkpoint.settings.objectives[0]
+    objective = checkpoint.description.objectives[0]
     assert isinstance(objective, ClipConfig | SiglipConfig)
-    head = kind(objective, checkpoint.model, checkpoint.model).requires_grad_(False).eval()
+    dims = checkpoint.backbone()
+    head = kind(objective, dims, dims).requires_grad_(False).eval()
     head.load_state_dict(checkpoint.weights(f"objectives.{objective.kind}."))
     tokens = extract(load(CheckpointBackbone(url=checkpoint.artifact.url)), corpus, 256, "zero-shot").copy()
     tokenize = tokenizer(objective.text)

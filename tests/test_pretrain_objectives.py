@@ -12,7 +12,7 @@ from torch import Tensor
 from pretrain.data.loader import Batch
 from pretrain.models.config import HeadConfig, VisionTransformerConfig
 from pretrain.models.vit import Features, VisionTransformer
-from pretrain.objectives.base import Objective, Outputs
+from pretrain.objectives.base import TEACHER, Objective, Outputs, Taught
 from pretrain.objectives.centering import Targets, cross_entropy, sinkhorn_knopp
 from pretrain.objectives.config import DinoConfig, IbotConfig, KoleoConfig
 from pretrain.objectives.dino import Dino
@@ -39,9 +39,10 @@ def outputs_of(images: int = B, locals_: int = LOCALS, dtype: torch.dtype = torc
 
     backbone = VisionTransformer(MODEL)
     pixels = torch.randn(2 * images, 3, 12, 12, generator=generator)
-    outputs = Outputs(backbone, backbone, pixels, torch.empty(0), None, None)
-    outputs.__dict__["_student"] = [features(2 * images), features(locals_ * images)]
-    outputs.__dict__["teacher_globals"] = features(2 * images)
+    student = [features(2 * images), features(locals_ * images)]
+    teacher = features(2 * images)
+    outputs = Outputs(backbone, Taught({TEACHER: lambda: teacher}), pixels, torch.empty(0), None, None)
+    outputs.__dict__["_student"] = student
     return outputs
 
 

@@ -14,7 +14,7 @@ from pretrain.data.loader import Batch
 from pretrain.models import positions
 from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.vit import VisionTransformer
-from pretrain.objectives.base import Outputs
+from pretrain.objectives.base import Outputs, Taught
 from pretrain.objectives.build import build
 from pretrain.objectives.config import (
     ClipConfig,
@@ -183,7 +183,7 @@ def test_mae_is_transformers(normalize: bool) -> None:
     theirs.load_state_dict(mae_names(state, decoder=False) | mae_names(mae.decoder.state_dict(), decoder=True))
     images, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 16)
     expected = theirs(images, noise=noise)
-    outputs = Outputs(vit, vit, images, None, None, None)
+    outputs = Outputs(vit, Taught({}), images, None, None, None)
     loss, predicted = mae.loss(outputs, images, noise)
     torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(predicted, expected.logits, rtol=1e-4, atol=1e-5)
@@ -209,7 +209,7 @@ def test_maes_loss_does_not_see_predictions_on_visible_patches() -> None:
     vit = VisionTransformer(settings)
     mae = Mae(MaeConfig(dim=16, depth=1, heads=2, mask_ratio=0.5), settings, settings)
     images, noise = torch.randn(2, 3, 12, 12), torch.rand(2, 9)
-    loss, predicted = mae.loss(Outputs(vit, vit, images, None, None, None), images, noise)
+    loss, predicted = mae.loss(Outputs(vit, Taught({}), images, None, None, None), images, noise)
     assert predicted.shape == patchify(images, 4).shape == (2, 9, 48)
     (gradient,) = torch.autograd.grad(loss, predicted)
     hidden = noise.argsort(1).argsort(1) >= 4

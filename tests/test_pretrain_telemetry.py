@@ -128,7 +128,9 @@ def test_the_work_and_the_peak_of_a_task_are_found(embedded: Embedded, tmp_path:
 
     settings = config(embedded.seed, tmp_path / "run", **PLAIN)
     dataset = view_dataset(settings.corpora, settings)
-    task = Task("pretrain", settings, dataset, lambda: build_learner(settings), tmp_path / "run", "", plan(settings))
+    task = Task(
+        "pretrain", settings, [], dataset, lambda: build_learner(settings), tmp_path / "run", "", plan(settings)
+    )
     flops, peak = task.work_and_peak(torch.device("cpu"))
     assert 1e6 < flops < 1e9
     assert peak == pytest.approx(hardware.peak(torch.device("cpu"), "fp32"), rel=0.9)

@@ -230,7 +230,7 @@ def test_an_empty_or_missing_corpus_is_one_line(tmp_path: Path) -> None:
 
 def test_a_checkpoint_gives_its_own_untrained_backbone(embedded: Embedded, trained: Path) -> None:
     checkpoint = Checkpoint.open(str(trained))
-    before = build_learner(checkpoint.settings).student.state_dict()
+    before = build_learner(config("x", trained)).student.state_dict()
     after = checkpoint.backbone().state_dict()
     assert all(torch.equal(value, before[name]) for name, value in checkpoint.untrained().state_dict().items())
     assert not torch.equal(after["blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"])

@@ -9,14 +9,14 @@ from pathlib import Path
 from distill.config import FormatName
 from distill.formats import graphs, hub_repository, official_weights, timm_folder, transformers_folder
 from pretrain.data.config import Views
-from pretrain.models.vit import VisionTransformer
+from pretrain.models.timm_network import Network
 
 
 @dataclass(frozen=True)
 class Format:
     """One way to publish."""
 
-    write: Callable[[VisionTransformer, Views, Path], None]
+    write: Callable[[Network, Views, Path], None]
     """Adds its files to a directory that holds the timm folder, or nothing yet."""
     check: str | None
     """Script in distill/checks; None where no code but Fovea's reads it here."""

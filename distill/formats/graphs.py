@@ -10,13 +10,14 @@ import torch
 
 from infra.errors import UserError
 from pretrain.data.config import Views
+from pretrain.models.timm_network import Network, TimmNetwork
 from pretrain.models.vit import VisionTransformer
 
 ONNX, EXPORTED = "model.onnx", "model.pt2"
 _MOST = 1024  # patches a side
 
 
-def write_onnx(backbone: VisionTransformer, views: Views, directory: Path) -> None:
+def write_onnx(backbone: Network, views: Views, directory: Path) -> None:
     """Write `model.onnx`: `pixels [n, 3, height, width]`, normalised, to `features [n, dim]`.
 
     Raises:
@@ -39,23 +40,26 @@ def write_onnx(backbone: VisionTransformer, views: Views, directory: Path) -> No
     program.save(directory / ONNX)
 
 
-def write_exported(backbone: VisionTransformer, views: Views, directory: Path) -> None:
+def write_exported(backbone: Network, views: Views, directory: Path) -> None:
     """Write `model.pt2`, which `torch.export.load` reads."""
     torch.export.save(_graph(backbone, directory), directory / EXPORTED)
 
 
-def _graph(backbone: VisionTransformer, directory: Path) -> torch.export.ExportedProgram:
+def _graph(backbone: Network, directory: Path) -> torch.export.ExportedProgram:
     """timm's model of the folder, whose code is made to be exported; sides are multiples of the patch."""
     import timm
 
-    if backbone.config.position == "rope":
+    if isinstance(backbone, VisionTransformer) and backbone.config.position == "rope":
         raise UserError("model.position: timm's rotary models freeze the size; leave onnx and torch_export out")
     model = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
-    patch, side = backbone.config.patch_size, backbone.config.image_size
-    rows, columns = (torch.export.Dim(name, min=2, max=_MOST) for name in ("rows", "columns"))
-    shape = {0: torch.export.Dim("batch", min=1), 2: patch * rows, 3: patch * columns}
-    side = max(side, 2 * patch)
-    example = torch.zeros(2, 3, side, side + patch)  # of different sides, or they would count as one
+    patch, side = backbone.patch_size, backbone.config.image_size
+    shape: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
+    example = torch.zeros(2, 3, side, side)
+    if not isinstance(backbone, TimmNetwork) or backbone.any_size:
+        rows, columns = (torch.export.Dim(name, min=2, max=_MOST) for name in ("rows", "columns"))
+        shape |= {2: patch * rows, 3: patch * columns}
+        side = max(side, 2 * patch)
+        example = torch.zeros(2, 3, side, side + patch)  # of different sides, or they would count as one
     with torch.no_grad():
         program = torch.export.export(model, (example,), dynamic_shapes=(shape,))
     for node in program.graph.nodes:  # where each came from: paths of this machine, and numbers of this process

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pretrain.data.config import Views
-from pretrain.models.vit import VisionTransformer
+from pretrain.models.timm_network import Network
 
 _TEXT = '''"""torch.hub.load(FOLDER, "backbone", source="local")"""
 
@@ -22,6 +22,6 @@ def backbone(pretrained: bool = True, **options):
 '''
 
 
-def write(backbone: VisionTransformer, views: Views, directory: Path) -> None:
+def write(backbone: Network, views: Views, directory: Path) -> None:
     """Write `hubconf.py`."""
     (directory / "hubconf.py").write_text(_TEXT)

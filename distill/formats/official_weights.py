@@ -6,14 +6,21 @@ from pathlib import Path
 
 import torch
 
+from infra.errors import UserError
 from pretrain.data.config import Views
 from pretrain.models.official import to_official
-from pretrain.models.vit import VisionTransformer
+from pretrain.models.timm_network import Network, TimmNetwork
 
 FILE = "official.pth"
 
 
-def write(backbone: VisionTransformer, views: Views, directory: Path) -> None:
-    """Write `official.pth`, a plain state dict."""
+def write(backbone: Network, views: Views, directory: Path) -> None:
+    """Write `official.pth`, a plain state dict.
+
+    Raises:
+        UserError: the backbone is a network of timm.
+    """
+    if isinstance(backbone, TimmNetwork):
+        raise UserError(f"formats: official has no model like {backbone.config.name}; leave it out")
     state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
     torch.save(to_official(state, backbone.config), directory / FILE)

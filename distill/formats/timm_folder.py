@@ -13,23 +13,25 @@ from torch import Tensor
 from infra.errors import UserError
 from pretrain.data.config import Views
 from pretrain.models.config import VisionTransformerConfig
-from pretrain.models.vit import VisionTransformer
+from pretrain.models.timm_network import Network, TimmNetwork
 
 _TRAINING_ONLY = ("mask_token", "local_cls_norm.")
 
 
-def write(backbone: VisionTransformer, views: Views, directory: Path) -> None:
+def write(backbone: Network, views: Views, directory: Path) -> None:
     """Write `model.safetensors` and `config.json`."""
     save_file(state_dict(backbone), directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config_json(backbone, views), indent=2))
 
 
-def state_dict(backbone: VisionTransformer) -> dict[str, Tensor]:
+def state_dict(backbone: Network) -> dict[str, Tensor]:
     """Weights under timm's names; what serves training only is left out.
 
     Raises:
         UserError: timm has no such model.
     """
+    if isinstance(backbone, TimmNetwork):
+        return {name: value.detach().cpu().contiguous() for name, value in backbone.network.state_dict().items()}
     _require_known(backbone.config)
     state = {
         name: value.detach().cpu().contiguous()
@@ -81,9 +83,39 @@ def _rotary(state: dict[str, Tensor], config: VisionTransformerConfig) -> dict[s
     return out
 
 
-def config_json(backbone: VisionTransformer, views: Views) -> dict[str, Any]:
+def config_json(backbone: Network, views: Views) -> dict[str, Any]:
     """What `timm.create_model("local-dir:...")` reads."""
-    config = backbone.config
+    return _network_json(backbone, views) if isinstance(backbone, TimmNetwork) else _vit_json(backbone.config, views)
+
+
+def _network_json(backbone: TimmNetwork, views: Views) -> dict[str, Any]:
+    own, side = backbone.network.pretrained_cfg, backbone.config.image_size
+    return {
+        "architecture": backbone.config.name,
+        "num_classes": 0,
+        "num_features": backbone.dim,
+        "model_args": {"num_classes": 0, **backbone.options},
+        "pretrained_cfg": _prepared(side, views)
+        | {
+            "fixed_input_size": not backbone.any_size,
+            **{name: own.get(name) for name in ("pool_size", "first_conv", "classifier")},
+        },
+    }
+
+
+def _prepared(side: int, views: Views) -> dict[str, Any]:
+    """How timm prepares images as Fovea does."""
+    return {
+        "input_size": [3, side, side],
+        "interpolation": "bicubic",
+        "crop_pct": _crop_share(side),
+        "mean": list(views.mean),
+        "std": list(views.std),
+        "num_classes": 0,
+    }
+
+
+def _vit_json(config: VisionTransformerConfig, views: Views) -> dict[str, Any]:
     architecture, arguments = _rotary_model(config) if config.position == "rope" else _positioned_model(config)
     return {
         "architecture": architecture,
@@ -103,14 +135,9 @@ def config_json(backbone: VisionTransformer, views: Views) -> dict[str, Any]:
             "dynamic_img_size": True,
             **arguments,
         },
-        "pretrained_cfg": {
-            "input_size": [3, config.image_size, config.image_size],
+        "pretrained_cfg": _prepared(config.image_size, views)
+        | {
             "fixed_input_size": False,
-            "interpolation": "bicubic",
-            "crop_pct": _crop_share(config.image_size),
-            "mean": list(views.mean),
-            "std": list(views.std),
-            "num_classes": 0,
             "pool_size": None,
             "first_conv": "patch_embed.proj",
             "classifier": "head",

@@ -12,6 +12,7 @@ from torch import Tensor
 from infra.errors import UserError
 from pretrain.data.config import Views
 from pretrain.models.config import VisionTransformerConfig
+from pretrain.models.timm_network import Network, TimmNetwork
 from pretrain.models.vit import VisionTransformer
 
 FOLDER = "transformers"
@@ -34,7 +35,7 @@ _ROTARY = _EMBEDDINGS | {
 }
 
 
-def write(backbone: VisionTransformer, views: Views, directory: Path) -> None:
+def write(backbone: Network, views: Views, directory: Path) -> None:
     """Write `transformers/` as `save_pretrained` does.
 
     Raises:
@@ -44,6 +45,8 @@ def write(backbone: VisionTransformer, views: Views, directory: Path) -> None:
         import transformers
     except ImportError:
         raise UserError("publish: format transformers needs its package; pip install 'fovea[publish]'") from None
+    if isinstance(backbone, TimmNetwork):
+        raise UserError(f"formats: transformers has no model like {backbone.config.name}; leave it out")
     config, name = backbone.config, family(backbone.config)
     if config.class_norm:
         raise UserError("model.class_norm: transformers has no model like this one; leave the format out")

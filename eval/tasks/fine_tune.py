@@ -21,7 +21,7 @@ from eval.views import view
 from infra.corpora import Corpus
 from infra.errors import UserError
 from infra.progress import progress
-from pretrain.backbones import Backbone, CheckpointedViT, default_device
+from pretrain.backbones import Backbone, CheckpointedNetwork, CheckpointedViT, default_device
 from pretrain.data.decode import decode_rgb
 from pretrain.foreign import Timm
 
@@ -34,6 +34,10 @@ class Tuned(nn.Module):
         if isinstance(backbone, CheckpointedViT):
             model: Any = copy.deepcopy(backbone.model)
             self._vectors: Callable[[Tensor], Tensor] = lambda batch: model([backbone.pixels(batch)])[0].class_token
+        elif isinstance(backbone, CheckpointedNetwork) and hasattr(backbone.model.network, "blocks"):
+            network = copy.deepcopy(backbone.model)
+            model = network.network
+            self._vectors = lambda batch: network([backbone.pixels(batch)])[0].class_token
         elif isinstance(backbone, Timm) and hasattr(backbone.model, "blocks"):
             model = copy.deepcopy(backbone.model)
             self._vectors = lambda batch: model(batch.to(default_device()))

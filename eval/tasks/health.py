@@ -19,6 +19,7 @@ from pretrain.checkpoints import Checkpoint
 from pretrain.config import CheckpointBackbone
 from pretrain.data.decode import decode_rgb
 from pretrain.health import rankme
+from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.heads import PrototypeHead
 from pretrain.objectives.config import DinoConfig
 
@@ -118,12 +119,14 @@ def _prototypes(subject: Subject, vectors: np.ndarray, scorer: Scorer) -> Iterat
     if not isinstance(config, CheckpointBackbone) or config.untrained:
         return
     checkpoint = Checkpoint.open(config.url)
-    dino = next((each for each in checkpoint.settings.objectives if isinstance(each, DinoConfig)), None)
-    if dino is None or checkpoint.released != "teacher":
+    dino = next((each for each in checkpoint.description.objectives if isinstance(each, DinoConfig)), None)
+    if dino is None or checkpoint.description.released != "teacher":
         return
+    assert isinstance(checkpoint.model, VisionTransformerConfig)
+    assert checkpoint.description.temperature is not None
     head = PrototypeHead(checkpoint.model.dim, dino.head).eval()
     head.load_state_dict(checkpoint.weights("objectives.dino.teacher_head."))
-    temperature = checkpoint.settings.teacher.temperature[1]
+    temperature = checkpoint.description.temperature
     with torch.no_grad():
         assigned = (head(torch.from_numpy(vectors)) / temperature).softmax(-1)
     mean, chosen = assigned.mean(0).numpy(), len(assigned.argmax(1).unique())

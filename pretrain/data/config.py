@@ -81,6 +81,13 @@ class Views(Config):
     mask_shift: bool = False
     """Shift masks around the image's edges (DINOv3)."""
 
+    def sizes(self) -> dict[str, int]:
+        """Sides in pixels of all crops there are, by the keys that set them."""
+        found = {"views.globals.size": self.globals.size}
+        if self.local_count:
+            found["views.locals.size"] = self.locals.size
+        return found if self.plain_size is None else found | {"views.plain_size": self.plain_size}
+
 
 class Sampling(Config):
     """In which order samples are read, and how often."""

@@ -6,7 +6,7 @@ import logging
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -54,6 +54,8 @@ class Batch:
     """int64 `[reasons]`: samples of these places that could not be used, by their reason in `UNUSABLE`"""
     masked: Tensor
     """int64 `[n]`: where the masks are true, of all patch tokens one after another; here, so that no device is asked"""
+    labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """int64 `[B]`: classes; `[0]` where no objective reads them"""
 
     def to(self, device: torch.device) -> Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -81,6 +83,7 @@ class ViewDataset(Dataset[Batch | UserError]):
         seed: int,
         sampling: Sampling | None = None,
         tokenize: Callable[[Sequence[str]], Tensor] | None = None,
+        labelled: bool = False,
     ) -> None:
         self.samples = samples
         self.order = samples.order(seed, sampling or Sampling())
@@ -88,6 +91,7 @@ class ViewDataset(Dataset[Batch | UserError]):
         self.masks = masks
         self.seed = seed
         self.tokenize = tokenize
+        self.labelled = labelled
 
     def __getitem__(self, positions: np.ndarray) -> Batch | UserError:
         try:
@@ -114,6 +118,9 @@ class ViewDataset(Dataset[Batch | UserError]):
             masks=masks,
             masked=masks.flatten().nonzero()[:, 0],
             texts=self._texts(rows),
+            labels=torch.tensor(
+                [self.samples.label(int(row)) for row in rows] if self.labelled else [], dtype=torch.int64
+            ),
             positions=torch.from_numpy(positions),
             passed_over=torch.tensor([passed_over[reason] for reason in UNUSABLE]),
         )
@@ -162,6 +169,10 @@ class ViewDataset(Dataset[Batch | UserError]):
         if self.tokenize is None:
             return torch.empty((len(rows), 0), dtype=torch.int64)
         return self.tokenize([self.samples.caption(int(row)) for row in rows])
+
+    def _labels(self, rows: np.ndarray) -> Tensor:
+        labels = [self.samples.label(int(row)) for row in rows] if self.labelled else []
+        return torch.tensor(labels, dtype=torch.int64)
 
     def _masks(self, positions: np.ndarray) -> np.ndarray:
         side = self.views.globals.size // self.masks.patch_size

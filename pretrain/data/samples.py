@@ -104,6 +104,10 @@ class Samples:
         corpus, inside = self.place(row)
         return str(corpus.captions[inside].as_py())
 
+    def label(self, row: int) -> int:
+        corpus, inside = self.place(row)
+        return int(corpus.labels[inside])
+
     def key(self, row: int) -> str:
         corpus, inside = self.place(row)
         return corpus.key(inside)

@@ -117,6 +117,11 @@ class VisionTransformerConfig(Config):
         return self
 
     @property
+    def patch_dim(self) -> int:
+        """Width of the patch tokens."""
+        return self.dim
+
+    @property
     def grid(self) -> int:
         """Patches a side."""
         return self.image_size // self.patch_size
@@ -128,6 +133,23 @@ class VisionTransformerConfig(Config):
             return int(self.dim * self.mlp_ratio)
         narrowed = int(int(self.dim * self.mlp_ratio) * 2 / 3)
         return -(-narrowed // self.swiglu_multiple) * self.swiglu_multiple
+
+
+class TimmNetworkConfig(Config):
+    """A network of timm, without its classifier, with the initial weights that timm gives it."""
+
+    name: str
+    """Its name in timm; timm.list_models() has them."""
+    image_size: int = Field(224, ge=8)
+    """Side in pixels for which it is made. Crops of other sides are resized to it where it takes no other."""
+
+    @property
+    def registers(self) -> int:
+        """None that can be told from others."""
+        return 0
+
+
+ModelConfig = VisionTransformerConfig | TimmNetworkConfig
 
 
 class HeadConfig(Config):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +25,16 @@ def resized(tokens: Tensor, grid: Grid, wanted: Grid, how: Interpolation) -> Ten
         maps = F.interpolate(maps, scale_factor=factors, mode="bicubic")
     else:
         maps = F.interpolate(maps, size=wanted, mode="bicubic", antialias=how == "antialias")
+    return maps.permute(0, 2, 3, 1).flatten(1, 2).to(tokens.dtype)
+
+
+def on_grid_of(tokens: Tensor, patches: int) -> Tensor:
+    """Patch tokens `[n, side * side, dim]` of square images on another square grid of so many patches, bilinearly."""
+    if tokens.shape[1] == patches:
+        return tokens
+    own, side = math.isqrt(tokens.shape[1]), math.isqrt(patches)
+    maps = tokens.unflatten(1, (own, own)).permute(0, 3, 1, 2).float()
+    maps = F.interpolate(maps, size=(side, side), mode="bilinear", antialias=side < own)
     return maps.permute(0, 2, 3, 1).flatten(1, 2).to(tokens.dtype)
 
 

@@ -30,6 +30,8 @@ class Features:
     """`[B, dim]`"""
     patch_tokens: Tensor
     """`[B, patches, dim]`, row by row"""
+    registers: Tensor | None = None
+    """`[B, registers, dim]`, where there are any"""
 
 
 class PatchEmbed(nn.Module):
@@ -111,8 +113,8 @@ class VisionTransformer(nn.Module):
 
     def forward(
         self, crops: Sequence[Tensor], masks: Sequence[Tensor | None] | None, kept: Tensor | None
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Class and patch tokens of each group; see `__call__`."""
+    ) -> list[tuple[Tensor, ...]]:
+        """Class tokens, patch tokens and registers of each group; see `__call__`."""
         tokens = [self.tokens(images, mask) for images, mask in zip(crops, masks or [None] * len(crops), strict=True)]
         if kept is not None:
             tokens = [self._only(group, kept) for group in tokens]
@@ -152,6 +154,21 @@ class VisionTransformer(nn.Module):
             return [Features(*self._features(x, local=False)) for x in outputs]
         return [Features(x[:, 0], x[:, 1 + self.config.registers :]) for x in outputs]
 
+    @property
+    def dim(self) -> int:
+        """Width of the class token."""
+        return self.config.dim
+
+    @property
+    def patch_dim(self) -> int:
+        """Width of the patch tokens."""
+        return self.config.dim
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.config.patch_size
+
     def class_attention(self, images: Tensor) -> Tensor:
         """How the class token of each image `[B, 3, H, W]` attends to its patches in the last block, by head.
 
@@ -174,7 +191,7 @@ class VisionTransformer(nn.Module):
             return None
         return [self.rope(height, width, 1 + self.config.registers) for height, width in grids]
 
-    def _features(self, x: Tensor, local: bool) -> tuple[Tensor, Tensor]:
+    def _features(self, x: Tensor, local: bool) -> tuple[Tensor, ...]:
         prefix = 1 + self.config.registers
         norm = self.norm
         if local and self.training and self.local_cls_norm is not None:
@@ -183,8 +200,10 @@ class VisionTransformer(nn.Module):
             norm = self.cls_norm
         if norm is self.norm:
             x = norm(x)
-            return x[:, 0], x[:, prefix:]
-        return norm(x[:, 0]), self.norm(x[:, prefix:])
+            first, patches = x[:, :prefix], x[:, prefix:]
+        else:
+            first, patches = norm(x[:, :prefix]), self.norm(x[:, prefix:])
+        return (first[:, 0], patches, first[:, 1:]) if prefix > 1 else (first[:, 0], patches)
 
     def tokens(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Images `[B, 3, H, W]` to the tokens `[B, 1 + registers + patches, dim]` that enter the first block."""

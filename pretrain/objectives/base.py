@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.data.loader import Batch
-from pretrain.models.config import VisionTransformerConfig
-from pretrain.models.vit import Features, VisionTransformer
-from pretrain.objectives.config import ObjectiveConfig
+from pretrain.models.timm_network import Network
+from pretrain.models.vit import Features
+
+TEACHER = "teacher"
+"""Name of the teacher whose heads give targets."""
+
+
+class Taught:
+    """What teachers say of the global crops: computed when first asked, without gradient, for all who are taught.
+
+    Args:
+        teachers: passes by name.
+    """
+
+    def __init__(self, teachers: Mapping[str, Callable[[], Features]]) -> None:
+        self._teachers = teachers
+        self._features: dict[str, Features] = {}
+        self._made: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def of(self, name: str = TEACHER) -> Features:
+        """Features of a teacher."""
+        if name not in self._features:
+            self._features[name] = self._teachers[name]()
+        return self._features[name]
+
+    def asked(self) -> Features | None:
+        """What the first teacher said, if it was asked."""
+        return self._features.get(TEACHER)
+
+    @torch.no_grad()
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` makes of their features, made once for all who ask by the same name."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
 
 @dataclass
@@ -22,8 +56,8 @@ class Outputs:
     Crops are ordered crop by crop, as in `Batch`.
     """
 
-    student: VisionTransformer
-    teacher: VisionTransformer
+    student: Network
+    taught: Taught
     images: Tensor
     """Global crops `[G * B, 3, H, W]`, recoloured and normalised."""
     local_images: Tensor | None
@@ -53,39 +87,39 @@ class Outputs:
         """Of the local crops."""
         return self._student[1] if self.local_images is not None else None
 
-    @cached_property
+    @property
     def teacher_globals(self) -> Features:
         """Of the global crops, never masked, without gradient."""
-        with torch.no_grad():
-            return self.teacher([self.images])[0]
+        return self.taught.of()
 
-    def seen_globals(self, of_student: bool) -> Features | None:
-        """What student or teacher said of the global crops, if either was asked; the teacher, if there is a choice."""
-        if "teacher_globals" in self.__dict__ and not of_student:
-            return self.teacher_globals
-        return self.student_globals if "_student" in self.__dict__ else None
+    def seen_globals(self) -> Features | None:
+        """What teacher or student said of the global crops, if either was asked; the teacher, if there is a choice."""
+        seen = self.taught.asked()
+        return self.student_globals if seen is None and "_student" in self.__dict__ else seen
+
+
+class Wide(Protocol):
+    """Of a backbone, as far as most objectives must know it."""
+
+    @property
+    def dim(self) -> int:
+        """Width of its class token."""
+
+    @property
+    def patch_dim(self) -> int:
+        """Width of its patch tokens."""
 
 
 class Objective(nn.Module):
     """A loss. It knows neither the engine nor the other objectives.
 
-    Args:
-        config: its settings.
-        student: dimensions of the student's backbone.
-        teacher: dimensions of the teacher's.
-
     Attributes:
         weight: factor of its terms in the sum that is optimised.
     """
 
-    config: ObjectiveConfig
-
-    def __init__(
-        self, config: ObjectiveConfig, student: VisionTransformerConfig, teacher: VisionTransformerConfig
-    ) -> None:
+    def __init__(self, weight: float) -> None:
         super().__init__()
-        self.config = config
-        self.weight = config.weight
+        self.weight = weight
 
     def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
         """Named loss terms, each a scalar before `weight`.
@@ -95,7 +129,7 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
-    def begin_step(self, step: int, teacher: VisionTransformer) -> Iterator[tuple[nn.Module, nn.Module]]:
+    def begin_step(self, step: int, teacher: nn.Module | None) -> Iterator[tuple[nn.Module, nn.Module]]:
         """Called before each optimiser step, from 0 on, on every rank.
 
         Returns:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pretrain.models.config import VisionTransformerConfig
-from pretrain.objectives.base import Objective
+from pretrain.objectives.base import Objective, Wide
 from pretrain.objectives.config import IbotConfig, ObjectiveConfig
 from pretrain.objectives.dino import Dino
 from pretrain.objectives.gram import Gram
@@ -28,10 +27,11 @@ _KINDS: dict[str, type[Any]] = {
 }
 
 
-def build(
-    configs: Sequence[ObjectiveConfig], student: VisionTransformerConfig, teacher: VisionTransformerConfig
-) -> dict[str, Objective]:
-    """The objectives of a run by kind, for a student and a teacher of these dimensions."""
+def build(configs: Sequence[ObjectiveConfig], student: Wide, teacher: Wide) -> dict[str, Objective]:
+    """The objectives of a run by kind, for a student and a teacher of these dimensions.
+
+    Those that rebuild pixels, and Gram anchoring, take the whole configuration of a Vision Transformer.
+    """
     built: dict[str, Objective] = {}
     for config in configs:
         built[config.kind] = _KINDS[config.kind](config, student, teacher)

@@ -20,7 +20,7 @@ class Dino(PrototypeObjective):
 
     def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
         """`dino_global` and `dino_local`: means over the 2 + 2L crop pairs together (DINOv2, ssl_meta_arch)."""
-        targets = self.targets(self.teacher_head(outputs.teacher_globals.class_token.float()), temperature)
+        targets = self.targets_of(outputs, lambda: outputs.teacher_globals.class_token, temperature)
         student_globals = self.head(outputs.student_globals.class_token)
         local_crops = 0
         terms = {}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pretrain.data.loader import Batch
 from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.positions import Grid, resized
+from pretrain.models.timm_network import Network
 from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.base import Objective, Outputs
 from pretrain.objectives.config import GramConfig
@@ -29,10 +30,9 @@ def gram_loss(student: Tensor, anchor: Tensor) -> Tensor:
 class Gram(Objective):
     """Anchors the student's global crops to a frozen copy of the teacher, which sees them larger and undistorted."""
 
-    config: GramConfig
-
     def __init__(self, config: GramConfig, student: VisionTransformerConfig, teacher: VisionTransformerConfig) -> None:
-        super().__init__(config, student, teacher)
+        super().__init__(config.weight)
+        self.config = config
         self.anchor = VisionTransformer(teacher).requires_grad_(False).eval()
         self.started = False
 
@@ -41,7 +41,8 @@ class Gram(Objective):
         self.anchor.eval()
         return self
 
-    def begin_step(self, step: int, teacher: VisionTransformer) -> Iterator[tuple[nn.Module, nn.Module]]:
+    def begin_step(self, step: int, teacher: nn.Module | None) -> Iterator[tuple[nn.Module, nn.Module]]:
+        assert teacher is not None
         since = step - self.config.start
         self.started = since >= 0
         turn, left = divmod(since, self.config.refresh_every)
@@ -60,6 +61,6 @@ class Gram(Objective):
         return {"gram": gram_loss(outputs.student_globals.patch_tokens, anchor)}
 
 
-def _grid(images: Tensor, backbone: VisionTransformer) -> Grid:
-    patch = backbone.config.patch_size
+def _grid(images: Tensor, backbone: Network) -> Grid:
+    patch = backbone.patch_size
     return images.shape[-2] // patch, images.shape[-1] // patch

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pretrain.data.loader import Batch
 from pretrain.health import of_prototypes
+from pretrain.models.positions import on_grid_of
 from pretrain.objectives.base import Outputs
 from pretrain.objectives.centering import Targets, cross_entropy
 from pretrain.objectives.config import IbotConfig
@@ -26,9 +27,11 @@ class Ibot(PrototypeObjective):
     def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
         """`ibot`: mean over the masked tokens of a crop, then over crops."""
         masks, masked = batch.masks, batch.masked
-        hidden = outputs.teacher_globals.patch_tokens.flatten(0, 1)[masked]
-        targets = self.targets(self.teacher_head(hidden.float()), temperature)
-        logits = self.head(outputs.student_globals.patch_tokens.flatten(0, 1)[masked])
+        targets = self.targets_of(
+            outputs, lambda: outputs.teacher_globals.patch_tokens.flatten(0, 1)[masked], temperature
+        )
+        tokens = on_grid_of(outputs.student_globals.patch_tokens, masks.shape[1])
+        logits = self.head(tokens.flatten(0, 1)[masked])
         losses = cross_entropy(targets, logits, self.student_temperature)
         if outputs.looking:
             outputs.health |= of_prototypes("ibot", targets, logits, self.student_temperature)

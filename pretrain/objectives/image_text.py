@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.data.loader import Batch
-from pretrain.models.config import VisionTransformerConfig
-from pretrain.objectives.base import Objective, Outputs
+from pretrain.objectives.base import Objective, Outputs, Wide
 from pretrain.objectives.config import ClipConfig, SiglipConfig, TextTower
 from pretrain.ranks import first_row, gathered
 
@@ -36,12 +35,10 @@ class ImageText(Objective):
     The images are the first global crops, in a pass of their own, for they must not be masked.
     """
 
-    def __init__(
-        self, config: ClipConfig | SiglipConfig, student: VisionTransformerConfig, teacher: VisionTransformerConfig
-    ) -> None:
+    def __init__(self, config: ClipConfig | SiglipConfig, student: Wide, teacher: Wide) -> None:
         from open_clip.transformer import TextTransformer
 
-        super().__init__(config, student, teacher)
+        super().__init__(config.weight)
         self.project = nn.Linear(student.dim, config.dim, bias=False)
         nn.init.normal_(self.project.weight, std=student.dim**-0.5)
         text = config.text
@@ -89,9 +86,7 @@ class Clip(ImageText):
 class Siglip(ImageText):
     """A sigmoid for every pair of an image and a caption (algorithm 1)."""
 
-    def __init__(
-        self, config: SiglipConfig, student: VisionTransformerConfig, teacher: VisionTransformerConfig
-    ) -> None:
+    def __init__(self, config: SiglipConfig, student: Wide, teacher: Wide) -> None:
         super().__init__(config, student, teacher)
         self.logit_bias = nn.Parameter(torch.tensor([config.bias]))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +33,9 @@ def koleo(x: Tensor, distributed: bool = False) -> Tensor:
 class Koleo(Objective):
     """KoLeo on the student's class tokens, each global crop of the batch by itself."""
 
-    config: KoleoConfig
+    def __init__(self, config: KoleoConfig, *_: Any) -> None:
+        super().__init__(config.weight)
+        self.config = config
 
     def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
         """`koleo`: summed over the two global crops."""

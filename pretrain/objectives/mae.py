@@ -9,6 +9,7 @@ from pretrain.data.loader import Batch
 from pretrain.models import positions
 from pretrain.models.blocks import Block
 from pretrain.models.config import VisionTransformerConfig
+from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.base import Objective, Outputs
 from pretrain.objectives.config import MaeConfig
 
@@ -67,10 +68,9 @@ class Decoder(nn.Module):
 class Mae(Objective):
     """Mean squared error of the pixels of hidden patches, of the first global crop."""
 
-    config: MaeConfig
-
     def __init__(self, config: MaeConfig, student: VisionTransformerConfig, teacher: VisionTransformerConfig) -> None:
-        super().__init__(config, student, teacher)
+        super().__init__(config.weight)
+        self.config = config
         self.patch_size = student.patch_size
         self.decoder = Decoder(config, student)
 
@@ -85,6 +85,7 @@ class Mae(Objective):
         """The loss and the predicted pixels `[B, patches, pixels]`; patches with the least `noise` are visible."""
         order = noise.argsort(1)
         visible = int(noise.shape[1] * (1 - self.config.mask_ratio))
+        assert isinstance(outputs.student, VisionTransformer)
         seen = outputs.student([images], kept=order[:, :visible])[0]
         restore = order.argsort(1)
         predicted = self.decoder(torch.cat([seen.class_token[:, None], seen.patch_tokens], dim=1), restore)

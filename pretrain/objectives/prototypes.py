@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
-from pretrain.models.config import HeadConfig, VisionTransformerConfig
+from pretrain.models.config import HeadConfig
 from pretrain.models.heads import PrototypeHead, teacher_copy
-from pretrain.models.vit import VisionTransformer
-from pretrain.objectives.base import Objective
+from pretrain.objectives.base import Objective, Outputs, Wide
 from pretrain.objectives.centering import Targets
 from pretrain.objectives.config import DinoConfig, IbotConfig
 
@@ -22,21 +21,34 @@ class PrototypeObjective(Objective):
     teacher_head: PrototypeHead
     targets: Targets
 
-    def __init__(
-        self, config: DinoConfig | IbotConfig, student: VisionTransformerConfig, teacher: VisionTransformerConfig
-    ) -> None:
-        super().__init__(config, student, teacher)
+    def __init__(self, config: DinoConfig | IbotConfig, student: Wide, teacher: Wide) -> None:
+        super().__init__(config.weight)
+        self.config = config
         self.student_temperature = config.student_temperature
         if not (isinstance(config, IbotConfig) and config.tied):
-            self._make_heads(config.head, student.dim, teacher.dim)
+            dim = student.patch_dim if isinstance(config, IbotConfig) else student.dim
+            self._make_heads(config.head, dim, teacher.dim)
 
     def _make_heads(self, head: HeadConfig, dim: int, teacher_dim: int) -> None:
         self.head = PrototypeHead(dim, head)
         self.teacher_head = teacher_copy(self.head, head, dim, teacher_dim)
         self.targets = Targets(head.prototypes, self.config.centering)
 
-    def begin_step(self, step: int, teacher: VisionTransformer) -> Iterator[tuple[nn.Module, nn.Module]]:
-        self.targets.begin_step()
+    def learn_from(self, other: PrototypeObjective) -> None:
+        """Take another objective's targets, whose modules stay its own: here they are seen, but not saved twice."""
+        for name in ("teacher_head", "targets"):
+            self._modules.pop(name, None)
+            self.__dict__[name] = getattr(other, name)
+
+    def targets_of(self, outputs: Outputs, tokens: Callable[[], Tensor], temperature: float) -> Tensor:
+        """Targets `[n, K]` of the teacher's tokens `[n, dim]`, the same for all students."""
+        return outputs.taught.once(
+            self.config.kind, lambda: self.targets(self.teacher_head(tokens().float()), temperature)
+        )
+
+    def begin_step(self, step: int, teacher: nn.Module | None) -> Iterator[tuple[nn.Module, nn.Module]]:
+        if "targets" in self._modules:
+            self.targets.begin_step()
         return iter(())
 
     def head_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:

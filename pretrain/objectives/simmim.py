@@ -17,7 +17,7 @@ class Simmim(Objective):
     def __init__(
         self, config: SimmimConfig, student: VisionTransformerConfig, teacher: VisionTransformerConfig
     ) -> None:
-        super().__init__(config, student, teacher)
+        super().__init__(config.weight)
         self.patch_size = student.patch_size
         self.pixels = nn.Linear(student.dim, 3 * student.patch_size**2)
 

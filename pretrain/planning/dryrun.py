@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.config import PretrainSettings
+from pretrain.config import PretrainSettings, TrainingSettings
 from pretrain.data.loader import UNUSABLE, Batch
 from pretrain.data.masks import MaskPlan, batch_masks
 from pretrain.data.photometric import neutral
@@ -90,7 +90,7 @@ class _Living(TorchDispatchMode):
 def size(learner: Learner) -> Size:
     """Numbers of parameters of student, teacher and heads."""
     return Size(
-        backbone=_count(learner.student),
+        backbone=sum(_count(part.student) for part in learner.parts()),
         trained=sum(each.numel() for each in learner.parameters() if each.requires_grad),
         whole=_count(learner),
     )
@@ -115,8 +115,13 @@ def flops(learner: Learner, settings: PretrainSettings, images: int) -> int:
     Args:
         learner: with values or without; it stays as it is.
     """
+    return flops_of(learner, settings, batch_of(settings, images))
+
+
+def flops_of(learner: Learner, settings: TrainingSettings, batch: Batch) -> int:
+    """What `flops` gives, of a batch that is there; its values are not read."""
     with _shapes(learner, settings, Execution()) as shapes, FlopCounterMode(display=False) as counter:
-        _step(shapes, batch_of(settings, images))
+        _step(shapes, batch)
     return int(counter.get_total_flops())
 
 
@@ -136,7 +141,7 @@ def peak(learner: Learner, settings: PretrainSettings, images: int) -> int:
 
 
 @contextmanager
-def _shapes(learner: Learner, settings: PretrainSettings, execution: Execution) -> Iterator[Learner]:
+def _shapes(learner: Learner, settings: TrainingSettings, execution: Execution) -> Iterator[Learner]:
     """A copy without values, as it is at the end of the training, when every objective has begun."""
     mode = next((each.fake_mode for each in learner.parameters() if isinstance(each, FakeTensor)), None)
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
@@ -147,7 +152,7 @@ def _shapes(learner: Learner, settings: PretrainSettings, execution: Execution) 
             if isinstance(module, Attend):
                 module.attention = attention("sdpa")  # other backends have no kernels for tensors without values
         shapes.precision = settings.sharding.precision
-        shapes.student.execution = execution
+        shapes.execute(execution)
         shapes.begin_step(settings.schedule.steps - 1)
         yield shapes
 

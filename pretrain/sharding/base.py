@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -105,10 +105,19 @@ def build(
     return ZeroEngine(module, adamw, optimizer.clip, sharding, spread, device)
 
 
-def parameter_pairs(pairs: Pairs) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-    """(source, average) parameters of pairs of modules."""
+def averaged(pairs: Pairs) -> tuple[list[Tensor], list[Tensor]]:
+    """Sources and averages, of pairs of modules: parameters, and buffers of numbers (batch statistics)."""
+    sources: list[Tensor] = []
+    averages: list[Tensor] = []
     for source, average in pairs:
-        yield from zip(source.parameters(), average.parameters(), strict=True)
+        for own, copy in zip(_numbers(source), _numbers(average), strict=True):
+            sources.append(own)
+            averages.append(copy)
+    return sources, averages
+
+
+def _numbers(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *(each for each in module.buffers() if each.is_floating_point())]
 
 
 def lerp(sources: list[Tensor], averages: list[Tensor], momentum: float) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from infra.errors import UserError
 from pretrain.ranks import world
-from pretrain.sharding.base import CLIPPED_WITH, Moment, Pairs, Stepped, adamw_state, clip, lerp, parameter_pairs
+from pretrain.sharding.base import CLIPPED_WITH, Moment, Pairs, Stepped, adamw_state, averaged, clip, lerp
 
 
 class TorchEngine:
@@ -51,8 +51,8 @@ class TorchEngine:
 
     @torch.no_grad()
     def follow(self, pairs: Pairs, momentum: float) -> None:
-        both = list(parameter_pairs(pairs))
-        lerp([source.data for source, _ in both], [average.data for _, average in both], momentum)
+        sources, averages = averaged(pairs)
+        lerp([each.data for each in sources], [each.data for each in averages], momentum)
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         return parameter.detach()

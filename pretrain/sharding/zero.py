@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pretrain.config import Sharding
 from pretrain.models.blocks import Block
+from pretrain.models.timm_network import TimmNetwork
 from pretrain.ranks import all_reduce_sum, join
 from pretrain.sharding.base import (
     BUCKET,
@@ -29,10 +30,10 @@ from pretrain.sharding.base import (
     Pairs,
     Stepped,
     adamw_state,
+    averaged,
     clip,
     clipping,
     lerp,
-    parameter_pairs,
 )
 from pretrain.sharding.plain import gradients, optimizer_steps
 
@@ -142,12 +143,13 @@ class ZeroEngine:
 
     @torch.no_grad()
     def follow(self, pairs: Pairs, momentum: float) -> None:
-        both = list(parameter_pairs(pairs))
-        lerp([self._shard(source) for source, _ in both], [self._shard(average) for _, average in both], momentum)
+        sources, averages = averaged(pairs)
+        lerp([self._shard(each) for each in sources], [self._shard(each) for each in averages], momentum)
 
-    def _shard(self, parameter: nn.Parameter) -> Tensor:
-        """What this rank holds of a parameter: at stage 3 a part, of source and average the same."""
-        return parameter.ds_tensor.data if self.stage == 3 else parameter.data  # type: ignore[attr-defined]
+    def _shard(self, tensor: Tensor) -> Tensor:
+        """What this rank holds of a tensor: at stage 3 a part of a parameter, of source and average the same."""
+        sharded = self.stage == 3 and isinstance(tensor, nn.Parameter)
+        return tensor.ds_tensor.data if sharded else tensor.data  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def moment(self, parameter: nn.Parameter, which: Moment) -> Tensor | None:
@@ -253,9 +255,10 @@ def _settings(sharding: Sharding, spread: tuple[int, int]) -> dict[str, Any]:
 
 
 def _gather_blocks(deepspeed: Any, module: nn.Module) -> None:
-    """Have stage 3 gather each block as a whole: it reads the weights of modules in it without calling them."""
+    """Have stage 3 gather each block as a whole: it reads the weights of modules in it without calling them. So are
+    networks of timm, whose methods are called by other names than forward."""
     for part in module.modules():
-        if isinstance(part, Block):
+        if isinstance(part, Block | TimmNetwork):
             for parameter in part.parameters():
                 deepspeed.zero.register_external_parameter(part, parameter)
 

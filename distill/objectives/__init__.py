@@ -1,0 +1,1 @@
+"""Losses of students on what frozen teachers say."""

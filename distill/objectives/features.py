@@ -1,0 +1,118 @@
+"""Feature distillation (AM-RADIO, arXiv 2312.06709, section 3.4): for each teacher a head on class and patch tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill.objectives.config import FeaturesConfig
+from pretrain.data.loader import Batch
+from pretrain.models.positions import on_grid_of
+from pretrain.objectives.base import Objective, Outputs, Taught, Wide
+
+_LEAST = 1e-6  # variance of a channel that says nothing
+
+
+class Standard(nn.Module):
+    """Mean and variance of what a teacher says, channel by channel."""
+
+    count: Tensor
+    mean: Tensor
+    squares: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(1))
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("squares", torch.zeros(dim))
+
+    @torch.no_grad()
+    def see(self, tokens: Tensor) -> None:
+        """Take tokens `[..., dim]` into account (Chan's parallel update of mean and squared deviations)."""
+        rows = tokens.flatten(0, -2).float()
+        count = self.count + len(rows)
+        moved = rows.mean(0) - self.mean
+        self.squares += (rows - rows.mean(0)).square().sum(0) + moved.square() * self.count * len(rows) / count
+        self.mean += moved * len(rows) / count
+        self.count.copy_(count)
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens `[..., dim]` with mean 0 and variance 1 by channel, float32."""
+        return (tokens.float() - self.mean) * (self.squares / self.count).clamp_min(_LEAST).rsqrt()
+
+
+class TeacherHeads(nn.Module):
+    """From the student's tokens to those of one teacher."""
+
+    def __init__(self, student: Wide, teacher: Wide, hidden: int) -> None:
+        super().__init__()
+        self.class_token = _head(student.dim, hidden or teacher.dim, teacher.dim)
+        self.patch_tokens = _head(student.patch_dim, hidden or teacher.patch_dim, teacher.patch_dim)
+
+
+def _head(dim: int, hidden: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, out))
+
+
+class Standards(nn.Module):
+    """How a teacher's tokens are standardised."""
+
+    def __init__(self, teacher: Wide) -> None:
+        super().__init__()
+        self.class_token = Standard(teacher.dim)
+        self.patch_tokens = Standard(teacher.patch_dim)
+
+
+class Features(Objective):
+    """Distance of the student's tokens, through a teacher's heads, from the teacher's."""
+
+    def __init__(self, config: FeaturesConfig, student: Wide, teachers: Mapping[str, Wide]) -> None:
+        super().__init__(config.weight)
+        self.config = config
+        self.heads = nn.ModuleDict(
+            {name: TeacherHeads(student, teacher, config.hidden) for name, teacher in teachers.items()}
+        )
+        self.standards = nn.ModuleDict({name: Standards(teacher) for name, teacher in teachers.items()})
+
+    def see(self, taught: Taught) -> None:
+        """Take what teachers say of a batch into account, before the training begins."""
+        for name, standards in self.standards.items():
+            for part, standard in standards.named_children():
+                assert isinstance(standard, Standard)
+                standard.see(getattr(taught.of(name), part))
+
+    def learn_from(self, other: Features) -> None:
+        """Take another student's standards, whose modules stay its own."""
+        self._modules.pop("standards", None)
+        self.__dict__["standards"] = other.standards
+
+    def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
+        """`features_NAME_class` and `features_NAME_patch` for each teacher."""
+        terms, config = {}, self.config
+        for name, heads in self.heads.items():
+            assert isinstance(heads, TeacherHeads)
+            wanted = {part: self._wanted(outputs, name, part) for part in ("class_token", "patch_tokens")}
+            own = outputs.student_globals
+            summary = heads.class_token(own.class_token).float()
+            patches = heads.patch_tokens(on_grid_of(own.patch_tokens, wanted["patch_tokens"].shape[1])).float()
+            terms[f"features_{name}_class"] = config.class_weight * cosine_distance(summary, wanted["class_token"])
+            terms[f"features_{name}_patch"] = config.patch_weight * (
+                config.cosine * cosine_distance(patches, wanted["patch_tokens"])
+                + config.smooth_l1 * F.smooth_l1_loss(patches, wanted["patch_tokens"])
+            )
+        return terms
+
+    def _wanted(self, outputs: Outputs, name: str, part: str) -> Tensor:
+        tokens = getattr(outputs.taught.of(name), part)
+        if not self.config.standardise:
+            return tokens.float()
+        return outputs.taught.once(f"{name} {part}", lambda: self.standards.get_submodule(f"{name}.{part}")(tokens))
+
+
+def cosine_distance(x: Tensor, y: Tensor) -> Tensor:
+    """Mean of 1 - cosine over vectors `[..., dim]`."""
+    return 1 - F.cosine_similarity(x, y, dim=-1).mean()

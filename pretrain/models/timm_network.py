@@ -1,0 +1,127 @@
+"""A network of timm as a student: crops in, a class token and patch tokens out, whatever it is made of."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infra.errors import UserError
+from pretrain.models.config import TimmNetworkConfig
+from pretrain.models.execution import Execution
+from pretrain.models.vit import Features, VisionTransformer
+
+_OTHER = 64  # pixels that the other sides of which a network is asked differ from its own
+
+
+class TimmNetwork(nn.Module):
+    """A network of timm without its classifier.
+
+    Its class token is what timm pools, its patch tokens the places of its last map.
+
+    Attributes:
+        dim: width of the class token.
+        patch_dim: width of the patch tokens.
+        patch_size: side in pixels of what a patch token stands for.
+        options: what timm was told beside the name.
+        any_size: whether it takes crops of any side; others are resized to its own.
+    """
+
+    def __init__(self, config: TimmNetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.network, self.options = made(config)
+        with torch.device("meta"):
+            shapes = made(config)[0].eval()
+            vector, ((grid, _),) = layers(shapes, torch.empty(1, 3, config.image_size, config.image_size), 1)
+            self.any_size = _takes(shapes, config.image_size + _OTHER)
+        self.dim, self.patch_dim = vector.shape[1], grid.shape[1]
+        self.patch_size = config.image_size // grid.shape[-1]
+
+    @property
+    def execution(self) -> Execution:
+        """What training spares in memory: nothing, or as timm's own checkpointing does."""
+        return self._execution if hasattr(self, "_execution") else Execution()
+
+    @execution.setter
+    def execution(self, value: Execution) -> None:
+        self._execution = value
+        if value.checkpointing != "none":
+            self.network.set_grad_checkpointing(True)
+
+    def __call__(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None) -> list[Features]:
+        """Features of each group of crops `[B, 3, H, W]`, squares; there are no masks.
+
+        A map's tokens come row by row, `[B, h * w, patch_dim]`.
+        """
+        if masks is not None and any(each is not None for each in masks):
+            raise ValueError(f"{self.config.name}: has no mask token")
+        return [Features(*tokens) for tokens in super().__call__(crops)]
+
+    def forward(self, crops: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Class and patch tokens of each group; see `__call__`."""
+        return [self._tokens(images) for images in crops]
+
+    def _tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        vector, ((grid, _),) = layers(self.network, self.fitting(images), 1)
+        return vector, grid.flatten(2).transpose(1, 2)
+
+    def fitting(self, images: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` at sides that the network takes."""
+        side = self.config.image_size
+        if self.any_size or images.shape[-2:] == (side, side):
+            return images
+        return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+
+
+Network = VisionTransformer | TimmNetwork
+"""A backbone that can be trained."""
+
+
+def made(config: TimmNetworkConfig) -> tuple[Any, dict[str, Any]]:
+    """The bare network, and what timm was told beside its name; a Vision Transformer takes images of any size.
+
+    Raises:
+        UserError: timm has none of that name, or it cannot tell what its blocks say.
+    """
+    sized: dict[str, Any] = {"img_size": config.image_size}
+    for options in (sized | {"dynamic_img_size": True}, sized, {}):
+        try:
+            network: Any = timm.create_model(config.name, pretrained=False, num_classes=0, **options)
+            break
+        except TypeError:  # it takes fewer options
+            continue
+        except RuntimeError as error:
+            raise UserError(f"{config.name}: {error}; timm.list_models() has the names") from None
+    if not hasattr(network, "forward_intermediates"):
+        raise UserError(f"{config.name}: does not tell what its blocks say; take another network of timm")
+    return network, options
+
+
+def layers(
+    network: Any, images: Tensor, blocks: int, norm: bool = True
+) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
+    """What a network of timm pools, `[B, dim]`, and what its last blocks (or stages) say, in order; of fewer, all.
+
+    Returns:
+        Maps `[B, dim, h, w]` each with the tokens that stand before them, `[B, tokens, dim]`, where there are any.
+    """
+    takes = inspect.signature(network.forward_intermediates).parameters
+    options = {name: value for name, value in (("norm", norm), ("return_prefix_tokens", True)) if name in takes}
+    final, found = network.forward_intermediates(images, min(blocks, len(network.feature_info)), **options)
+    pairs = [each if isinstance(each, tuple) else (each, None) for each in found]
+    return network.forward_head(final, pre_logits=True), pairs
+
+
+def _takes(shapes: Any, side: int) -> bool:
+    """Whether a network without values takes images of a side."""
+    try:
+        shapes(torch.empty(1, 3, side, side, device="meta"))
+    except (AssertionError, RuntimeError, ValueError):
+        return False
+    return True

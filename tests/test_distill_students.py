@@ -1,0 +1,558 @@
+"""Several students at once, of any make, under teachers of any origin."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from sklearn.preprocessing import StandardScaler
+
+import distill
+import pretrain
+from distill.config import DistillConfig, PublishConfig
+from distill.distill import student_url, student_urls
+from distill.learner import Distillation
+from distill.lesson import Lesson
+from distill.objectives.config import DeitConfig, FeaturesConfig, RelationsConfig
+from distill.objectives.deit import CLASSIFIER, Deit
+from distill.objectives.features import Features, Standard
+from distill.objectives.relations import Relations
+from distill.publish import publish
+from distill.teachers import BackboneTeacher
+from eval.tasks.knn import predict
+from infra.artifacts import open_artifact
+from infra.corpora import Corpus
+from infra.errors import UserError
+from pretrain.backbones import load
+from pretrain.checkpoints import WEIGHTS, Checkpoint
+from pretrain.config import CheckpointBackbone, OpenClipBackbone, PretrainConfig, TimmBackbone
+from pretrain.features import extract
+from pretrain.models.config import TimmNetworkConfig
+from pretrain.models.positions import on_grid_of
+from pretrain.models.timm_network import TimmNetwork
+from pretrain.models.vit import Features as Said
+from pretrain.objectives.base import Outputs, Taught
+from tests.conftest import Embedded, image_folder, ingested
+from tests.test_pretrain_training import HEAD, config, losses
+
+PLAIN: dict[str, Any] = {
+    "schedule": {"steps": 6, "batch": 8},
+    "optimizer": {"base_lr": 2e-2},
+    "teacher": {"momentum": [0.5, 1.0], "temperature": [0.06, 0.07]},
+    "sharding": {"engine": "torch"},
+    "runtime": {"workers": 0, "checkpoint_every": 2},
+}
+VIT = {"dim": 24, "depth": 1, "heads": 2, "patch_size": 8, "image_size": 32}
+SMALL = {"model": VIT}
+FINE = {"model": {**VIT, "patch_size": 4, "registers": 1}, "lr": 0.5}
+NET = {"timm": {"name": "test_resnet", "image_size": 32}}
+SAID = [{"kind": "prototypes"}, {"kind": "features"}]
+HERE = {"globals": {"size": 32}, "local_count": 0}
+
+
+@pytest.fixture(scope="module")
+def teacher(embedded: Embedded, tmp_path_factory: pytest.TempPathFactory) -> str:
+    settings = {"schedule": {"steps": 6, "batch": 8}, "sharding": {"engine": "torch"}, "runtime": {"workers": 0}}
+    objectives = [{"kind": kind, "head": HEAD} for kind in ("dino", "ibot")]
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    return pretrain.run(config(embedded.seed, out, **settings, objectives=objectives)).url
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> TimmBackbone:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("timm") / "model.safetensors"
+    save_file(timm.create_model("test_vit2", num_classes=0).state_dict(), path)
+    return TimmBackbone(model="test_vit2", checkpoint=str(path))
+
+
+def settings(corpus: str, out: Path, **changes: Any) -> DistillConfig:
+    return DistillConfig.model_validate({**PLAIN, **changes, "corpora": [corpus], "out": str(out)})
+
+
+def test_students_together_are_what_they_are_alone(
+    embedded: Embedded, teacher: str, foreign: TimmBackbone, tmp_path: Path
+) -> None:
+    """Bit for bit: by the teacher's heads and by features of two teachers, one of which is standardised once for all;
+    of another patch size, of another learning rate, with batch normalisation."""
+    students = {"small": SMALL, "fine": FINE, "net": NET}
+    shared: dict[str, Any] = {
+        "teacher_checkpoint": teacher,
+        "teachers": {"timm": foreign.model_dump()},
+        "objectives": SAID,
+        "optimizer": {"base_lr": 2e-2, "clip": 0.1},
+    }
+    together = distill.run(settings(embedded.seed, tmp_path / "all", **shared, students=students))
+    assert together.metrics["students"] == {name: f"{tmp_path}/all-{name}" for name in students}
+    with pytest.raises(UserError, match=r"of several students; give one of small"):
+        Checkpoint.open(together.url)
+    for name, student in students.items():
+        alone = distill.run(settings(embedded.seed, tmp_path / name, **shared, students={"student": student}))
+        ours, single = (load_file(Path(url) / WEIGHTS) for url in (student_url(together.url, name), alone.url))
+        assert ours.keys() == single.keys()
+        assert all(torch.equal(value, single[key]) for key, value in ours.items()), name
+        assert (
+            losses(tmp_path / "all")[-1][f"{name}_features_timm_patch"]
+            == (losses(tmp_path / name)[-1]["features_timm_patch"])
+        )
+    assert losses(tmp_path / "all")[-1]["gradient_norm"] > 0.3  # so that clipping tells
+
+
+def test_teachers_run_once_a_batch(embedded: Embedded, teacher: str, foreign: TimmBackbone) -> None:
+    students = {"small": SMALL, "fine": FINE}
+    asked = settings(
+        embedded.seed,
+        Path("x"),
+        teacher_checkpoint=teacher,
+        teachers={"timm": foreign.model_dump()},
+        objectives=SAID,
+        students=students,
+    )
+    learner, batch = learner_and_batch(asked)
+    calls: list[str] = []
+    other: BackboneTeacher = learner.__dict__["others"]["timm"]
+    embedding = other._backbone.model.patch_embed  # type: ignore[attr-defined]
+    embedding.register_forward_hook(lambda *_: calls.append("timm"))
+    assert learner.teacher is not None
+    learner.teacher.register_forward_hook(lambda *_: calls.append("teacher"))
+    heads = [name for name, _ in learner.named_modules() if name.endswith("teacher_head")]
+    assert heads == [f"students.small.objectives.{kind}.teacher_head" for kind in ("dino", "ibot")]
+    for name in heads:
+        learner.get_submodule(name).register_forward_hook(lambda *_: calls.append("head"))
+    learner(batch, 0.07)
+    assert sorted(calls) == ["head", "head", "teacher", "timm"]
+
+
+def learner_and_batch(asked: DistillConfig, classes: tuple[str, ...] = ()) -> tuple[Distillation, Any]:
+    from distill.distill import _dataset
+
+    lesson = Lesson.of(asked, list(classes))
+    return lesson.build(), _dataset(lesson).batch(np.arange(4))
+
+
+@pytest.mark.multiprocess
+def test_a_stopped_family_goes_on_bit_for_bit(
+    embedded: Embedded, teacher: str, foreign: TimmBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is known of the teachers' features goes on too."""
+    shared: dict[str, Any] = {
+        "teacher_checkpoint": teacher,
+        "teachers": {"timm": foreign.model_dump()},
+        "objectives": SAID,
+        "students": {"small": SMALL, "net": NET},
+    }
+    whole = distill.run(settings(embedded.seed, tmp_path / "whole", **shared))
+    honest, calls = Distillation.losses, []
+
+    def fails(self: Distillation, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return honest(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Distillation, "losses", fails)
+        with pytest.raises(KeyboardInterrupt):
+            distill.run(settings(embedded.seed, tmp_path / "run", **shared))
+    again = distill.run(settings(embedded.seed, tmp_path / "run", **shared))
+    assert again.metrics["resumed_at"] == 4
+    assert again.id == whole.id
+    for name in ("small", "net"):
+        ours, theirs = (load_file(Path(student_url(url, name)) / WEIGHTS) for url in (again.url, whole.url))
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("stage", [0, 3])
+def test_two_ranks_distill_as_one(
+    embedded: Embedded, teacher: str, foreign: TimmBackbone, tmp_path: Path, stage: int
+) -> None:
+    """Every rank has a share of all students: no rank waits for a larger one's."""
+    shared: dict[str, Any] = {
+        "teacher_checkpoint": teacher,
+        "teachers": {"timm": foreign.model_dump()},
+        "objectives": SAID,
+        "students": {"small": SMALL, "fine": FINE},
+        "schedule": {"steps": 4, "batch": 8},
+        "health": {"every": 2},
+        "teacher": {"momentum": [0.5, 0.5], "temperature": [0.07, 0.07]},
+    }
+    sharding = {"zero_stage": stage}
+    run = settings(embedded.seed, tmp_path / "run", **shared, sharding=sharding)
+    (tmp_path / "job").mkdir()
+    _torchrun(run, tmp_path / "job")
+    distill.run(settings(embedded.seed, tmp_path / "one", **shared))
+    for ours, single in zip(losses(tmp_path / "run"), losses(tmp_path / "one"), strict=True):
+        assert ours["gradient_norm"] == pytest.approx(single["gradient_norm"], rel=0.1)
+        for name, value in single.items():
+            if "features" in name or "dino" in name:
+                assert ours[name] == pytest.approx(value, rel=2e-2), name
+
+
+def _torchrun(asked: DistillConfig, folder: Path) -> None:
+    import subprocess
+    import sys
+
+    (folder / "config.json").write_text(asked.model_dump_json())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run([*command, "-m", "distill", str(folder)], timeout=400, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+NETWORKS = [
+    "test_convnext",
+    "test_efficientnet",
+    "test_vit",
+    "test_mambaout",
+    "mixer_s32_224",
+    "swin_tiny_patch4_window7_224",
+]
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet", "test_vit", "resnet10t", "test_nfnet"])
+def test_networks_of_timm_say_what_timm_makes_of_them(name: str) -> None:
+    torch.manual_seed(0)
+    network = TimmNetwork(TimmNetworkConfig(name=name, image_size=64)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    (features,) = network([images])
+    with torch.inference_mode():
+        torch.testing.assert_close(features.class_token, network.network(images))
+    assert features.class_token.shape == (2, network.dim)
+    assert features.patch_tokens.shape == (2, (64 // network.patch_size) ** 2, network.patch_dim)
+    with pytest.raises(ValueError, match="no mask token"):
+        network([images], [torch.zeros(2, 4, dtype=torch.bool)])
+
+
+def test_networks_of_one_size_get_their_crops_resized() -> None:
+    fixed, free = (
+        TimmNetwork(TimmNetworkConfig(name=name, image_size=224)) for name in ("mixer_s32_224", "test_resnet")
+    )
+    assert (fixed.any_size, free.any_size) == (False, True)
+    assert fixed.fitting(torch.zeros(1, 3, 96, 96)).shape[-1] == 224
+    assert free.fitting(torch.zeros(1, 3, 96, 96)).shape[-1] == 96
+    with pytest.raises(UserError, match=r"nothing-like-it: .*timm\.list_models"):
+        TimmNetwork(TimmNetworkConfig(name="nothing-like-it"))
+
+
+def test_a_network_of_timm_is_distilled_evaluated_and_published(
+    embedded: Embedded, foreign: TimmBackbone, tmp_path: Path
+) -> None:
+    asked = settings(
+        embedded.seed,
+        tmp_path / "student",
+        teachers={"timm": foreign.model_dump()},
+        objectives=[{"kind": "features"}, {"kind": "relations"}],
+        views=HERE,
+        students={"student": {"timm": {"name": "test_convnext", "image_size": 64}}},
+    )
+    student = distill.run(asked)
+    assert student_urls(student, ["student"]) == {"student": student.url}
+    features = extract(load(CheckpointBackbone(url=student.url)), Corpus.open(embedded.test), 8, "x")
+    assert features.shape[1] == 64
+    artifact = publish(
+        PublishConfig(
+            checkpoint=student.url,
+            images=embedded.test,
+            formats=["hub", "onnx", "torch_export"],
+            out=str(tmp_path / "backbone"),
+        )
+    )
+    assert max(artifact.metrics["max_abs_diff"].values()) < 1e-5
+    assert "| Network | test_convnext |" in (tmp_path / "backbone" / "README.md").read_text()
+    with pytest.raises(UserError, match="official has no model like test_convnext"):
+        publish(
+            PublishConfig(
+                checkpoint=student.url, images=embedded.test, formats=["official"], out=str(tmp_path / "other")
+            )
+        )
+
+
+def test_a_teacher_says_of_crops_what_its_library_says(foreign: TimmBackbone, clip: OpenClipBackbone) -> None:
+    """Crops of another side come resized; those of a Vision Transformer that takes any, as they are."""
+    crops = torch.randint(0, 256, (3, 3, 48, 48), generator=torch.Generator().manual_seed(0)).float() / 255
+    for config_, side in ((foreign, 48), (clip, 32)):
+        teacher, backbone = BackboneTeacher("it", config_), load(config_)
+        sized = crops if side == 48 else F.interpolate(crops, (side, side), mode="bilinear", antialias=True)
+        images = sized.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        vectors, (tokens,) = backbone.layers(backbone.normalised(images), 1)  # type: ignore[attr-defined]
+        found = teacher(crops)
+        torch.testing.assert_close(found.class_token, vectors)
+        torch.testing.assert_close(found.patch_tokens, tokens.patch_tokens.flatten(1, 2))
+        assert (teacher.dim, teacher.patch_dim) == (vectors.shape[1], tokens.patch_tokens.shape[-1])
+        assert not found.class_token.is_inference()
+
+
+class Width:
+    """Of a backbone, its widths."""
+
+    def __init__(self, dim: int, patch_dim: int) -> None:
+        self.dim, self.patch_dim = dim, patch_dim
+
+
+def outputs_of(student: Said, **teachers: Said) -> Outputs:
+    taught = Taught({name: lambda said=said: said for name, said in teachers.items()})  # type: ignore[misc]
+    outputs = Outputs(torch.nn.Identity(), taught, torch.zeros(2, 3, 8, 8), None, None, None)  # type: ignore[arg-type]
+    outputs.__dict__["_student"] = [student]
+    return outputs
+
+
+def said(seed: int, dim: int, patch_dim: int, side: int, count: int = 4) -> Said:
+    generator = torch.Generator().manual_seed(seed)
+    return Said(
+        torch.randn(count, dim, generator=generator), torch.randn(count, side**2, patch_dim, generator=generator) + 3
+    )
+
+
+@pytest.mark.parametrize("standardise", [4, 0])
+def test_features_cost_what_the_formula_says(standardise: int) -> None:
+    asked = FeaturesConfig(standardise=standardise, class_weight=0.5, patch_weight=2.0, cosine=0.7, smooth_l1=0.3)
+    loss = Features(asked, Width(6, 5), {"a": Width(7, 8)})
+    student, wanted = said(0, 6, 5, 2), said(1, 7, 8, 4)
+    outputs = outputs_of(student, a=wanted)
+    loss.see(outputs.taught)
+    terms = loss(outputs, None, 0.0)
+    heads: Any = loss.heads["a"]
+    tokens = wanted.class_token, wanted.patch_tokens
+    if standardise:
+        tokens = tuple(
+            torch.from_numpy(StandardScaler().fit_transform(each.flatten(0, -2).numpy())).view(each.shape)
+            for each in tokens
+        )  # type: ignore[assignment]
+    own = heads.class_token(student.class_token)
+    expected = 0.5 * (1 - F.cosine_similarity(own, tokens[0])).mean()
+    torch.testing.assert_close(terms["features_a_class"], expected)
+    patches = heads.patch_tokens(on_grid_of(student.patch_tokens, 16))
+    cosine = (1 - F.cosine_similarity(patches, tokens[1], dim=-1)).mean()
+    expected = 2.0 * (0.7 * cosine + 0.3 * F.smooth_l1_loss(patches, tokens[1]))
+    torch.testing.assert_close(terms["features_a_patch"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_standard_is_that_of_all_it_has_seen() -> None:
+    scaler, standard = StandardScaler(), Standard(3)
+    for seed in range(4):
+        rows = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(seed)) * 4 + 2
+        scaler.partial_fit(rows.flatten(0, 1).numpy())
+        standard.see(rows)
+    found = standard(rows)
+    expected = scaler.transform(rows.flatten(0, 1).numpy())
+    np.testing.assert_allclose(found.flatten(0, 1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_relations_are_alike_whatever_the_width_and_rotation() -> None:
+    student = said(0, 6, 6, 3)
+    turned = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1)))[0]
+    same = Said(student.class_token, 5 * student.patch_tokens @ turned)
+    loss = Relations(RelationsConfig(), ["a"])
+    assert float(loss(outputs_of(student, a=same), None, 0.0)["relations_a"]) < 1e-10
+    assert float(loss(outputs_of(student, a=said(2, 9, 9, 3)), None, 0.0)["relations_a"]) > 1e-3
+
+
+def test_maps_are_resampled_by_places() -> None:
+    ramp = torch.arange(4.0).repeat(4, 1).flatten()[None, :, None]
+    small = on_grid_of(ramp, 4)[0, :, 0]
+    torch.testing.assert_close(small[0::2], small[0::2].mean().expand(2))
+    assert small[0] < small[1]
+    torch.testing.assert_close(on_grid_of(torch.full((1, 9, 2), 3.0), 49), torch.full((1, 49, 2), 3.0))
+
+
+@pytest.mark.parametrize("mode", ["hard", "soft"])
+def test_deit_is_the_papers(mode: str) -> None:
+    from types import SimpleNamespace
+
+    torch.manual_seed(0)
+    asked = DeitConfig(classifier="x", checkpoint="y", mode=mode, share=0.3, temperature=2.0)  # type: ignore[arg-type]
+    loss = Deit(asked, Width(6, 6), 5)
+    student = said(0, 6, 6, 2)
+    student.registers = torch.randn(4, 2, 6)
+    logits = torch.randn(4, 5)
+    labels = torch.tensor([1, 4])
+    batch: Any = SimpleNamespace(labels=labels)
+    terms = loss(outputs_of(student, **{CLASSIFIER: Said(logits, logits[:, None])}), batch, 0.0)
+    own, token = loss.by_label(student.class_token), loss.by_teacher(student.registers[:, 0])
+    torch.testing.assert_close(terms["deit_labels"], 0.7 * F.cross_entropy(own, labels.repeat(2)))
+    hard = F.cross_entropy(token, logits.argmax(1))
+    p, q = (logits / 2).softmax(1), (token / 2).softmax(1)
+    soft = 4 * (p * (p.log() - q.log())).sum(1).mean()
+    torch.testing.assert_close(terms["deit_teacher"], 0.3 * (hard if mode == "hard" else soft))
+
+
+def test_deit_learns_classes_from_labels_and_a_classifier(tmp_path: Path) -> None:
+    corpus = ingested(image_folder(tmp_path / "images", 24, classes=3), tmp_path / "corpus").artifact.url
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "teacher.safetensors")
+    deit = {"kind": "deit", "classifier": "test_resnet", "checkpoint": str(tmp_path / "teacher.safetensors")}
+    shared = {
+        "objectives": [deit],
+        "views": {"globals": {"size": 32, "scale": [0.6, 1.0], "photometric": [{"jitter": 0.0, "grey": 0.0}]}},
+        "schedule": {"steps": 60, "batch": 24},
+        "optimizer": {"base_lr": 5e-3, "lr_rule": "none", "warmup_steps": 5},
+    }
+    student = {"model": {**VIT, "registers": 1, "layer_scale": None, "init_std": 0.1}}
+    distill.run(settings(corpus, tmp_path / "a", **shared, students={"student": student}))
+    rows = losses(tmp_path / "a")
+    for term in ("deit_labels", "deit_teacher"):
+        assert np.mean([row[term] for row in rows[-5:]]) < 0.8 * rows[0][term]
+    tuned = {"student": {**student, "start": str(tmp_path / "a")}}
+    again = distill.run(settings(corpus, tmp_path / "b", **shared, students=tuned))
+    assert again.manifest.inputs["start_student"].id == open_artifact(str(tmp_path / "a"), "checkpoint").id
+    assert again.manifest.inputs["classifier"].id
+    assert losses(tmp_path / "b")[0]["deit_labels"] != rows[0]["deit_labels"]
+    other = {"student": {"model": {**VIT, "dim": 32}, "start": str(tmp_path / "a")}}
+    with pytest.raises(UserError, match="holds another backbone than the student's"):
+        distill.run(settings(corpus, tmp_path / "c", **shared, students=other))
+    save_file({"x": torch.zeros(1)}, tmp_path / "teacher.safetensors")
+    with pytest.raises(UserError, match="not weights of test_resnet with 3 classes"):
+        distill.run(settings(corpus, tmp_path / "d", **shared))
+
+
+def captioned(tmp_path: Path) -> str:
+    folder = image_folder(tmp_path / "images", 24)
+    for path in folder.glob("*.png"):
+        path.with_suffix(".txt").write_text(f"picture number {path.stem}")
+    return ingested(folder, tmp_path / "corpus").artifact.url
+
+
+def test_clip_is_distilled_by_open_clips_loss(clip: OpenClipBackbone, tmp_path: Path) -> None:
+    """The loss of the first step by hand; then its student names images as one that was pretrained does."""
+    import open_clip
+    from open_clip.loss import DistillClipLoss
+
+    from pretrain.image_text import has_texts
+
+    corpus = captioned(tmp_path)
+    text = {"context": 8, "width": 16, "heads": 2, "layers": 1}
+    asked = settings(
+        corpus,
+        tmp_path / "student",
+        teachers={"big": clip.model_dump()},
+        objectives=[{"kind": "clip", "teacher": "big", "dim": 8, "text": text, "contrast": 0.5}],
+        views={**HERE, "global_count": 1},
+        students={"student": SMALL},
+        schedule={"steps": 30, "batch": 8},
+    )
+    learner, batch = learner_and_batch(asked)
+    _, terms = learner.eval()(batch, 0.07)
+    model, _, _ = open_clip.create_model_and_transforms("tiny-clip", pretrained=clip.checkpoint)
+    model.eval()
+    crops = batch.global_crops.float() / 255
+    mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (model.visual.image_mean, model.visual.image_std))
+    with torch.inference_mode():
+        seen = model.encode_image((crops - mean) / std, normalize=True)
+        told = model.encode_text(batch.texts, normalize=True)
+    towers: Any = learner.get_submodule("students.student.objectives.clip.towers")
+    (part,) = learner.parts()
+    image = towers.encode_images(part.student([learner.images(batch.global_crops)])[0].class_token)
+    contrast, distilled = DistillClipLoss()(
+        image, towers.encode_texts(batch.texts), towers.scale(), seen.clone(), told.clone(), model.logit_scale.exp()
+    )
+    torch.testing.assert_close(terms["clip_distill"], distilled.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(terms["clip_contrast"], 0.5 * contrast.detach().reshape(()), rtol=1e-4, atol=1e-5)
+    url = distill.run(asked).url
+    rows = losses(tmp_path / "student")
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert has_texts(CheckpointBackbone(url=url))
+    from pretrain import image_text
+
+    assert image_text.load(CheckpointBackbone(url=url)).texts(["picture number 3"]).shape == (1, 8)
+    longer = {"kind": "clip", "teacher": "big", "text": {**text, "context": 9}}
+    other = DistillConfig.model_validate(asked.model_dump() | {"objectives": [longer]})
+    with pytest.raises(UserError, match=r"take one of byte pairs and set text\.context"):
+        Lesson.of(other, []).build()
+
+
+def test_mistakes_are_one_line(embedded: Embedded, teacher: str, foreign: TimmBackbone, tmp_path: Path) -> None:
+    features = {"teachers": {"timm": foreign.model_dump()}, "views": HERE}
+    unknown = {"objectives": [{"kind": "features", "teachers": ["other"]}]}
+    with pytest.raises(UserError, match="no teacher other; there are timm"):
+        distill.run(settings(embedded.seed, tmp_path / "a", **features, **unknown))
+    with pytest.raises(ValueError, match="needs a teacher with heads"):
+        settings(embedded.seed, tmp_path / "b", **features)
+    with pytest.raises(ValueError, match="no plain name"):
+        settings(embedded.seed, tmp_path / "b", teacher_checkpoint=teacher, students={"a.b": {}})
+    pixels = {"teachers": {"pixels": {"kind": "pixels"}}, "objectives": [{"kind": "features"}], "views": HERE}
+    with pytest.raises(UserError, match="one vector an image and no patch tokens"):
+        distill.run(settings(embedded.seed, tmp_path / "c", **pixels))
+
+
+def test_what_decides_is_in_the_id(embedded: Embedded, foreign: TimmBackbone, tmp_path: Path) -> None:
+    from distill.distill import plan
+
+    features = {"teachers": {"timm": foreign.model_dump()}, "objectives": [{"kind": "features"}], "views": HERE}
+    moved = foreign.model_copy(update={"checkpoint": str(tmp_path / "copy.safetensors")})
+    Path(moved.checkpoint).write_bytes(Path(foreign.checkpoint).read_bytes())
+    ids = [
+        plan(settings(embedded.seed, tmp_path, **{**features, **changes})).id
+        for changes in (
+            {},
+            {"teachers": {"timm": moved.model_dump()}},
+            {"objectives": [{"kind": "features", "cosine": 0.8}]},
+            {"students": {"student": NET}},
+        )
+    ]
+    assert ids[0] == ids[1]
+    assert len(set(ids)) == 3
+
+
+WIDE = {"dim": 96, "depth": 4, "heads": 3, "patch_size": 4, "image_size": 32, "layer_scale": 1.0, "init_std": 0.1}
+NARROW = {**WIDE, "dim": 48, "depth": 3, "heads": 2, "init_std": 0.14}
+BY_HEADS = {"hidden": 256, "bottleneck": 64, "prototypes": 128, "init_std": 0.08}
+RECIPE: dict[str, Any] = {
+    "optimizer": {"base_lr": 4e-3, "warmup_steps": 20, "weight_decay": [0.04, 0.1], "patch_embed_lr": 1.0},
+    "sharding": {"engine": "torch"},
+    "runtime": {"workers": 1, "checkpoint_every": 1000},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_distilled_students_beat_one_trained_from_scratch(shared_data: Path, tmp_path: Path) -> None:
+    """By nearest neighbours, after as many steps, on slices of CIFAR-10: by the teacher's heads, or its features."""
+    corpora = [slice_of(shared_data, name, count, tmp_path) for name, count in (("train", 3000), ("test", 1000))]
+    objectives = [
+        {"kind": "dino", "head": BY_HEADS},
+        {"kind": "ibot", "weight": 0.06, "head": BY_HEADS},
+        {"kind": "koleo"},
+    ]
+    views = {"globals": {"size": 32, "scale": [0.3, 1.0], "photometric": [{}]}, "local_count": 0, "mask_share": 0.3}
+
+    def trained(model: dict[str, Any], steps: int, out: str) -> str:
+        content = {**RECIPE, "model": model, "objectives": objectives, "views": views}
+        content |= {"schedule": {"steps": steps, "batch": 64}, "teacher": {"momentum": [0.97, 1.0]}}
+        content |= {"corpora": [corpora[0]], "out": str(tmp_path / out)}
+        return pretrain.run(PretrainConfig.model_validate(content)).url
+
+    teacher = trained(WIDE, 300, "teacher")
+    found = {"scratch": accuracy(trained(NARROW, 100, "scratch"), *corpora)}
+    for kind in ("prototypes", "features"):
+        content = {**RECIPE, "objectives": [{"kind": kind}], "students": {"student": {"model": NARROW}}}
+        content |= {"schedule": {"steps": 100, "batch": 64}, "teacher": {"momentum": [0.95, 1.0]}}
+        content |= {"teacher_checkpoint": teacher, "corpora": [corpora[0]], "out": str(tmp_path / kind)}
+        found[kind] = accuracy(distill.run(DistillConfig.model_validate(content)).url, *corpora)
+    print(found, accuracy(teacher, *corpora))
+    assert found["prototypes"] > found["scratch"] + 0.01
+    assert found["features"] > found["scratch"] + 0.01
+
+
+def slice_of(folder: Path, name: str, count: int, tmp_path: Path) -> str:
+    """The first images of a part of CIFAR-10."""
+    shard = folder / "cifar10" / f"{name}-000000.tar.gz"
+    with tarfile.open(shard) as whole, tarfile.open(tmp_path / f"{name}.tar", "w") as part:
+        for member in list(whole)[: 2 * count]:  # an image and its class
+            part.addfile(member, whole.extractfile(member))
+    return ingested(tmp_path / f"{name}.tar", tmp_path / name).artifact.url
+
+
+def accuracy(url: str, train: str, test: str) -> float:
+    """Of 20 nearest neighbours."""
+    backbone, corpora = load(CheckpointBackbone(url=url)), [Corpus.open(each) for each in (train, test)]
+    bank, queries = (extract(backbone, corpus, 256, "knn") for corpus in corpora)
+    votes = predict(bank, corpora[0].labels, queries, 10, 20, 0.07)
+    return float((votes.argmax(1) == corpora[1].labels).mean())
