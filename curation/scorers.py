@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curation.fields import json_fields, number
 from curation.similarity.exact import widened
 from curation.steps.config import CaptionScorer, FieldScorer, HeadScorer, PluginScorer, ScorerConfig, TableScorer
 from infra import storage
 from infra.columns import places, taken
 from infra.embeddings import backbone_of
 from infra.errors import UserError
+from infra.fields import json_fields, number
 from pretrain.data.decode import ImageRejected, decode_rgb
 
 if TYPE_CHECKING:

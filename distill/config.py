@@ -13,7 +13,7 @@ from pretrain.config import BackboneConfig, TrainingSettings
 from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD, Views
 from pretrain.models.config import ModelConfig, TimmNetworkConfig, VisionTransformerConfig
 
-FormatName = Literal["timm", "hub", "transformers", "onnx", "torch_export", "official"]
+FormatName = Literal["timm", "hub", "transformers", "open_clip", "onnx", "torch_export", "official"]
 
 
 class StudentSettings(Config):
@@ -103,16 +103,18 @@ class PublishSettings(Config):
     description: str = ""
     """A sentence or two for the top of the model card."""
     formats: list[FormatName] = Field(default_factory=lambda: list[FormatName](["timm", "hub", "official"]))
-    """What it is published as, beside timm's folder: torch.hub's, transformers', an ONNX graph, torch.export's, weights
-    under the official names. transformers and onnx need the extra `publish`."""
+    """What it is published as: timm's folder, torch.hub's, transformers', open_clip's (of a model trained with
+    captions), an ONNX graph, torch.export's, weights under the official names. transformers and onnx need the extra
+    `publish`."""
     tolerance: float = Field(1e-5, gt=0)
     """Largest difference of any feature between Fovea and each format; a larger one fails the publication."""
 
     @field_validator("formats")
     @classmethod
-    def _timm_first(cls, value: list[FormatName]) -> list[FormatName]:
-        """Each once, in one order, timm's folder always: others stand on it."""
-        return [each for each in get_args(FormatName) if each == "timm" or each in value]
+    def _in_order(cls, value: list[FormatName]) -> list[FormatName]:
+        """Each once, in one order; timm's folder where others stand on it."""
+        wanted = set(value) | ({"timm"} if set(value) & {"hub", "onnx", "torch_export"} else set())
+        return [each for each in get_args(FormatName) if each in wanted]
 
 
 class PublishConfig(PublishSettings):
@@ -124,6 +126,11 @@ class PublishConfig(PublishSettings):
     """URL of a corpus; features of its first images are compared between Fovea and each format."""
     reports: list[str] = Field(default_factory=list)
     """URLs of evaluation reports for the model card."""
+    hub: str | None = None
+    """OWNER/NAME of a repository of the Hugging Face Hub that it is uploaded to as well, with its id as a tag; the
+    token comes from HF_TOKEN or the Hub's own login."""
+    hub_private: bool = True
+    """A repository that is made for it is private."""
     out: str
     """URL of the backbone; {id} stands for its id."""
 

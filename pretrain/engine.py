@@ -53,6 +53,8 @@ class Trained:
     tally: Tally
     speed: dict[str, float]
     """Of the last steps."""
+    compute: dict[str, Any]
+    """What it took: `devices`, of a `device`, and `flops_per_image` where it was counted."""
 
 
 class Training:
@@ -119,7 +121,13 @@ class Training:
             telemetry.write(self.work / METRICS, self.metrics)
         speed = (self.tally.samples - begun) / max(seconds, 1e-9)
         unusable = dict(sorted(self.unusable.items()))
-        return Trained(state.weights(self.engine), self.metrics, speed, first, unusable, self.tally, reporter.speed)
+        weights, compute = state.weights(self.engine), self._compute(reporter)
+        return Trained(weights, self.metrics, speed, first, unusable, self.tally, reporter.speed, compute)
+
+    def _compute(self, reporter: Reporter) -> dict[str, Any]:
+        device = torch.cuda.get_device_name(self.engine.device) if self.engine.device.type == "cuda" else "CPU"
+        counted = {} if reporter.flops is None else {"flops_per_image": reporter.flops}
+        return {"devices": self.world_size, "device": device, **counted}
 
     @contextmanager
     def _watched(self) -> Iterator[None]:

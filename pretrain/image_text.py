@@ -46,6 +46,18 @@ def _objectives(checkpoint: Checkpoint) -> list[ClipConfig | SiglipConfig]:
     return [each for each in checkpoint.description.objectives if isinstance(each, ClipConfig | SiglipConfig)]
 
 
+def towers_of(checkpoint: Checkpoint) -> ImageText | None:
+    """The projection and the text tower of a checkpoint, frozen, if it was trained with captions."""
+    pairs = _objectives(checkpoint)
+    if not pairs:
+        return None
+    dims = checkpoint.backbone()
+    towers = build(pairs[:1], dims, dims)[pairs[0].kind]
+    assert isinstance(towers, ImageText)
+    towers.load_state_dict(checkpoint.weights(f"objectives.{pairs[0].kind}."))
+    return towers.requires_grad_(False).eval()
+
+
 def load(config: BackboneConfig, backbone: Backbone | None = None) -> ImageTextModel:
     """Load what brings images and texts into one space onto the GPU, if there is one.
 
@@ -84,16 +96,11 @@ class _Checkpointed:
     """The projection and the text tower of a Fovea checkpoint's objective."""
 
     def __init__(self, config: CheckpointBackbone) -> None:
-        checkpoint = Checkpoint.open(config.url)
-        pairs = _objectives(checkpoint)
-        if not pairs or config.untrained:
+        towers = None if config.untrained else towers_of(Checkpoint.open(config.url))
+        if towers is None:
             raise UserError(f"{config.url}: has no trained text tower; pretrain with the objective clip or siglip")
-        dims = checkpoint.backbone()
-        objective = build(pairs[:1], dims, dims)[pairs[0].kind]
-        assert isinstance(objective, ImageText)
-        objective.load_state_dict(checkpoint.weights(f"objectives.{pairs[0].kind}."))
-        self._objective = objective.requires_grad_(False).eval().to(default_device())
-        self._tokenize = tokenizer(pairs[0].text)
+        self._objective = towers.to(default_device())
+        self._tokenize = tokenizer(towers.config.text)
 
     @torch.inference_mode()
     def project(self, vectors: Tensor) -> Tensor:

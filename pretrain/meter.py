@@ -38,6 +38,11 @@ class Meter:
         self._ends = deque([self._started], maxlen=_WINDOW + 1)
         self._work: tuple[float, float] | None = None
 
+    @property
+    def flops(self) -> float | None:
+        """FLOPs of an image, if they are known by now."""
+        return self._work[0] if self._work is not None and math.isfinite(self._work[0]) else None
+
     def step(self) -> dict[str, float]:
         """Call after each step; returns `images_per_second`, `memory_gb` of this rank and, in time, `mfu`."""
         self._ends.append(self._clock())

@@ -79,6 +79,11 @@ class Reporter:
         self._advance: Advance | None = None
         self._made = first_step
 
+    @property
+    def flops(self) -> float | None:
+        """FLOPs of an image, if they are known by now."""
+        return self._meter.flops
+
     @contextmanager
     def reporting(self) -> Iterator[None]:
         if not self.shown:

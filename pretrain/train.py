@@ -177,9 +177,11 @@ def training_metrics(trained: Trained, dataset: ViewDataset, student: str) -> di
         "skipped": trained.tally.skipped,
         "rewinds": trained.tally.rewinds,
         "steps": len(trained.metrics),
+        "images_seen": trained.tally.samples,
         "parameters": sum(value.numel() for name, value in trained.weights.items() if name.startswith(student)),
         "loss": telemetry.losses(last),
         "images_per_second": round(trained.images_per_second, 1),
         **{name: round(trained.speed[name], 3) for name in ("mfu", "memory_gb") if name in trained.speed},
+        **trained.compute,
         "resumed_at": trained.resumed_at,
     }

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from curation.context import Context
-from curation.fields import json_fields, number
 from curation.steps.config import NearDuplicates
 from infra.columns import taken
+from infra.fields import json_fields, number
 
 
 def preferred(context: Context, step: NearDuplicates, rows: np.ndarray) -> np.ndarray:

@@ -11,10 +11,14 @@ import transformers
 
 directory, pixels, features = sys.argv[1:]
 images = torch.from_numpy(np.load(pixels))
-model = transformers.AutoModel.from_pretrained(f"{directory}/transformers").eval()
-# AutoBackbone asks the Hub about every name, folders too (transformers 5.23): so by its class.
-backbone = getattr(transformers, type(model).__name__.removesuffix("Model") + "Backbone")
+folder = f"{directory}/transformers"
+plain = transformers.AutoConfig.from_pretrained(folder).model_type == "vit"  # which has a pooler, and no backbone
+model = transformers.AutoModel.from_pretrained(folder, **({"add_pooling_layer": False} if plain else {})).eval()
 with torch.inference_mode():
-    np.save(features, model(images).pooler_output.numpy())
-    (grid,) = backbone.from_pretrained(f"{directory}/transformers").eval()(images).feature_maps
-assert grid.shape[:1] == images.shape[:1], grid.shape
+    found = model(images)
+    np.save(features, (found.last_hidden_state[:, 0] if plain else found.pooler_output).numpy())
+    if not plain:
+        # AutoBackbone asks the Hub about every name, folders too (transformers 5.23): so by its class.
+        backbone = getattr(transformers, type(model).__name__.removesuffix("Model") + "Backbone")
+        (grid,) = backbone.from_pretrained(folder).eval()(images).feature_maps
+        assert grid.shape[:1] == images.shape[:1], grid.shape

@@ -6,8 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from torch import Tensor
+
 from distill.config import FormatName
-from distill.formats import graphs, hub_repository, official_weights, timm_folder, transformers_folder
+from distill.formats import (
+    graphs,
+    hub_repository,
+    official_weights,
+    open_clip_folder,
+    timm_folder,
+    transformers_folder,
+)
+from distill.formats.material import Material
 from pretrain.data.config import Views
 from pretrain.models.timm_network import Network
 
@@ -16,18 +27,29 @@ from pretrain.models.timm_network import Network
 class Format:
     """One way to publish."""
 
-    write: Callable[[Network, Views, Path], None]
+    write: Callable[[Material, Path], None]
     """Adds its files to a directory that holds the timm folder, or nothing yet."""
     check: str | None
     """Script in distill/checks; None where no code but Fovea's reads it here."""
+    features: Callable[[Material, Tensor], np.ndarray] = Material.features
+    """What the script is to give of normalised images."""
+    words: tuple[str, ...] = ()
+    """What else the script is given."""
+
+
+def _of_backbone(write: Callable[[Network, Views, Path], None]) -> Callable[[Material, Path], None]:
+    return lambda material, directory: write(material.backbone, material.views, directory)
 
 
 FORMATS: dict[FormatName, Format] = {
-    "timm": Format(timm_folder.write, "timm_folder.py"),
-    "hub": Format(hub_repository.write, "hub_repository.py"),
-    "transformers": Format(transformers_folder.write, "transformers_folder.py"),
-    "onnx": Format(graphs.write_onnx, "onnx_graph.py"),
-    "torch_export": Format(graphs.write_exported, "exported_graph.py"),
-    "official": Format(official_weights.write, None),
+    "timm": Format(_of_backbone(timm_folder.write), "timm_folder.py"),
+    "hub": Format(_of_backbone(hub_repository.write), "hub_repository.py"),
+    "transformers": Format(_of_backbone(transformers_folder.write), "transformers_folder.py"),
+    "open_clip": Format(
+        open_clip_folder.write, "open_clip_folder.py", open_clip_folder.features, open_clip_folder.CAPTIONS
+    ),
+    "onnx": Format(_of_backbone(graphs.write_onnx), "onnx_graph.py"),
+    "torch_export": Format(_of_backbone(graphs.write_exported), "exported_graph.py"),
+    "official": Format(_of_backbone(official_weights.write), None),
 }
 """By name; timm's folder is the first, and others stand on it."""

@@ -1,7 +1,8 @@
-"""A backbone as transformers knows it: Dinov2, Dinov2WithRegisters or DINOv3ViT, with its image processor."""
+"""A backbone as transformers knows it: ViT, Dinov2, Dinov2WithRegisters or DINOv3ViT, with its image processor."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.preparation import FILE, processor
 from infra.errors import UserError
 from pretrain.data.config import Views
 from pretrain.models.config import VisionTransformerConfig
@@ -29,6 +31,8 @@ _POSITIONED = _EMBEDDINGS | {
     "norm.weight": "layernorm.weight",
     "norm.bias": "layernorm.bias",
 }
+_PLAIN = {name: value for name, value in _POSITIONED.items() if name != "mask_token"}
+_PLAIN_LAYERS = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
 _ROTARY = _EMBEDDINGS | {
     "patch_embed.proj.weight": "embeddings.patch_embeddings.weight",
     "patch_embed.proj.bias": "embeddings.patch_embeddings.bias",
@@ -50,23 +54,30 @@ def write(backbone: Network, views: Views, directory: Path) -> None:
     config, name = backbone.config, family(backbone.config)
     if config.class_norm:
         raise UserError("model.class_norm: transformers has no model like this one; leave the format out")
-    settings = _rotary_settings(config) if config.position == "rope" else _positioned_settings(config)
-    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**settings))
+    options = {"add_pooling_layer": False} if name == "ViT" else {}
+    model = getattr(transformers, f"{name}Model")(
+        getattr(transformers, f"{name}Config")(**_settings(config)), **options
+    )
     model.load_state_dict(state_dict(backbone))
     model.save_pretrained(directory / FOLDER)
-    _processor(transformers, config, views).save_pretrained(directory / FOLDER)
+    prepared = processor(config.image_size, views)
+    (directory / FOLDER / FILE).write_text(json.dumps(prepared, indent=2))
 
 
 def family(config: VisionTransformerConfig) -> str:
-    """What transformers' classes of such a model are named by."""
+    """What transformers' classes of such a model are named by: without LayerScale and registers it is a plain ViT."""
     if config.position == "rope":
         return "DINOv3ViT"
+    if config.layer_scale is None and not config.registers and config.ffn == "mlp":
+        return "ViT"
     return "Dinov2WithRegisters" if config.registers else "Dinov2"
 
 
 def state_dict(backbone: VisionTransformer) -> dict[str, Tensor]:
     """Weights under the names of transformers' modules, which keep queries, keys and values apart."""
     config = backbone.config
+    if family(config) == "ViT":
+        return _plain(_layers(dict(backbone.state_dict()), "layers", config))
     rotary = config.position == "rope"
     layers, names = ("model.layer", _ROTARY) if rotary else ("encoder.layer", _POSITIONED)
     state = _layers(dict(backbone.state_dict()), layers, config)
@@ -90,9 +101,19 @@ def _layers(state: dict[str, Tensor], layers: str, config: VisionTransformerConf
                 out[name.replace("attn.qkv.", f"attention.{part}_proj.")] = chunk
         else:
             out[name] = value
-    if config.layer_scale is None:  # transformers has one in every block
+    if config.layer_scale is None and family(config) != "ViT":  # others have one in every block
         ones = torch.ones(config.dim)
         out |= {f"{layers}.{i}.layer_scale{k}.lambda1": ones.clone() for i in range(config.depth) for k in (1, 2)}
+    return out
+
+
+def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    out = {}
+    for name, value in state.items():
+        for ours, theirs in _PLAIN_LAYERS.items():
+            name = name.replace(ours, theirs)
+        if name not in ("mask_token",) and not name.startswith("local_cls_norm."):
+            out[_PLAIN.get(name, name)] = value.detach().cpu().contiguous()
     return out
 
 
@@ -123,6 +144,13 @@ def _shared(config: VisionTransformerConfig) -> dict[str, Any]:
     }
 
 
+def _settings(config: VisionTransformerConfig) -> dict[str, Any]:
+    if family(config) == "ViT":
+        plain = {name: value for name, value in _shared(config).items() if name != "layerscale_value"}
+        return plain | {"intermediate_size": config.hidden, "hidden_act": "gelu", "qkv_bias": config.qkv_bias}
+    return _rotary_settings(config) if config.position == "rope" else _positioned_settings(config)
+
+
 def _positioned_settings(config: VisionTransformerConfig) -> dict[str, Any]:
     gated = config.ffn == "swiglu"
     if gated and config.swiglu_multiple != 8:
@@ -149,17 +177,3 @@ def _rotary_settings(config: VisionTransformerConfig) -> dict[str, Any]:
         "key_bias": config.qkv_bias and config.key_bias,
         "value_bias": config.qkv_bias,
     }
-
-
-def _processor(transformers: Any, config: VisionTransformerConfig, views: Views) -> Any:
-    """What prepares images as Fovea does: the shorter side to 256/224 of the model's, then its middle."""
-    side = config.image_size
-    resized = round(side * 256 / 224) if side >= 64 else side
-    return transformers.BitImageProcessor(
-        size={"shortest_edge": resized},
-        crop_size={"height": side, "width": side},
-        resample=3,  # bicubic
-        image_mean=list(views.mean),
-        image_std=list(views.std),
-        do_convert_rgb=True,
-    )

@@ -39,6 +39,7 @@ class ImageText(Objective):
         from open_clip.transformer import TextTransformer
 
         super().__init__(config.weight)
+        self.config = config
         self.project = nn.Linear(student.dim, config.dim, bias=False)
         nn.init.normal_(self.project.weight, std=student.dim**-0.5)
         text = config.text

@@ -22,20 +22,22 @@ class Gpu:
     """TFLOP/s of dense bf16 matrix products"""
     fp32: float
     """TFLOP/s of float32 products, without TF32"""
+    watts: int
+    """Largest power of the board"""
 
 
 GPUS = {
-    "a100-40gb": Gpu(40, 312, 19.5),
-    "a100": Gpu(80, 312, 19.5),
-    "h100-pcie": Gpu(80, 756, 51),
-    "h100": Gpu(80, 989, 67),
-    "h200": Gpu(141, 989, 67),
-    "b200": Gpu(180, 2250, 75),
-    "l40s": Gpu(48, 362, 91.6),
-    "l4": Gpu(24, 121, 30.3),
-    "a10g": Gpu(24, 70, 31.2),
-    "rtx4090": Gpu(24, 165, 82.6),
-    "rtx3090": Gpu(24, 71, 35.6),
+    "a100-40gb": Gpu(40, 312, 19.5, 400),
+    "a100": Gpu(80, 312, 19.5, 400),
+    "h100-pcie": Gpu(80, 756, 51, 350),
+    "h100": Gpu(80, 989, 67, 700),
+    "h200": Gpu(141, 989, 67, 700),
+    "b200": Gpu(180, 2250, 75, 1000),
+    "l40s": Gpu(48, 362, 91.6, 350),
+    "l4": Gpu(24, 121, 30.3, 72),
+    "a10g": Gpu(24, 70, 31.2, 300),
+    "rtx4090": Gpu(24, 165, 82.6, 450),
+    "rtx3090": Gpu(24, 71, 35.6, 350),
 }
 _SIDES = {"cuda": 8192, "cpu": 1024}  # of the matrices that are multiplied to see what a device reaches
 _ROUNDS = 5  # the first of them warms up

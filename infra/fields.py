@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,15 @@ def json_fields(corpus: Corpus, rows: np.ndarray, field: str) -> list[Any]:
     Raises:
         UserError: no image has it.
     """
-    found = [_field(content, field) for content in _jsons(corpus, rows)]
+    found = json_values(corpus, rows, field)
     if len(found) and all(each is None for each in found):
         raise UserError(f"field: {field}: no image's .json has it; mend the step's field")
     return found
+
+
+def json_values(corpus: Corpus, rows: np.ndarray, *names: str) -> list[Any]:
+    """Of each image's .json file the first field of some names that it has; None where there is none."""
+    return [_field(content, names) for content in _jsons(corpus, rows)]
 
 
 def _jsons(corpus: Corpus, rows: np.ndarray) -> Iterator[bytes | None]:
@@ -42,14 +47,14 @@ def _jsons(corpus: Corpus, rows: np.ndarray) -> Iterator[bytes | None]:
         yield from (next(contents) if place else None for place in places)
 
 
-def _field(content: bytes | None, name: str) -> Any:
+def _field(content: bytes | None, names: Sequence[str]) -> Any:
     if content is None:
         return None
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):  # from the web: anything may be in it
         return None
-    return value.get(name) if isinstance(value, dict) else None
+    return next((value[name] for name in names if name in value), None) if isinstance(value, dict) else None
 
 
 def number(field: Any) -> float | None:

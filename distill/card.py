@@ -1,0 +1,72 @@
+"""The model card: Markdown with the Hugging Face Hub's metadata block."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import jinja2
+
+from distill.config import PublishSettings
+from distill.formats import transformers_folder
+from distill.provenance import Provenance
+from infra.lineage import Ancestor
+from pretrain.checkpoints import Checkpoint
+from pretrain.models.config import TimmNetworkConfig
+from pretrain.models.timm_network import Network
+
+_LONGEST = 120  # characters
+_SPECIAL = "\\`*_[]|"  # of Markdown
+_TRAINING_ONLY = ("mask_token", "local_cls_norm.")
+
+
+def model_card(
+    release: PublishSettings,
+    checkpoint: Checkpoint,
+    rows: Sequence[Mapping[str, Any]],
+    lineage: Sequence[Ancestor],
+    differences: Mapping[str, float],
+) -> str:
+    """The text of a backbone's README.md.
+
+    Args:
+        rows: of the reports of its evaluations.
+        lineage: all that it was made from.
+        differences: by format, between Fovea's features and those of a process without it.
+    """
+    template = resources.files("distill").joinpath("templates/card.md.jinja").read_text()
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters["cell"] = _cell
+    backbone, model = checkpoint.backbone(), checkpoint.model
+    vit = None if isinstance(model, TimmNetworkConfig) else model
+    return environment.from_string(template).render(
+        release=release,
+        vit=vit,
+        network=model.name if isinstance(model, TimmNetworkConfig) else None,
+        dim=backbone.dim,
+        patch=backbone.patch_size,
+        side=model.image_size,
+        stage=checkpoint.artifact.manifest.stage,
+        parameters=parameters_of(backbone),
+        recipe=json.dumps(checkpoint.artifact.manifest.config, indent=1),
+        training=checkpoint.artifact.metrics,
+        rows=rows,
+        provenance=Provenance.of(checkpoint.artifact),
+        lineage=lineage,
+        differences=differences,
+        transformers_class="" if vit is None else transformers_folder.family(vit),
+    )
+
+
+def _cell(text: str) -> str:
+    """Words from the web, as plain text in a cell of a Markdown table."""
+    words = " ".join(text.split())[:_LONGEST]
+    return "".join(f"\\{each}" if each in _SPECIAL else each for each in html.escape(words, quote=False))
+
+
+def parameters_of(backbone: Network) -> int:
+    """Numbers in a backbone, without what serves training only."""
+    return sum(value.numel() for name, value in backbone.named_parameters() if not name.startswith(_TRAINING_ONLY))

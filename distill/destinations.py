@@ -1,0 +1,54 @@
+"""Where a backbone goes beside its URL: a pointer to the latest one, and the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from infra import storage
+from infra.artifacts import SHORT_ID, Artifact
+from infra.errors import UserError
+
+
+def point_to(artifact: Artifact, name: str) -> str:
+    """Move the pointer of a name, `NAME.latest.json` beside the backbone, to it; return the pointer's URL.
+
+    It is moved last and at once: who follows it finds a whole backbone.
+    """
+    parent, _, folder = artifact.url.rstrip("/").rpartition("/")
+    url = storage.join(parent or ".", f"{name}.latest.json")
+    content = {"id": artifact.id, "folder": folder}
+    storage.write_atomic(url, json.dumps(content, indent=1).encode())
+    return url
+
+
+def upload(artifact: Artifact, repository: str, private: bool) -> str:
+    """Upload a backbone to a repository of the Hub, in one commit, with its id as a tag; return the commit's address.
+
+    The branch main is the latest; a tag stays what it was. A backbone that is there already is not uploaded again.
+    The token comes from where the Hub's own library looks for it.
+
+    Raises:
+        UserError: the Hub refuses, or cannot be reached.
+    """
+    from httpx import HTTPError
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api, tag = HfApi(), artifact.id[:SHORT_ID]
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        there = {each.name: each.target_commit for each in api.list_repo_refs(repository).tags}
+        if tag in there:
+            return f"{api.endpoint}/{repository}/tree/{tag}"
+        operations = [
+            CommitOperationAdd(file.path, str(artifact.local_file(file.path))) for file in artifact.manifest.files
+        ]
+        done: Any = api.create_commit(repository, operations, commit_message=f"fovea {artifact.id}")
+        api.create_tag(repository, tag=tag, revision=done.oid, tag_message=artifact.id)
+    except (HfHubHTTPError, HFValidationError, HTTPError, OSError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"hub: {repository}: {reason[0]}; log in with a token that may write (HF_TOKEN), then publish again"
+        ) from None
+    return f"{api.endpoint}/{repository}/tree/{tag}"

@@ -1,0 +1,152 @@
+"""A CLIP model as open_clip knows it: `open_clip_config.json` and weights, for `local-dir:`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distill.formats.material import Material
+from infra.errors import UserError
+from pretrain.models.config import VisionTransformerConfig
+from pretrain.models.vit import VisionTransformer
+from pretrain.objectives.image_text import ImageText, Siglip, tokenizer
+
+FOLDER = "open_clip"
+CAPTIONS = ("a photo", "two words of a caption")
+"""Texts that are compared, beside images, when it is checked."""
+
+
+def write(material: Material, directory: Path) -> None:
+    """Write `open_clip/`.
+
+    Raises:
+        UserError: it is no CLIP model, or open_clip's Vision Transformer has not the parts.
+    """
+    backbone, towers = _known(material)
+    folder = directory / FOLDER
+    folder.mkdir()
+    save_file(state_dict(backbone, towers), folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    settings = {"model_cfg": _model(backbone.config, towers), "preprocess_cfg": _preparation(material)}
+    (folder / "open_clip_config.json").write_text(json.dumps(settings, indent=2))
+
+
+def _known(material: Material) -> tuple[VisionTransformer, ImageText]:
+    backbone, towers = material.backbone, material.towers
+    if towers is None:
+        raise UserError("formats: open_clip is for models that know captions (objective clip or siglip); leave it out")
+    if not isinstance(backbone, VisionTransformer):
+        raise UserError(f"formats: open_clip has no model like {backbone.config.name}; leave it out")
+    config = backbone.config
+    missing = {
+        "registers": config.registers > 0,
+        "position": config.position == "rope",
+        "ffn": config.ffn == "swiglu",
+        "class_norm": config.class_norm,
+    }
+    for name, departs in missing.items():
+        if departs:
+            raise UserError(f"model.{name}: open_clip has no model like this one; leave the format out")
+    return backbone, towers
+
+
+def features(material: Material, pixels: Tensor) -> np.ndarray:
+    """What a fresh process is to give of images and of `CAPTIONS`, one below the other, unit vectors `[n, dim]`."""
+    towers = material.towers
+    assert towers is not None
+    with torch.inference_mode():
+        images = towers.encode_images(material.backbone([pixels])[0].class_token)
+        texts = towers.encode_texts(tokenizer(towers.config.text)(CAPTIONS))
+    return torch.cat([images, texts]).numpy()
+
+
+def state_dict(backbone: VisionTransformer, towers: ImageText) -> dict[str, Tensor]:
+    """Weights under open_clip's names.
+
+    Its patch embedding has no bias, so the bias goes into the patches' positions.
+    """
+    ours = {name: value.detach().cpu() for name, value in backbone.state_dict().items()}
+    table = ours["pos_embed"][0].clone()
+    table[1:] += ours["patch_embed.proj.bias"]
+    out = {
+        "visual.conv1.weight": ours["patch_embed.proj.weight"],
+        "visual.class_embedding": ours["cls_token"][0, 0],
+        "visual.positional_embedding": table,
+        "visual.ln_post.weight": ours["norm.weight"],
+        "visual.ln_post.bias": ours["norm.bias"],
+        "visual.proj": towers.project.weight.detach().cpu().T,
+        "logit_scale": towers.logit_scale.detach().cpu()[0],
+    }
+    if isinstance(towers, Siglip):
+        out["logit_bias"] = towers.logit_bias.detach().cpu()[0]
+    for name, value in ours.items():
+        if name.startswith("blocks."):
+            out["visual.transformer.resblocks." + _renamed(name.removeprefix("blocks."))] = value
+    if not backbone.config.qkv_bias:
+        for i in range(backbone.config.depth):
+            out[f"visual.transformer.resblocks.{i}.attn.in_proj_bias"] = torch.zeros(3 * backbone.config.dim)
+    out |= {f"text.{name}": value.detach().cpu() for name, value in towers.text.state_dict().items()}
+    return {name: value.contiguous().clone() for name, value in out.items()}
+
+
+_NAMES = {
+    "norm1": "ln_1",
+    "norm2": "ln_2",
+    "attn.qkv.weight": "attn.in_proj_weight",
+    "attn.qkv.bias": "attn.in_proj_bias",
+    "attn.proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "ls1": "ls_1",
+    "ls2": "ls_2",
+}
+
+
+def _renamed(name: str) -> str:
+    for ours, theirs in _NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _model(config: VisionTransformerConfig, towers: ImageText) -> dict[str, Any]:
+    text = towers.config.text
+    bias = {"init_logit_bias": float(towers.logit_bias)} if isinstance(towers, Siglip) else {}
+    return {
+        "embed_dim": towers.config.dim,
+        "custom_text": True,
+        **bias,
+        "vision_cfg": {
+            "image_size": config.image_size,
+            "patch_size": config.patch_size,
+            "width": config.dim,
+            "layers": config.depth,
+            "head_width": config.dim // config.heads,
+            "mlp_ratio": (config.hidden + 0.5) / config.dim,  # it is rounded down
+            "ls_init_value": config.layer_scale,
+            "no_ln_pre": True,
+            "norm_kwargs": {"eps": config.norm_eps},
+        },
+        "text_cfg": {
+            "context_length": text.context,
+            "vocab_size": towers.text.vocab_size,
+            "width": text.width,
+            "heads": text.heads,
+            "layers": text.layers,
+        },
+    }
+
+
+def _preparation(material: Material) -> dict[str, Any]:
+    views, side = material.views, material.backbone.config.image_size
+    return {
+        "size": side,
+        "mean": list(views.mean),
+        "std": list(views.std),
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }

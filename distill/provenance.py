@@ -1,0 +1,126 @@
+"""Where a backbone comes from, for its card: sources, funnel, licences, compute."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from infra import storage
+from infra.artifacts import Artifact, find
+from infra.corpora import Corpus
+from infra.fields import json_values
+from pretrain.planning import hardware
+
+_SAMPLE = 2000  # images of a corpus whose licences are read
+_ROLES = ("corpus", "selection", "teacher", "start")
+_TRAININGS = ("pretrain", "distill")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a corpus was read from."""
+
+    name: str
+    images: int
+    licences: dict[str, int]
+    """Images by licence, as their .json files name it, from the commonest on"""
+    read: int
+    """Images whose .json files were looked at"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a curation."""
+
+    name: str
+    kept: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What a training took."""
+
+    stage: str
+    images: int
+    """Seen, each time anew"""
+    devices: str
+    hours: float
+    """Of all devices together"""
+    flops: float | None
+    kwh: float | None
+    """At the boards' full power; None where that is not known"""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a backbone comes from."""
+
+    sources: list[Source]
+    funnel: list[Step]
+    compute: list[Compute]
+
+    @classmethod
+    def of(cls, checkpoint: Artifact) -> Provenance:
+        """What is still to be found of that which a checkpoint was trained on and by."""
+        artifacts = _trained_on(checkpoint)
+        return cls(
+            sources=[_source(each) for each in artifacts if each.manifest.stage == "ingest"],
+            funnel=[step for each in artifacts if each.manifest.kind == "selection" for step in _steps(each)],
+            compute=[_compute(each) for each in artifacts if each.manifest.stage in _TRAININGS],
+        )
+
+
+def _trained_on(artifact: Artifact) -> list[Artifact]:
+    """An artifact and all that went into its training, each once and before what was made from it; not what its images
+    were only compared with."""
+    found: dict[str, Artifact] = {}
+
+    def visit(each: Artifact) -> None:
+        for role, parent in each.manifest.inputs.items():
+            made = find(parent.url) if role.startswith(_ROLES) else None
+            if made is not None and made.id == parent.id and made.id not in found:
+                visit(made)
+        found[each.id] = each
+
+    visit(artifact)
+    return list(found.values())
+
+
+def _source(artifact: Artifact) -> Source:
+    corpus = Corpus.open(artifact.url)
+    rows = np.unique(np.linspace(0, len(corpus) - 1, min(_SAMPLE, len(corpus))).astype(np.int64))
+    named = [each for each in json_values(corpus, rows, "license", "licence") if isinstance(each, str)]
+    licences = dict(sorted(Counter(named).items(), key=lambda pair: (-pair[1], pair[0])))
+    return Source(_public(artifact.manifest.inputs["source"].url), len(corpus), licences, len(rows))
+
+
+def _public(source: str) -> str:
+    """A source's name as strangers may read it: of a folder on this machine its last part alone."""
+    return source.rstrip("/").rpartition("/")[2] if storage.is_local(source) else source
+
+
+def _steps(selection: Artifact) -> list[Step]:
+    entries = selection.metrics.get("funnel", [])
+    return [
+        Step(after["step"].replace("_", " "), after["kept"], before["kept"] - after["kept"])
+        for before, after in pairwise(entries)
+    ]
+
+
+def _compute(training: Artifact) -> Compute:
+    told = training.metrics
+    images, devices, device = told.get("images_seen", 0), told.get("devices", 1), told.get("device", "")
+    hours = devices * images / max(told.get("images_per_second", 0.0), 1e-9) / 3600 if images else 0.0
+    known, flops = hardware.named(device), told.get("flops_per_image")
+    return Compute(
+        stage=training.manifest.stage,
+        images=images,
+        devices=f"{devices} x {device}",
+        hours=hours,
+        flops=None if flops is None else flops * images,
+        kwh=None if known is None else hours * known.watts / 1000,
+    )
