@@ -108,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             self._answer({"transfer": "basic", "objects": upload})
         elif match := re.fullmatch(r"/api/models/(.+)/commit/main", self.path):
-            self._commit(self.hub.repositories[match[1]], body)
+            self._commit(match[1], body)
         elif match := re.fullmatch(r"/api/models/(.+)/tag/(.+)", self.path):
             self.hub.repositories[match[1]].tags[json.loads(body)["tag"]] = match[2]
             self._answer({})
@@ -120,10 +120,11 @@ class _Handler(BaseHTTPRequestHandler):
         if name in self.hub.repositories:
             self._answer({"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}, 409)
             return
-        self.hub.repositories[name] = Repository(bool(asked.get("private")))
+        self.hub.repositories[name] = Repository("private" in (asked.get("visibility"), "private" if asked.get("private") else ""))
         self._answer({"url": f"{self.hub.url}/{name}", "name": name})
 
-    def _commit(self, repository: Repository, body: bytes) -> None:
+    def _commit(self, name: str, body: bytes) -> None:
+        repository = self.hub.repositories[name]
         if self.hub.failing:
             self._answer({"error": "disk full"}, 507)
             return
@@ -137,7 +138,13 @@ class _Handler(BaseHTTPRequestHandler):
                 assert hashlib.sha256(data).hexdigest() == value["oid"]
                 repository.files[value["path"]] = data
         repository.commits.append(hashlib.sha1(body).hexdigest())
-        self._answer({"success": True, "commitOid": repository.commits[-1], "commitUrl": f"{self.hub.url}/x/commit/y"})
+        self._answer(
+            {
+                "success": True,
+                "commitOid": repository.commits[-1],
+                "commitUrl": f"{self.hub.url}/{name}/commit/{repository.commits[-1]}",
+            }
+        )
 
 
 @contextmanager
