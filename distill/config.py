@@ -51,6 +51,10 @@ class DistillSettings(TrainingSettings):
     """Losses; their weighted sum is optimised, for each student. The default is DINOv2's distillation."""
     teachers: dict[str, BackboneConfig] = Field(default_factory=dict)
     """Frozen teachers without heads, by name, beside the teacher checkpoint, whose name is teacher."""
+    cached_views: int = Field(0, ge=0)
+    """Views of each image after which they come again, epoch by epoch, so that what the teachers say of them is
+    computed once and kept as an artifact; 0: all views are new, and the teachers run along. Kept are 2 bytes a number:
+    images x views x global crops x tokens x width."""
     views: Views | None = None
     """Crops and augmentation; null: those that the teacher checkpoint was trained with."""
 
@@ -82,6 +86,9 @@ class DistillConfig(DistillSettings):
     """URL of a pretraining checkpoint, with its heads, which teaches frozen; null: `teachers` alone do."""
     corpora: list[str] = Field(min_length=1)
     """URLs of the corpora to distill on, or of selections: of those, what they keep of their corpus."""
+    taught: str | None = None
+    """URL below which `cached_views` keep what teachers say, for other distillations too; null: `taught` beside the
+    checkpoint."""
     out: str
     """URL of the checkpoint; {id} stands for its id."""
 

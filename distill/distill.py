@@ -9,22 +9,25 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from distill import taught
 from distill.config import DistillConfig
 from distill.lesson import Lesson
 from distill.objectives.clip import towers
 from distill.objectives.config import ClipLogitsConfig, DeitConfig, FeaturesConfig
+from distill.taught import Kept
 from infra.artifacts import Artifact, Input, Plan, open_artifact, produce
 from infra.corpora import Corpus
 from infra.errors import UserError
 from infra.hashing import hash_file
-from pretrain import backbones, checkpoints
+from infra.storage import join, parent
+from pretrain import backbones, checkpoints, ranks
 from pretrain.checkpoints import STUDENTS, Description
 from pretrain.config import decisive
 from pretrain.data.loader import Batch, ViewDataset
 from pretrain.data.samples import Part
 from pretrain.engine import Trained
 from pretrain.objectives.image_text import tokenizer
-from pretrain.ranks import world
+from pretrain.ranks import barrier, device_of_rank, world
 from pretrain.reporting import Task
 from pretrain.train import corpus_inputs, dataset_of, produce_together, train, training_metrics
 
@@ -46,7 +49,7 @@ def distill(config: DistillConfig) -> Artifact:
         dataset, url = _dataset(lesson), planned.resolve(config.out)
         described = [_description(lesson, name) for name in config.students]
         task = Task("distill", config, described, dataset, lesson.build, directory, url, planned)
-        learner = lesson.build()
+        learner = lesson.build(_kept(lesson, dataset, planned, url) if config.cached_views else None)
         learner.standardise(_first_batches(lesson, dataset))
         trained = train(task, learner)
         names = list(config.students)
@@ -116,7 +119,28 @@ def _dataset(lesson: Lesson) -> ViewDataset:
         views = views.model_copy(update={"local_count": 0})  # nobody else reads them
     tokenize = tokenizer(clip.text) if clip else None
     labelled = lesson.asked(DeitConfig) is not None
-    return dataset_of(lesson.config.corpora, lesson.config, views, lesson.patch_size, tokenize, labelled)
+    repeats = lesson.config.cached_views
+    return dataset_of(lesson.config.corpora, lesson.config, views, lesson.patch_size, tokenize, labelled, repeats)
+
+
+def _kept(lesson: Lesson, dataset: ViewDataset, planned: Plan, url: str) -> Kept:
+    """What teachers say of all views, by the first rank, unless an earlier distillation has kept it."""
+    deit = lesson.asked(DeitConfig)
+    settings = {
+        "views": dataset.views.model_dump(mode="json"),
+        "seed": dataset.seed,
+        "classifier": deit.classifier if deit else None,
+        **{name: planned.settings[name] for name in ("teachers", "cached_views")},
+    }
+    inputs = {name: each for name, each in planned.inputs.items() if not name.startswith("start_")}
+    plan = Plan("embeddings", "teach", taught.VERSION, settings, inputs)
+    out = join(lesson.config.taught or join(parent(url), "taught"), "{id}")
+    if world()[1] > 1:
+        ranks.join(device_of_rank())
+    if world()[0] == 0:
+        taught.keep(plan, out, dataset, lambda: lesson.build().to(device_of_rank()).teach)
+    barrier()
+    return Kept(open_artifact(plan.resolve(out), "embeddings"))
 
 
 def _first_batches(lesson: Lesson, dataset: ViewDataset) -> Iterator[Batch]:

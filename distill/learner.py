@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distill.objectives.features import Features
+from distill.taught import Kept
 from pretrain import health
 from pretrain.data.config import Views
 from pretrain.data.loader import Batch
@@ -47,6 +48,7 @@ class Distillation(Learner):
         teacher: the frozen backbone whose heads give targets, where there is one.
         others: teachers without heads, by name; no part of the learner's state.
         views: how crops are normalised.
+        kept: what teachers say of views that come again; then none of them is asked.
         all_patches: patch tokens are compared everywhere, not where masks would hide them.
     """
 
@@ -57,6 +59,7 @@ class Distillation(Learner):
         teacher: VisionTransformer | None,
         others: Mapping[str, Teach],
         views: Views,
+        kept: Kept | None = None,
         all_patches: bool = False,
     ) -> None:
         super().__init__(views)
@@ -64,6 +67,7 @@ class Distillation(Learner):
         self.rates = dict(rates)
         self.teacher = teacher
         self.__dict__["others"] = dict(others)
+        self.kept = kept
         self.all_patches = all_patches
         self._share_teaching()
         self.train()
@@ -117,6 +121,9 @@ class Distillation(Learner):
         """The global crops as students take them, and what all teachers will say of them."""
         crops = recoloured(batch.global_crops, batch.global_photometric)
         images = (crops - self.mean) / self.std
+        if self.kept is not None:
+            kept, device = self.kept, images.device
+            return images, Taught({name: partial(kept.features, name, batch.keys, device) for name in kept.teachers})
         teachers: dict[str, Callable[[], Said]] = {
             name: partial(teach, crops) for name, teach in self.__dict__["others"].items()
         }
@@ -124,6 +131,13 @@ class Distillation(Learner):
             teacher = self.teacher
             teachers[TEACHER] = lambda: teacher([images])[0]
         return images, Taught(teachers)
+
+    @torch.no_grad()
+    def teach(self, batch: Batch) -> dict[str, Said]:
+        """What every teacher says of the global crops of a batch, by name."""
+        _, taught = self._taught(batch.to(self.mean.device))
+        names = [*([TEACHER] if self.teacher is not None else []), *self.__dict__["others"]]
+        return {name: taught.of(name) for name in names}
 
     def _reads_locals(self, batch: Batch) -> bool:
         return len(batch.local_crops) > 0 and any(isinstance(each, Dino) for each in self.modules())

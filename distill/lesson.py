@@ -22,6 +22,7 @@ from distill.objectives.config import (
 from distill.objectives.deit import CLASSIFIER, Deit
 from distill.objectives.features import Features
 from distill.objectives.relations import Relations
+from distill.taught import Kept
 from distill.teachers import BackboneTeacher, ClassifierTeacher, ClipTeacher
 from infra.errors import UserError
 from pretrain.checkpoints import Checkpoint, initial_backbone
@@ -90,29 +91,38 @@ class Lesson:
         found = [each for each in self.checkpoint.description.objectives if isinstance(each, kinds)]
         return [each.model_copy(update={"weight": prototypes.weight * each.weight}) for each in found]
 
-    def build(self) -> Distillation:
-        """Students with initial weights, teachers, and their losses."""
-        teacher = self.checkpoint.backbone() if self.checkpoint else None
+    def build(self, kept: Kept | None = None) -> Distillation:
+        """Students with initial weights, teachers, and their losses.
+
+        Args:
+            kept: what teachers say of all views; then they need not be loaded.
+        """
+        teacher = self.checkpoint.backbone() if self.checkpoint and kept is None else None
         assert teacher is None or isinstance(teacher, VisionTransformer)
-        others = self._others()
+        others = self._others(needed=kept is None)
         teachers: dict[str, Wide] = ({TEACHER: teacher} if teacher else {}) | {
             name: each for name, each in others.items() if isinstance(each, BackboneTeacher)
         }
+        if kept is not None:
+            teachers = {name: width for name, width in kept.teachers.items() if name != CLASSIFIER} | teachers
         students = {name: self._student(each, teachers) for name, each in self.config.students.items()}
         rates = {name: each.lr for name, each in self.config.students.items()}
         prototypes = self.asked(PrototypesConfig)
         everywhere = prototypes is not None and prototypes.patches == "all"
-        return Distillation(students, rates, teacher, others, self.views, everywhere)
+        return Distillation(students, rates, teacher, others, self.views, kept, everywhere)
 
-    def _others(self) -> dict[str, BackboneTeacher | ClassifierTeacher]:
+    def _others(self, needed: bool) -> dict[str, BackboneTeacher | ClassifierTeacher]:
+        """Teachers without heads; where images need not be shown to them, those that are told captions alone."""
         clip, deit = self.asked(ClipLogitsConfig), self.asked(DeitConfig)
         found: dict[str, BackboneTeacher | ClassifierTeacher] = {}
         for name, config in self.config.teachers.items():
             if clip is not None and clip.teacher == name and isinstance(config, OpenClipBackbone):
                 found[name] = ClipTeacher(name, config, clip.text.context)
-            else:
+            elif needed:
                 found[name] = BackboneTeacher(name, config)
-        return found | ({CLASSIFIER: ClassifierTeacher(deit, len(self.classes))} if deit is not None else {})
+        if deit is not None and needed:
+            found[CLASSIFIER] = ClassifierTeacher(deit, len(self.classes))
+        return found
 
     def _student(self, settings: StudentSettings, teachers: Mapping[str, Wide]) -> Student:
         seed = self.config.schedule.seed

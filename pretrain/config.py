@@ -429,7 +429,7 @@ BackboneConfig = Annotated[
 ]
 
 
-PLACES = ("corpora", "start", "teacher_checkpoint", "out")  # inputs are known by their ids
+PLACES = ("corpora", "start", "teacher_checkpoint", "taught", "out")  # inputs are known by their ids
 LAUNCHING = ("launcher", "launch")
 _SPREADING = {"engine", "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"}
 

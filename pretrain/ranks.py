@@ -25,6 +25,13 @@ def world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def device_of_rank() -> torch.device:
+    """The GPU of this rank, or the CPU."""
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
+
+
 def join(device: torch.device) -> None:
     """Join the launcher's process group, or make one of this process alone."""
     if dist.is_initialized():

@@ -119,6 +119,7 @@ def dataset_of(
     patch_size: int,
     tokenize: Tokenize | None = None,
     labelled: bool = False,
+    repeats: int = 0,
 ) -> ViewDataset:
     """Views of the samples of some corpora or selections.
 
@@ -126,6 +127,7 @@ def dataset_of(
         patch_size: of the patch tokens that masks cover.
         tokenize: captions to token ids, where an objective reads them; then every sample must have one.
         labelled: an objective reads classes; then every sample must have one.
+        repeats: views of a sample after which the first one comes again; 0: none does.
     """
     samples = Samples([Part.open(url) for url in corpora])
     _cache(samples, settings)
@@ -136,7 +138,7 @@ def dataset_of(
         for part in samples.parts:
             _ = part.corpus.labels
     masks = MaskPlan.of(views, patch_size)
-    return ViewDataset(samples, views, masks, settings.schedule.seed, settings.sampling, tokenize, labelled)
+    return ViewDataset(samples, views, masks, settings.schedule.seed, settings.sampling, tokenize, labelled, repeats)
 
 
 def _cache(samples: Samples, settings: TrainingSettings) -> None:

@@ -120,7 +120,9 @@ class _Handler(BaseHTTPRequestHandler):
         if name in self.hub.repositories:
             self._answer({"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}, 409)
             return
-        self.hub.repositories[name] = Repository("private" in (asked.get("visibility"), "private" if asked.get("private") else ""))
+        self.hub.repositories[name] = Repository(
+            "private" in (asked.get("visibility"), "private" if asked.get("private") else "")
+        )
         self._answer({"url": f"{self.hub.url}/{name}", "name": name})
 
     def _commit(self, name: str, body: bytes) -> None:

@@ -56,6 +56,8 @@ class Batch:
     """int64 `[n]`: where the masks are true, of all patch tokens one after another; here, so that no device is asked"""
     labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """int64 `[B]`: classes; `[0]` where no objective reads them"""
+    keys: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """int64 `[B]`: what the views are a function of, beside the seed; see `ViewDataset`"""
 
     def to(self, device: torch.device) -> Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -73,6 +75,10 @@ class ViewDataset(Dataset[Batch | UserError]):
 
     A sample that cannot be used is passed over: one from another place of the epoch, drawn from seed and place, stands
     in for it.
+
+    Args:
+        repeats: views of a sample after which the first one comes again, epoch by epoch: those of row r in epoch e have
+            the key r * repeats + e % repeats. 0: no view comes again, and the place is the key.
     """
 
     def __init__(
@@ -84,6 +90,7 @@ class ViewDataset(Dataset[Batch | UserError]):
         sampling: Sampling | None = None,
         tokenize: Callable[[Sequence[str]], Tensor] | None = None,
         labelled: bool = False,
+        repeats: int = 0,
     ) -> None:
         self.samples = samples
         self.order = samples.order(seed, sampling or Sampling())
@@ -92,6 +99,7 @@ class ViewDataset(Dataset[Batch | UserError]):
         self.seed = seed
         self.tokenize = tokenize
         self.labelled = labelled
+        self.repeats = repeats
 
     def __getitem__(self, positions: np.ndarray) -> Batch | UserError:
         try:
@@ -102,10 +110,19 @@ class ViewDataset(Dataset[Batch | UserError]):
     def batch(self, positions: np.ndarray) -> Batch:
         """The views of the images at given places."""
         rows = self.order.rows_at(positions)
+        if not self.repeats:
+            return self._batch(positions, rows, positions)
+        return self._batch(positions, rows, rows * self.repeats + positions // self.order.size % self.repeats)
+
+    def of_keys(self, keys: np.ndarray) -> Batch:
+        """The views of given keys, where they repeat; their places mean nothing."""
+        return self._batch(keys, keys // self.repeats, keys)
+
+    def _batch(self, positions: np.ndarray, rows: np.ndarray, keys: np.ndarray) -> Batch:
         passed_over: Counter[str] = Counter()
         views: list[tuple[Cut, Cut]] = []
         for at, (place, data) in enumerate(zip(positions, self.samples.read(rows), strict=True)):
-            rows[at], cuts = self._usable(int(place), int(rows[at]), data, passed_over)
+            rows[at], cuts = self._usable(int(place), int(keys[at]), int(rows[at]), data, passed_over)
             views.append(cuts)
         large, small = ([pair[i] for pair in views] for i in (0, 1))
         masks = torch.from_numpy(self._masks(positions))
@@ -118,33 +135,32 @@ class ViewDataset(Dataset[Batch | UserError]):
             masks=masks,
             masked=masks.flatten().nonzero()[:, 0],
             texts=self._texts(rows),
-            labels=torch.tensor(
-                [self.samples.label(int(row)) for row in rows] if self.labelled else [], dtype=torch.int64
-            ),
+            labels=self._labels(rows),
+            keys=torch.from_numpy(keys),
             positions=torch.from_numpy(positions),
             passed_over=torch.tensor([passed_over[reason] for reason in UNUSABLE]),
         )
 
     def _usable(
-        self, place: int, row: int, data: bytes | Unusable, passed_over: Counter[str]
+        self, place: int, key: int, row: int, data: bytes | Unusable, passed_over: Counter[str]
     ) -> tuple[int, tuple[Cut, Cut]]:
         """The row and the views of a place: of the first usable one of its sample and the substitutes."""
-        rng = order.generator(self.seed, order.SUBSTITUTES, place)
+        rng = order.generator(self.seed, order.SUBSTITUTES, key)
         for _ in range(_SUBSTITUTES):
             try:
                 if isinstance(data, Unusable):
                     raise ImageRejected(data.reason)
-                return row, self._views(data, place)
+                return row, self._views(data, key)
             except ImageRejected as error:
                 passed_over[error.reason] += 1
                 _log.info("sample %s is passed over: %s", self.samples.key(row), error.reason)
-            row = self.order.stand_in(place, rng)
+            row = int(rng.integers(self.order.size)) if self.repeats else self.order.stand_in(place, rng)
             (data,) = self.samples.read(np.array([row]))
         reasons = ", ".join(f"{reason} {count}" for reason, count in passed_over.items())
         url = self.samples.place(row)[0].artifact.url
         raise UserError(f"{url}: {_SUBSTITUTES} samples in a row cannot be used ({reasons}); ingest it again")
 
-    def _views(self, data: bytes, place: int) -> tuple[Cut, Cut]:
+    def _views(self, data: bytes, key: int) -> tuple[Cut, Cut]:
         """Global and local crops, chosen by the image's dimensions before a pixel is decoded.
 
         Raises:
@@ -152,7 +168,7 @@ class ViewDataset(Dataset[Batch | UserError]):
         """
         image, views = open_image(data), self.views
         size = upright_size(image)
-        rng = order.generator(self.seed, order.AUGMENTATION, place)
+        rng = order.generator(self.seed, order.AUGMENTATION, key)
         large = choose(size, views.globals, views.global_count, views, rng)
         small = choose(size, views.locals, views.local_count, views, rng)
         sizes = (max(views.globals.size, views.plain_size or 0), views.locals.size)

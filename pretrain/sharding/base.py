@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import Optimizer, Sharding
+from pretrain.ranks import device_of_rank
 
 Moment = Literal["exp_avg", "exp_avg_sq"]
 CLIPPED_WITH = "clipped_with"
@@ -89,9 +89,7 @@ def build(
         groups: AdamW's groups of its parameters.
         spread: the micro-batch of a rank, and micro-batches a step.
     """
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    )
+    device = device_of_rank()
     module.to(device)
     # On a CPU, where an offloaded optimiser steps, the fused kernel is the one that goes through memory once.
     kernel = {"foreach": True} if sharding.offload_optimizer == "none" else {"fused": True}
