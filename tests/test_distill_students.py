@@ -181,7 +181,7 @@ def test_two_ranks_distill_as_one(
     shared: dict[str, Any] = {
         "teacher_checkpoint": teacher,
         "teachers": {"timm": foreign.model_dump()},
-        "objectives": SAID,
+        "objectives": [{"kind": "prototypes", "patches": "all"}, {"kind": "features"}],  # masks are each rank's own
         "students": {"small": SMALL, "fine": FINE},
         "schedule": {"steps": 4, "batch": 8},
         "health": {"every": 2},
@@ -193,10 +193,8 @@ def test_two_ranks_distill_as_one(
     _torchrun(run, tmp_path / "job")
     distill.run(settings(embedded.seed, tmp_path / "one", **shared))
     for ours, single in zip(losses(tmp_path / "run"), losses(tmp_path / "one"), strict=True):
-        assert ours["gradient_norm"] == pytest.approx(single["gradient_norm"], rel=0.1)
-        for name, value in single.items():
-            if "features" in name or "dino" in name:
-                assert ours[name] == pytest.approx(value, rel=2e-2), name
+        assert ours["gradient_norm"] == pytest.approx(single["gradient_norm"], rel=1e-2)
+        assert ours == pytest.approx(single, rel=1e-2)
 
 
 def _torchrun(asked: DistillConfig, folder: Path) -> None:
