@@ -23,7 +23,7 @@ from pretrain.backbones import Backbone
 from pretrain.config import BackboneConfig
 from pretrain.features import of_rows
 
-VERSION = 3
+VERSION = 4
 _PART_ROWS = 1 << 14
 
 

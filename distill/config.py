@@ -147,8 +147,10 @@ class ImportConfig(Config):
 
     checkpoint: str
     """Path of the weights on this machine: a state dict, or a training's teacher."""
-    layout: Literal["official", "timm"] = "official"
-    """Whose names they have: the official DINOv2 or DINOv3 code's, or timm's Vision Transformers'."""
+    layout: Literal["official", "timm", "open_clip"] = "official"
+    """Whose names they have: the official DINOv2 or DINOv3 code's, timm's Vision Transformers', or open_clip's."""
+    name: str | None = None
+    """Of layout open_clip the model's name there, which tells all of `model`, `mean` and `std`."""
     model: VisionTransformerConfig = VisionTransformerConfig()
     """The dimensions and parts it was trained with."""
     mean: tuple[float, float, float] = IMAGENET_MEAN

@@ -1,29 +1,33 @@
-"""Import: weights of official DINOv2 and DINOv3 code, or of timm, to a Fovea checkpoint to start a pretraining from."""
+"""Import: weights of the official DINOv2 and DINOv3 code, timm or open_clip to a checkpoint to go on from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distill import from_open_clip
 from distill.config import ImportConfig
 from infra.artifacts import Artifact, Input, Plan, produce
 from infra.errors import UserError
 from infra.hashing import hash_file
-from pretrain import checkpoints, weights
+from pretrain import checkpoints, published, weights
 from pretrain.checkpoints import Description
+from pretrain.config import OpenClipBackbone
 from pretrain.data.config import Views
 from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.official import from_official, require_fitting
+from pretrain.objectives.config import ObjectiveConfig
 
 VERSION = 2
 
 
 def import_weights(config: ImportConfig) -> Artifact:
-    """Write a checkpoint whose student and teacher are the given weights; heads it has none.
+    """Write a checkpoint whose student and teacher are the given weights; heads it has none, but open_clip's towers.
 
     Raises:
         UserError: the file is missing, or of another model than the settings say.
@@ -37,19 +41,53 @@ def import_weights(config: ImportConfig) -> Artifact:
     return produce(plan, config.out, lambda directory: _write(config, directory))
 
 
-def _write(config: ImportConfig, directory: Path) -> Mapping[str, Any]:
+@dataclass(frozen=True)
+class _Read:
+    """What a file holds, under our names."""
+
+    model: VisionTransformerConfig
+    mean: Sequence[float]
+    std: Sequence[float]
+    backbone: dict[str, Tensor]
+    objectives: dict[str, Tensor]
+    configs: list[ObjectiveConfig]
+    """Of the objectives whose weights came along."""
+
+
+def _read(config: ImportConfig) -> _Read:
+    state = _state(config.checkpoint)
+    if config.layout == "open_clip":
+        return _read_open_clip(config, state)
     read = from_official if config.layout == "official" else from_timm
+    return _Read(config.model, config.mean, config.std, read(state, config.model), {}, [])
+
+
+def _read_open_clip(config: ImportConfig, state: Mapping[str, Tensor]) -> _Read:
+    if config.name is None:
+        raise UserError("layout open_clip needs --name, the model's name there")
+    known = from_open_clip.known(config.name)
+    how = published.preprocessing(OpenClipBackbone(model=config.name, checkpoint=config.checkpoint))
+    kind = f"objectives.{known.objective.kind}."
+    towers = {kind + name: value for name, value in from_open_clip.towers_of(state).items()}
+    backbone = from_open_clip.backbone_of(state, known.model)
+    return _Read(known.model, how["mean"], how["std"], backbone, towers, [known.objective])
+
+
+def _write(config: ImportConfig, directory: Path) -> Mapping[str, Any]:
     try:
-        backbone = read(_state(config.checkpoint), config.model)
+        read = _read(config)
     except UserError as error:
         raise UserError(f"{config.checkpoint}: {error}") from None
-    backbone = {name: value.float().contiguous() for name, value in backbone.items()}
-    both = {f"{role}.{name}": value.clone() for role in ("student", "teacher") for name, value in backbone.items()}
-    sides = {"globals": {"size": config.model.image_size}, "local_count": 0}  # that fit any patch
-    views = Views.model_validate(sides | {"mean": config.mean, "std": config.std})
-    description = Description(released="teacher", model=config.model, views=views, seed=0)
-    checkpoints.write(both, description, directory)
-    parameters = sum(value.numel() for value in backbone.values())
+    both = {f"{role}.{name}": value for role in ("student", "teacher") for name, value in read.backbone.items()}
+    found = {name: value.float().contiguous().clone() for name, value in (both | read.objectives).items()}
+    for name, value in found.items():
+        if not value.isfinite().all():
+            raise UserError(f"{config.checkpoint}: {name} holds values that are not finite; fetch it again")
+    sides = {"globals": {"size": read.model.image_size}, "local_count": 0}  # that fit any patch
+    views = Views.model_validate(sides | {"mean": read.mean, "std": read.std})
+    described = Description(released="teacher", model=read.model, views=views, seed=0, objectives=read.configs)
+    checkpoints.write(found, described, directory)
+    parameters = sum(value.numel() for value in read.backbone.values())
     return {"images": 0, "unusable": {}, "skipped": 0, "rewinds": 0, "steps": 0, "parameters": parameters}
 
 

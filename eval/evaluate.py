@@ -24,7 +24,7 @@ from infra.files import appearing
 from pretrain import backbones
 from pretrain.config import BackboneConfig, CheckpointBackbone, PixelDescriptor
 
-VERSION = 2
+VERSION = 3
 _PIXELS = PixelDescriptor(side=32, frequencies=32, whiten=0.0)
 _HOW = {"model", "datasets", "leaks", "features", "out", "batch", "workers", "gate", "suite"}
 _DONE = ".done"

@@ -24,7 +24,7 @@ from pretrain.backbones import Backbone, TokenBackbone, identity
 from pretrain.config import BackboneConfig
 from pretrain.data.decode import decode_rgb
 
-VERSION = 1
+VERSION = 2
 _LAYOUT = "layout.json"
 _PART_BYTES = 1 << 28
 

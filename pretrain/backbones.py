@@ -344,9 +344,9 @@ def center_crop(image: Image.Image, side: int) -> np.ndarray:
     keep none.
     """
     resize = round(side * 256 / 224) if side >= 64 else side
-    scale = resize / min(image.size)
-    width, height = (max(side, round(each * scale)) for each in image.size)
+    # The longer side is rounded down and the middle to even, as torchvision, and so timm, does.
+    width, height = (resize if each == min(image.size) else int(each * resize / min(image.size)) for each in image.size)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - side) // 2, (height - side) // 2
+    left, top = round((width - side) / 2), round((height - side) / 2)
     return np.asarray(image.crop((left, top, left + side, top + side)))

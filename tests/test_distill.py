@@ -297,10 +297,11 @@ def test_the_card_tells_numbers_lineage_and_licence(published: Path) -> None:
 
 
 @pytest.mark.parametrize("side", [64, 96, 256, 518])
-def test_timm_prepares_images_as_we_do(side: int) -> None:
+@pytest.mark.parametrize("size", [(600, 600), (601, 777), (930, 604), (607, 1001)])
+def test_timm_prepares_images_as_we_do(side: int, size: tuple[int, int]) -> None:
     from pretrain.backbones import center_crop
 
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (600, 600, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
     transform = timm.data.create_transform(
         input_size=side, crop_pct=timm_folder._crop_share(side), interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1)
     )
@@ -331,8 +332,12 @@ def test_rotary_models_load_in_transformers_with_and_without_registers(tmp_path:
         with torch.inference_mode():
             expected = vit([pixels])[0].class_token
             torch.testing.assert_close(model(pixels).pooler_output, expected, atol=1e-5, rtol=1e-4)
-    with pytest.raises(UserError, match="timm's rotary models freeze the size"):
-        graphs.write_exported(vit, Views(), tmp_path)
+    graphs.write_exported(vit, Views(), tmp_path)
+    graph = torch.export.load(tmp_path / "model.pt2").module()
+    with torch.inference_mode():
+        for shape in ((1, 3, 16, 56), (3, 3, 32, 32)):
+            pixels = torch.randn(*shape)
+            torch.testing.assert_close(graph(pixels), vit([pixels])[0].class_token, atol=1e-5, rtol=1e-4)
 
 
 def test_a_backbone_that_timm_sees_differently_is_not_published(

@@ -20,7 +20,7 @@ from pretrain.config import CheckpointBackbone, OfficialBackbone
 from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.official import to_official
 from pretrain.models.vit import VisionTransformer
-from tests.conftest import Embedded
+from tests.conftest import TINY_CLIP, Embedded, image_folder, ingested
 from tests.test_pretrain_training import config
 
 MODEL = {"dim": 32, "depth": 2, "heads": 2, "patch_size": 8, "image_size": 32}
@@ -89,3 +89,58 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     assert find(str(tmp_path / "o")) is None
     with pytest.raises(UserError, match="no such file"):
         import_weights(ImportConfig(checkpoint=str(tmp_path / "nope"), out=str(tmp_path / "o")))
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("quick", "custom"), [(True, False), (False, True)])
+def test_open_clips_models_come_with_their_towers_and_go_back(tmp_path: Path, quick: bool, custom: bool) -> None:
+    """Images and captions get the vectors that open_clip gives them; and again when published for it, or for timm."""
+    import json
+
+    import open_clip
+
+    from pretrain import image_text
+
+    name = f"tiny-{quick}"
+    settings = {**TINY_CLIP, "quick_gelu": quick, "custom_text": custom}
+    (tmp_path / f"{name}.json").write_text(json.dumps(settings))
+    open_clip.add_model_config(tmp_path / f"{name}.json")
+    torch.manual_seed(0)
+    theirs, _, _ = open_clip.create_model_and_transforms(name)
+    for value in theirs.parameters():
+        torch.nn.init.normal_(value, std=0.1)
+    torch.save(theirs.eval().state_dict(), tmp_path / "weights.pt")
+    out = str(tmp_path / "checkpoint")
+    asked = ImportConfig(checkpoint=str(tmp_path / "weights.pt"), layout="open_clip", name=name, out=out)
+    checkpoint = Checkpoint.open(import_weights(asked).url)
+    corpus = ingested(image_folder(tmp_path / "images", 6), tmp_path / "corpus").artifact
+    pixels = torch.randn(3, 3, 32, 32)
+    both = image_text.load(CheckpointBackbone(url=out))
+    with torch.inference_mode():
+        expected = theirs.encode_image(pixels, normalize=True)
+        tokens = open_clip.get_tokenizer(name)(["a dog", "two cats"])
+        told = theirs.encode_text(tokens, normalize=True)
+        found = both.project(checkpoint.backbone()([pixels])[0].class_token)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.from_numpy(both.texts(["a dog", "two cats"])), told, atol=1e-5, rtol=1e-4)
+    settings_ = {"checkpoint": out, "images": corpus.url, "formats": ["timm", "open_clip"]}
+    published = publish(
+        PublishConfig.model_validate(settings_ | {"out": str(tmp_path / "backbone"), "tolerance": 1e-4})
+    )
+    assert set(published.metrics["max_abs_diff"]) == {"timm", "open_clip"}
+    other = settings_ | {"formats": ["official"], "out": str(tmp_path / "other")}
+    with pytest.raises(UserError, match="the official code has no model like this one"):
+        publish(PublishConfig.model_validate(other))
+
+
+def test_open_clips_other_models_are_refused_by_name(tmp_path: Path) -> None:
+    torch.save({"x": torch.zeros(1)}, tmp_path / "weights.pt")
+    for name, reason in (("RN50", "the layers of a ResNet"), ("ViT-B-16-SigLIP", "timm_model_name"), ("x", "none of")):
+        asked = ImportConfig(
+            checkpoint=str(tmp_path / "weights.pt"), layout="open_clip", name=name, out=str(tmp_path / "c")
+        )
+        with pytest.raises(UserError, match=reason):
+            import_weights(asked)
+    asked = ImportConfig(checkpoint=str(tmp_path / "weights.pt"), layout="open_clip", out=str(tmp_path / "c"))
+    with pytest.raises(UserError, match="needs --name"):
+        import_weights(asked)

@@ -16,7 +16,10 @@ plain = transformers.AutoConfig.from_pretrained(folder).model_type == "vit"  # w
 model = transformers.AutoModel.from_pretrained(folder, **({"add_pooling_layer": False} if plain else {})).eval()
 with torch.inference_mode():
     found = model(images)
-    np.save(features, (found.last_hidden_state[:, 0] if plain else found.pooler_output).numpy())
+    tokens, side = found.last_hidden_state, model.config.patch_size
+    patches = (images.shape[-2] // side) * (images.shape[-1] // side)
+    first = tokens[:, :1] if plain else found.pooler_output[:, None]
+    np.save(features, torch.cat([first, tokens[:, -patches:]], dim=1).numpy())
     if not plain:
         # AutoBackbone asks the Hub about every name, folders too (transformers 5.23): so by its class.
         backbone = getattr(transformers, type(model).__name__.removesuffix("Model") + "Backbone")

@@ -42,9 +42,9 @@ def _of_backbone(write: Callable[[Network, Views, Path], None]) -> Callable[[Mat
 
 
 FORMATS: dict[FormatName, Format] = {
-    "timm": Format(_of_backbone(timm_folder.write), "timm_folder.py"),
+    "timm": Format(_of_backbone(timm_folder.write), "timm_folder.py", Material.tokens),
     "hub": Format(_of_backbone(hub_repository.write), "hub_repository.py"),
-    "transformers": Format(_of_backbone(transformers_folder.write), "transformers_folder.py"),
+    "transformers": Format(_of_backbone(transformers_folder.write), "transformers_folder.py", Material.tokens),
     "open_clip": Format(
         open_clip_folder.write, "open_clip_folder.py", open_clip_folder.features, open_clip_folder.CAPTIONS
     ),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from infra.errors import UserError
 from pretrain.data.config import Views
@@ -45,13 +46,28 @@ def write_exported(backbone: Network, views: Views, directory: Path) -> None:
     torch.export.save(_graph(backbone, directory), directory / EXPORTED)
 
 
-def _graph(backbone: Network, directory: Path) -> torch.export.ExportedProgram:
-    """timm's model of the folder, whose code is made to be exported; sides are multiples of the patch."""
+class _ClassTokens(nn.Module):
+    """Of our own Vision Transformer: timm's rotary models freeze the size."""
+
+    def __init__(self, backbone: VisionTransformer) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.backbone([pixels])[0].class_token
+
+
+def _model(backbone: Network, directory: Path) -> nn.Module:
     import timm
 
     if isinstance(backbone, VisionTransformer) and backbone.config.position == "rope":
-        raise UserError("model.position: timm's rotary models freeze the size; leave onnx and torch_export out")
-    model = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
+        return _ClassTokens(backbone).eval()
+    return timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
+
+
+def _graph(backbone: Network, directory: Path) -> torch.export.ExportedProgram:
+    """timm's model of the folder, whose code is made to be exported; sides are multiples of the patch."""
+    model = _model(backbone, directory)
     patch, side = backbone.patch_size, backbone.config.image_size
     shape: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
     example = torch.zeros(2, 3, side, side)

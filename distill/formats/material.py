@@ -11,7 +11,7 @@ from torch import Tensor
 from pretrain.checkpoints import Checkpoint
 from pretrain.data.config import Views
 from pretrain.image_text import towers_of
-from pretrain.models.timm_network import Network
+from pretrain.models.timm_network import Network, TimmNetwork
 from pretrain.objectives.image_text import ImageText
 
 
@@ -27,6 +27,15 @@ class Material:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Material:
         return cls(checkpoint.backbone(), checkpoint.views, towers_of(checkpoint))
+
+    @torch.inference_mode()
+    def tokens(self, pixels: Tensor) -> np.ndarray:
+        """Class and patch tokens, `[n, 1 + patches, dim]`; of a network of timm that is no Vision Transformer class
+        tokens alone."""
+        (said,) = self.backbone([pixels])
+        if isinstance(self.backbone, TimmNetwork) and not getattr(self.backbone.network, "num_prefix_tokens", 0):
+            return said.class_token.numpy()
+        return torch.cat([said.class_token[:, None], said.patch_tokens], dim=1).numpy()
 
     @torch.inference_mode()
     def features(self, pixels: Tensor) -> np.ndarray:

@@ -22,5 +22,7 @@ def write(backbone: Network, views: Views, directory: Path) -> None:
     """
     if isinstance(backbone, TimmNetwork):
         raise UserError(f"formats: official has no model like {backbone.config.name}; leave it out")
+    if backbone.config.pre_norm or backbone.config.activation != "gelu":
+        raise UserError("model.pre_norm: the official code has no model like this one; leave the format out")
     state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
     torch.save(to_official(state, backbone.config), directory / FILE)

@@ -48,6 +48,7 @@ def _known(material: Material) -> tuple[VisionTransformer, ImageText]:
         "position": config.position == "rope",
         "ffn": config.ffn == "swiglu",
         "class_norm": config.class_norm,
+        "activation": config.activation != towers.config.text.activation,
     }
     for name, departs in missing.items():
         if departs:
@@ -73,6 +74,7 @@ def state_dict(backbone: VisionTransformer, towers: ImageText) -> dict[str, Tens
     ours = {name: value.detach().cpu() for name, value in backbone.state_dict().items()}
     table = ours["pos_embed"][0].clone()
     table[1:] += ours["patch_embed.proj.bias"]
+    pre = {name: ours[f"norm_pre.{name}"] for name in ("weight", "bias") if f"norm_pre.{name}" in ours}
     out = {
         "visual.conv1.weight": ours["patch_embed.proj.weight"],
         "visual.class_embedding": ours["cls_token"][0, 0],
@@ -82,6 +84,7 @@ def state_dict(backbone: VisionTransformer, towers: ImageText) -> dict[str, Tens
         "visual.proj": towers.project.weight.detach().cpu().T,
         "logit_scale": towers.logit_scale.detach().cpu()[0],
     }
+    out |= {f"visual.ln_pre.{name}": value for name, value in pre.items()}
     if isinstance(towers, Siglip):
         out["logit_bias"] = towers.logit_bias.detach().cpu()[0]
     for name, value in ours.items():
@@ -119,6 +122,7 @@ def _model(config: VisionTransformerConfig, towers: ImageText) -> dict[str, Any]
     return {
         "embed_dim": towers.config.dim,
         "custom_text": True,
+        "quick_gelu": config.activation == "quick_gelu",
         **bias,
         "vision_cfg": {
             "image_size": config.image_size,
@@ -128,7 +132,7 @@ def _model(config: VisionTransformerConfig, towers: ImageText) -> dict[str, Any]
             "head_width": config.dim // config.heads,
             "mlp_ratio": (config.hidden + 0.5) / config.dim,  # it is rounded down
             "ls_init_value": config.layer_scale,
-            "no_ln_pre": True,
+            "no_ln_pre": not config.pre_norm,
             "norm_kwargs": {"eps": config.norm_eps},
         },
         "text_cfg": {

@@ -41,20 +41,31 @@ def state_dict(backbone: Network) -> dict[str, Tensor]:
     if backbone.config.layer_scale is None:  # timm cannot be told to leave it out of every architecture
         ones = torch.ones(backbone.config.dim)
         state |= {f"blocks.{i}.ls{k}.gamma": ones.clone() for i in range(backbone.config.depth) for k in (1, 2)}
-    return _rotary(state, backbone.config) if backbone.config.position == "rope" else _positioned(state)
+    if backbone.config.position == "rope":
+        return _rotary(state, backbone.config)
+    return _positioned(_unbiased(state) if backbone.config.pre_norm else state)
 
 
 def _require_known(config: VisionTransformerConfig) -> None:
     rotary = config.position == "rope"
     unknown = {
         "class_norm": config.class_norm,
-        "norm_eps": config.norm_eps != (1e-5 if rotary else 1e-6),
-        "key_bias": rotary == (config.qkv_bias and config.key_bias),
+        "norm_eps": config.norm_eps not in ((1e-5,) if rotary else (1e-6,) if config.ffn == "swiglu" else (1e-6, 1e-5)),
+        "pre_norm": config.pre_norm and (rotary or config.ffn == "swiglu"),
+        "activation": config.activation != "gelu" and rotary,
+        "key_bias": rotary and config.qkv_bias and config.key_bias,
         "rope.base": rotary and config.rope.base != 100,
     }
     for name, departs in unknown.items():
         if departs:
             raise UserError(f"model.{name}: timm has no model like this one, so it cannot be published")
+
+
+def _unbiased(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Before a first norm timm's patches have no bias: it goes into their positions."""
+    table = state["pos_embed"].clone()
+    table[:, 1:] += state.pop("patch_embed.proj.bias")
+    return state | {"pos_embed": table}
 
 
 def _positioned(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -154,7 +165,10 @@ def _crop_share(side: int) -> float:
 def _positioned_model(config: VisionTransformerConfig) -> tuple[str, dict[str, Any]]:
     shared = {"reg_tokens": config.registers, "no_embed_class": True}
     if config.ffn == "mlp":
-        return "vit_base_patch16_224", {**shared, "mlp_ratio": (config.hidden + 0.5) / config.dim}
+        parts: dict[str, Any] = {"mlp_ratio": (config.hidden + 0.5) / config.dim, "pre_norm": config.pre_norm}
+        parts |= {} if config.activation == "gelu" else {"act_layer": "quick_gelu"}
+        architecture = "vit_base_patch16_224" if config.norm_eps == 1e-6 else "vit_base_patch16_clip_224"
+        return architecture, {**shared, **parts}
     return "vit_giant_patch14_dinov2", {**shared, "mlp_ratio": (2 * config.hidden + 0.5) / config.dim}
 
 

@@ -52,8 +52,11 @@ def write(backbone: Network, views: Views, directory: Path) -> None:
     if isinstance(backbone, TimmNetwork):
         raise UserError(f"formats: transformers has no model like {backbone.config.name}; leave it out")
     config, name = backbone.config, family(backbone.config)
-    if config.class_norm:
-        raise UserError("model.class_norm: transformers has no model like this one; leave the format out")
+    for key in ("class_norm", "pre_norm"):
+        if getattr(config, key):
+            raise UserError(f"model.{key}: transformers has no model like this one; leave the format out")
+    if config.activation != "gelu":
+        raise UserError("model.activation: transformers has no model like this one; leave the format out")
     options = {"add_pooling_layer": False} if name == "ViT" else {}
     model = getattr(transformers, f"{name}Model")(
         getattr(transformers, f"{name}Config")(**_settings(config)), **options

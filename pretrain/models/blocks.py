@@ -51,7 +51,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: VisionTransformerConfig) -> None:
         super().__init__()
         gated = config.ffn == "swiglu"
-        self.activation: Callable[[Tensor], Tensor] = _swiglu if gated else F.gelu
+        plain = F.gelu if config.activation == "gelu" else _quick_gelu
+        self.activation: Callable[[Tensor], Tensor] = _swiglu if gated else plain
         self.fc1 = nn.Linear(config.dim, config.hidden * (2 if gated else 1))
         self.fc2 = nn.Linear(config.hidden, config.dim)
 
@@ -59,6 +60,10 @@ class FeedForward(nn.Module):
         self, x: Tensor, norm: nn.LayerNorm, shapes: Sequence[Shape], rotations: Rotations, scale: Tensor | None
     ) -> Tensor:
         return scaled_linear(normed_linear(x, norm, self.fc1, self.fc1.bias), self.fc2, scale, self.activation)
+
+
+def _quick_gelu(hidden: Tensor) -> Tensor:
+    return hidden * torch.sigmoid(1.702 * hidden)
 
 
 def _swiglu(hidden: Tensor) -> Tensor:

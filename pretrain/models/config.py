@@ -10,6 +10,7 @@ from infra.config import Config
 
 Backend = Literal["sdpa", "xformers", "reference"]
 Interpolation = Literal["antialias", "offset", "plain"]
+Activation = Literal["gelu", "quick_gelu"]
 Checkpointing = Literal["none", "selective", "full"]
 Size = Literal["tiny", "small", "base", "large", "so400m", "huge", "giant", "7b"]
 
@@ -83,6 +84,10 @@ class VisionTransformerConfig(Config):
     """Keys have a bias of their own. Without rotary positions it cancels in the softmax; large DINOv3 has none."""
     layer_scale: float | None = Field(1e-5, gt=0)
     """Initial value of LayerScale; null: no LayerScale."""
+    activation: Activation = "gelu"
+    """Of the two-layer feed-forward network: GELU, or the sigmoid that OpenAI's CLIP has in its place."""
+    pre_norm: bool = False
+    """All tokens are normed before the first block (CLIP)."""
     class_norm: bool = False
     """Class token and registers have a final norm of their own (DINOv3)."""
     local_norm: bool = False

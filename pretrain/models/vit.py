@@ -61,6 +61,7 @@ class VisionTransformer(nn.Module):
         self.reg_token = nn.Parameter(torch.empty(1, config.registers, config.dim)) if config.registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, config.dim))
         self._place(config)
+        self.norm_pre = nn.LayerNorm(config.dim, eps=config.norm_eps) if config.pre_norm else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.cls_norm = nn.LayerNorm(config.dim, eps=config.norm_eps) if config.class_norm else None
@@ -220,4 +221,5 @@ class VisionTransformer(nn.Module):
         parts = [class_token.expand(batch, -1, -1)]
         if self.reg_token is not None:
             parts.append(self.reg_token.expand(batch, -1, -1))
-        return torch.cat([*parts, patches], dim=1)
+        tokens = torch.cat([*parts, patches], dim=1)
+        return tokens if self.norm_pre is None else self.norm_pre(tokens)

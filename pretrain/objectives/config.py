@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from infra.config import Config
-from pretrain.models.config import HeadConfig
+from pretrain.models.config import Activation, HeadConfig
 
 Centering = Literal["softmax", "sinkhorn"]
 
@@ -112,6 +112,8 @@ class TextTower(Config):
     """Attention heads."""
     layers: int = Field(12, ge=1)
     """Number of blocks."""
+    activation: Activation = "gelu"
+    """Of the feed-forward networks: GELU, or the sigmoid that OpenAI's CLIP has in its place."""
 
     @model_validator(mode="after")
     def _divides(self) -> TextTower:

@@ -36,7 +36,7 @@ class ImageText(Objective):
     """
 
     def __init__(self, config: ClipConfig | SiglipConfig, student: Wide, teacher: Wide) -> None:
-        from open_clip.transformer import TextTransformer
+        from open_clip.transformer import QuickGELU, TextTransformer
 
         super().__init__(config.weight)
         self.config = config
@@ -44,7 +44,12 @@ class ImageText(Objective):
         nn.init.normal_(self.project.weight, std=student.dim**-0.5)
         text = config.text
         self.text = TextTransformer(
-            context_length=text.context, width=text.width, heads=text.heads, layers=text.layers, output_dim=config.dim
+            context_length=text.context,
+            width=text.width,
+            heads=text.heads,
+            layers=text.layers,
+            output_dim=config.dim,
+            act_layer=nn.GELU if text.activation == "gelu" else QuickGELU,
         )
         self.logit_scale = nn.Parameter(torch.tensor([math.log(config.scale)]))  # DeepSpeed refuses scalars
 
