@@ -92,13 +92,6 @@ class DistillConfig(DistillSettings):
     out: str
     """URL of the checkpoint; {id} stands for its id."""
 
-    @model_validator(mode="after")
-    def _somebody_teaches(self) -> DistillConfig:
-        heads = any(isinstance(each, PrototypesConfig) for each in self.objectives)
-        if self.teacher_checkpoint is None and heads:
-            raise ValueError("teacher_checkpoint: objective prototypes needs a teacher with heads; give its URL")
-        return self
-
 
 class PublishSettings(Config):
     """What a published backbone says of itself."""

@@ -65,6 +65,8 @@ class Lesson:
 
     def _require_fitting(self) -> None:
         if self.asked(PrototypesConfig) is not None:
+            if self.checkpoint is None:
+                raise UserError("teacher_checkpoint: objective prototypes needs a teacher with heads; give its URL")
             _require_heads(self.checkpoint)
             if self.views.global_count < 2:
                 raise UserError("views.global_count: prototypes are compared between two global crops; set 2")
@@ -175,8 +177,7 @@ def _patch_size(config: DistillConfig, checkpoint: Checkpoint | None) -> int:
     return checkpoint.model.patch_size
 
 
-def _require_heads(checkpoint: Checkpoint | None) -> None:
-    assert checkpoint is not None
+def _require_heads(checkpoint: Checkpoint) -> None:
     url, description = checkpoint.artifact.url, checkpoint.description
     if description.released != "teacher":
         raise UserError(

@@ -45,7 +45,9 @@ app = App(
 
 File = Annotated[
     Path | None,
-    Parameter(help="YAML file with the same keys as the flags; for pretrain, plan and curate also a recipe's name."),
+    Parameter(
+        help="YAML file with the same keys as the flags; for pretrain, plan, curate and distill also a recipe's name."
+    ),
 ]
 Flags = Parameter(name="*")
 Model = Annotated[str | None, Parameter(help="The backbone; or one YAML file with the same keys as the flags, alone.")]
@@ -301,7 +303,7 @@ def _named(words: list[str]) -> dict[str, Any]:
 
 def _recipe(command: str, name: str) -> str:
     """The file of a recipe that comes with the command's room; any other name is a path."""
-    room = {"pretrain": "pretrain", "plan": "pretrain", "curate": "curation"}.get(command)
+    room = {"pretrain": "pretrain", "plan": "pretrain", "curate": "curation", "distill": "distill"}.get(command)
     if room is None or not name.isidentifier():
         return name
     recipes = {path.stem: path for path in (Path(__file__).parents[1] / room / "recipes").glob("*.yaml")}

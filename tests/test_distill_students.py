@@ -32,10 +32,11 @@ from distill.taught import Kept
 from distill.teachers import BackboneTeacher
 from eval.tasks.knn import predict
 from infra.artifacts import open_artifact
+from infra.config import load_yaml
 from infra.corpora import Corpus
 from infra.errors import UserError
 from pretrain.backbones import load
-from pretrain.checkpoints import WEIGHTS, Checkpoint
+from pretrain.checkpoints import WEIGHTS, Checkpoint, build_backbone
 from pretrain.config import CheckpointBackbone, OpenClipBackbone, PretrainConfig, TimmBackbone
 from pretrain.features import extract
 from pretrain.models.config import TimmNetworkConfig
@@ -539,13 +540,28 @@ def test_mistakes_are_one_line(embedded: Embedded, teacher: str, foreign: TimmBa
     unknown = {"objectives": [{"kind": "features", "teachers": ["other"]}]}
     with pytest.raises(UserError, match="no teacher other; there are timm"):
         distill.run(settings(embedded.seed, tmp_path / "a", **features, **unknown))
-    with pytest.raises(ValueError, match="needs a teacher with heads"):
-        settings(embedded.seed, tmp_path / "b", **features)
+    with pytest.raises(UserError, match="needs a teacher with heads"):
+        distill.run(settings(embedded.seed, tmp_path / "b", **features))
     with pytest.raises(ValueError, match="no plain name"):
         settings(embedded.seed, tmp_path / "b", teacher_checkpoint=teacher, students={"a.b": {}})
     pixels = {"teachers": {"pixels": {"kind": "pixels"}}, "objectives": [{"kind": "features"}], "views": HERE}
     with pytest.raises(UserError, match="one vector an image and no patch tokens"):
         distill.run(settings(embedded.seed, tmp_path / "c", **pixels))
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(distill.__file__).with_name("recipes").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_recipes_are_whole(path: Path) -> None:
+    """Their models can be built, and crops fit the patches that are told."""
+    recipe = load_yaml(path)
+    asked = DistillConfig.model_validate(recipe | {"corpora": ["x"], "out": "y"})
+    for student in asked.students.values():
+        with torch.device("meta"):
+            network = build_backbone(student.network)
+        assert network.dim >= 384
+    if asked.views is not None:
+        assert Lesson.of(asked, []).views == asked.views
 
 
 def test_what_decides_is_in_the_id(embedded: Embedded, foreign: TimmBackbone, tmp_path: Path) -> None:
