@@ -249,6 +249,25 @@ def report(file: File = None, /, *, config: Annotated[ReportConfig, Flags]) -> N
     _made(report(config))
 
 
+@app.command(sort_key=11)
+def doctor(*, storage: str | None = None, json: bool = False) -> None:
+    """Whether all that Fovea stands on is there and works: a line each, with the remedy.
+
+    Ends with exit code 1 where something fails.
+
+    Args:
+        storage: URL of a folder or bucket that is written to, read, and cleaned again.
+        json: print the lines as JSON.
+    """
+    _set_up_prefect()
+    from flows.doctor import findings, show
+
+    found = list(findings(storage))
+    show(found, json)
+    if any(each.status == "fail" for each in found):
+        raise SystemExit(1)
+
+
 def _made(artifact: Artifact | None) -> None:
     if artifact is not None and os.environ.get("RANK", "0") == "0":  # of several ranks of a training one says it
         print(artifact.url)

@@ -33,11 +33,18 @@ def nearest(queries: np.ndarray, bank: np.ndarray, count: int) -> tuple[np.ndarr
     import faiss
 
     queries, bank = (np.ascontiguousarray(each, dtype=np.float32) for each in (queries, bank))
-    if hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() and count <= _MOST_ON_GPU:
+    if gpus() and count <= _MOST_ON_GPU:
         by, memory = faiss.METRIC_INNER_PRODUCT, _GPU_BYTES
         limits: dict[str, Any] = {"metric": by, "vectorsMemoryLimit": memory, "queriesMemoryLimit": memory}
         return faiss.knn_gpu(faiss.StandardGpuResources(), queries, bank, count, **limits)
     return faiss.knn(queries, bank, count, metric=faiss.METRIC_INNER_PRODUCT)
+
+
+def gpus() -> int:
+    """GPUs that faiss sees."""
+    import faiss
+
+    return int(faiss.get_num_gpus()) if hasattr(faiss, "StandardGpuResources") else 0
 
 
 class CompressedIndex:
@@ -58,7 +65,7 @@ class CompressedIndex:
         index: Any = faiss.index_factory(dim, f"IVF{cells},PQ{codes}x{bits}", faiss.METRIC_INNER_PRODUCT)
         index.cp.seed = seed
         index.nprobe = _PROBES
-        if hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() and bits == 8:
+        if gpus() and bits == 8:
             index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
         index.train(sample.astype(np.float32))
         self._index = index

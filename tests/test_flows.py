@@ -30,7 +30,7 @@ from tests.test_pretrain_training import TINY
 FOVEA = Path(sys.executable).with_name("fovea")
 COMMANDS = (
     *("run", "ingest", "embed", "curate", "materialize", "pretrain", "distill", "eval", "follow", "compare", "ablate"),
-    *("import", "publish", "report"),
+    *("import", "publish", "report", "doctor"),
 )
 
 

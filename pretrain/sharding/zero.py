@@ -50,7 +50,7 @@ class ZeroEngine:
         spread: tuple[int, int],
         device: torch.device,
     ) -> None:
-        deepspeed = _import_deepspeed(device)
+        deepspeed = import_deepspeed(device)
         join(device)
         self.device, self.stage, self.largest_norm = device, sharding.zero_stage, largest_norm
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=_settings(sharding, spread))
@@ -263,7 +263,8 @@ def _gather_blocks(deepspeed: Any, module: nn.Module) -> None:
                 deepspeed.zero.register_external_parameter(part, parameter)
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def import_deepspeed(device: torch.device) -> Any:
+    """The package, told what it runs on and to be quiet."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

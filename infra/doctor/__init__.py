@@ -1,0 +1,1 @@
+"""Whether a machine, and what it stands on, is as Fovea needs it."""
