@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from curation.config import CurateConfig, EmbedConfig, IngestConfig, MaterializeConfig
 from distill.config import DistillConfig, ImportConfig, PublishConfig
 from eval.config import EvaluateConfig, ReportConfig
-from flows.config import AblateConfig, FollowConfig, PipelineConfig
+from flows.config import AblateConfig, DeploySettings, FollowConfig, PipelineConfig
 from infra.config import Config, describe, load_yaml
 from infra.errors import Preempted, Regression, UserError
 from infra.launch.job import TRY_AGAIN, USER_MISTAKE
@@ -250,6 +250,19 @@ def report(file: File = None, /, *, config: Annotated[ReportConfig, Flags]) -> N
 
 
 @app.command(sort_key=11)
+def deploy(file: File = None, /, *, config: Annotated[DeploySettings, Flags]) -> None:
+    """The pipeline and all stages as deployments of a Prefect server: writes prefect.yaml and applies it."""
+    _set_up_prefect()
+    from flows.deployments import apply, write
+
+    path = write(config)
+    print(path)
+    if config.apply:
+        apply(config, path)
+        print(f"prefect worker start --pool {config.pool}   # where the flows shall run", file=sys.stderr)
+
+
+@app.command(sort_key=11)
 def doctor(*, storage: str | None = None, json: bool = False) -> None:
     """Whether all that Fovea stands on is there and works: a line each, with the remedy.
 
@@ -288,6 +301,7 @@ _CONFIGS: dict[str, type[Config]] = {
     "import": ImportConfig,
     "publish": PublishConfig,
     "report": ReportConfig,
+    "deploy": DeploySettings,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from pydantic import Field, field_validator, model_validator
@@ -180,3 +180,31 @@ class PipelineConfig(Config):
         if (self.embedded is None) == (self.sources is None):
             raise ValueError("give either sources or embedded")
         return self
+
+
+class DeploySettings(Config):
+    """How flows are registered with a Prefect server."""
+
+    pipeline: str
+    """Path of the pipeline's YAML file, whose keys are the deployment's parameters; variables in it are the worker's.
+    """
+    root: str | None = None
+    """URL under which artifacts are written, in place of the file's."""
+    name: str = Field("fovea", pattern=r"^[^/%&<>]+$")
+    """Name of the deployments."""
+    pool: str = "fovea"
+    """The work pool whose workers run them; made if it is not there."""
+    type: Literal["process", "docker", "kubernetes"] = "process"
+    """Of the pool. Trainings on SLURM are queued by a worker of type process on a login node (launcher slurm)."""
+    cron: str | None = None
+    """When the pipeline runs by itself, as in "0 3 * * 1"; null: when it is told to."""
+    timezone: str = "UTC"
+    """Of the schedule."""
+    tags: list[str] = Field(default_factory=list)
+    """Tags beside fovea."""
+    job_variables: dict[str, Any] = Field(default_factory=dict)
+    """Overrides of the pool's job template: image, namespace, env and the like."""
+    file: str = "prefect.yaml"
+    """Where the file is written."""
+    apply: bool = True
+    """Register with the server of PREFECT_API_URL; false: write the file alone."""

@@ -1,0 +1,97 @@
+"""Flows as Prefect deployments: `prefect.yaml`, and how it is applied to a server."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL
+
+from flows.config import DeploySettings, PipelineConfig
+from infra import storage
+from infra.config import load_yaml
+from infra.errors import UserError
+from infra.files import appearing
+
+FILE = "prefect.yaml"
+_HEADER = "# Written by `fovea deploy`; a change here is lost when that runs again.\n"
+STAGES = ("ingest", "embed", "curate", "materialize", "pretrain", "distill", "evaluate", "compare", "publish", "report")
+
+
+def content(settings: DeploySettings) -> dict[str, Any]:
+    """What stands in `prefect.yaml`: the pipeline with its parameters, and every stage, which gets its own at each run.
+
+    Parameters hold what the pipeline's file holds: variables of the environment are the worker's.
+
+    Raises:
+        UserError: the pipeline's file is missing or wrong.
+    """
+    pipeline = load_yaml(settings.pipeline) | ({"root": settings.root} if settings.root else {})
+    root = PipelineConfig.model_validate(pipeline).root
+    if storage.is_local(root) and not Path(root).is_absolute():
+        raise UserError(f"root: {root} is relative, but a worker runs elsewhere; give --root, a bucket or a whole path")
+    shared: dict[str, Any] = {
+        "version": importlib.metadata.version("fovea"),
+        "tags": ["fovea", *settings.tags],
+        "work_pool": {"name": settings.pool, "job_variables": dict(settings.job_variables)},
+        "enforce_parameter_schema": True,
+    }
+    whole = shared | {
+        "name": settings.name,
+        "entrypoint": "flows.pipeline:pipeline",
+        "description": "Ingest, embed, curate, pretrain, evaluate, distill, publish, report.",
+        "parameters": {"config": pipeline},
+        # Two runs of one pipeline would wait for each other's artifacts; the second is better queued.
+        "concurrency_limit": 1,
+    }
+    if settings.cron is not None:
+        whole["schedules"] = [{"cron": settings.cron, "timezone": settings.timezone}]
+    stages = [shared | {"name": settings.name, "entrypoint": f"flows.stages:{stage}"} for stage in STAGES]
+    follow = shared | {"name": settings.name, "entrypoint": "flows.following:follow"}
+    return {"prefect-version": importlib.metadata.version("prefect"), "deployments": [whole, *stages, follow]}
+
+
+def write(settings: DeploySettings) -> Path:
+    """Write `prefect.yaml` into the working folder; return its path.
+
+    Raises:
+        UserError: a file that `fovea deploy` has not written is in its place.
+    """
+    path = Path(settings.file)
+    if path.exists() and not path.read_text().startswith(_HEADER):
+        raise UserError(f"{path}: is not of fovea deploy; give another --file")
+    plain = json.loads(json.dumps(content(settings)))  # what is shared would be written as references
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    with appearing(path.absolute(), 0o644) as partial:
+        partial.write_text(_HEADER + text)
+    return path
+
+
+def apply(settings: DeploySettings, path: Path) -> None:
+    """Make the work pool, if it is not there, and register what a file says.
+
+    Raises:
+        UserError: no server is named, or it refuses.
+    """
+    if not PREFECT_API_URL.value():
+        raise UserError("deploy: PREFECT_API_URL is not set; run prefect server start and set it to what that tells")
+    with get_client(sync_client=True) as client:
+        try:
+            found = client.read_work_pool(settings.pool)
+            if found.type != settings.type:
+                raise UserError(f"pool: {settings.pool} is of type {found.type}; give --type {found.type}")
+        except ObjectNotFound:
+            client.create_work_pool(WorkPoolCreate(name=settings.pool, type=settings.type))
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        raise UserError(f"deploy: prefect refuses: {(lines or ['no reason given'])[-1].strip()}")
