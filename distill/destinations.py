@@ -17,8 +17,9 @@ def point_to(artifact: Artifact, name: str) -> str:
     """
     parent, _, folder = artifact.url.rstrip("/").rpartition("/")
     url = storage.join(parent or ".", f"{name}.latest.json")
-    content = {"id": artifact.id, "folder": folder}
-    storage.write_atomic(url, json.dumps(content, indent=1).encode())
+    content = json.dumps({"id": artifact.id, "folder": folder}, indent=1).encode()
+    if not storage.exists(url) or storage.read_bytes(url) != content:
+        storage.write_atomic(url, content)
     return url
 
 

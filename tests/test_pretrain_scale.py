@@ -144,7 +144,7 @@ from infra.launch.job import module_main
 from pretrain import engine, run
 from pretrain.config import PretrainConfig
 from pretrain.watch import STALLED
-from pretrain.learner import Learner
+from pretrain.learner import Pretraining as Learner
 
 step, last = 0, int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
 forward = Learner.forward

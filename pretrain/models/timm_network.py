@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -89,6 +88,8 @@ def made(config: TimmNetworkConfig) -> tuple[Any, dict[str, Any]]:
     Raises:
         UserError: timm has none of that name, or it cannot tell what its blocks say.
     """
+    import timm  # here: a rank that trains another backbone need not have it
+
     sized: dict[str, Any] = {"img_size": config.image_size}
     for options in (sized | {"dynamic_img_size": True}, sized, {}):
         try:
