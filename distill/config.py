@@ -61,11 +61,11 @@ class DistillSettings(TrainingSettings):
     @field_validator("students", "teachers")
     @classmethod
     def _plain_names(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """They stand in the names of weights, files and terms."""
+        """They stand in the names of weights, files and terms; in one order, for initial weights hang on it."""
         for name in value:
             if not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
                 raise ValueError(f"{name!r} is no plain name; use small letters, digits, - and _")
-        return value
+        return dict(sorted(value.items()))
 
     @model_validator(mode="after")
     def _fits(self) -> DistillSettings:
@@ -102,17 +102,19 @@ class PublishSettings(Config):
     """Licence of the weights, as a Hugging Face identifier."""
     description: str = ""
     """A sentence or two for the top of the model card."""
-    formats: list[FormatName] = Field(default_factory=lambda: list[FormatName](["timm", "hub", "official"]))
+    formats: list[FormatName] | None = None
     """What it is published as: timm's folder, torch.hub's, transformers', open_clip's (of a model trained with
     captions), an ONNX graph, torch.export's, weights under the official names. transformers and onnx need the extra
-    `publish`."""
+    `publish`. null: timm, hub and official, as far as the backbone has them."""
     tolerance: float = Field(1e-5, gt=0)
     """Largest difference of any feature between Fovea and each format; a larger one fails the publication."""
 
     @field_validator("formats")
     @classmethod
-    def _in_order(cls, value: list[FormatName]) -> list[FormatName]:
+    def _in_order(cls, value: list[FormatName] | None) -> list[FormatName] | None:
         """Each once, in one order; timm's folder where others stand on it."""
+        if value is None:
+            return None
         wanted = set(value) | ({"timm"} if set(value) & {"hub", "onnx", "torch_export"} else set())
         return [each for each in get_args(FormatName) if each in wanted]
 
@@ -126,7 +128,7 @@ class PublishConfig(PublishSettings):
     """URL of a corpus; features of its first images are compared between Fovea and each format."""
     reports: list[str] = Field(default_factory=list)
     """URLs of evaluation reports for the model card."""
-    hub: str | None = None
+    hub: str | None = Field(None, pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
     """OWNER/NAME of a repository of the Hugging Face Hub that it is uploaded to as well, with its id as a tag; the
     token comes from HF_TOKEN or the Hub's own login."""
     hub_private: bool = True

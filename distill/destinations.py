@@ -33,7 +33,7 @@ def upload(artifact: Artifact, repository: str, private: bool) -> str:
         UserError: the Hub refuses, or cannot be reached.
     """
     from httpx import HTTPError
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     api, tag = HfApi(), artifact.id[:SHORT_ID]
@@ -42,8 +42,11 @@ def upload(artifact: Artifact, repository: str, private: bool) -> str:
         there = {each.name: each.target_commit for each in api.list_repo_refs(repository).tags}
         if tag in there:
             return f"{api.endpoint}/{repository}/tree/{tag}"
-        operations = [
-            CommitOperationAdd(file.path, str(artifact.local_file(file.path))) for file in artifact.manifest.files
+        paths = {file.path for file in artifact.manifest.files}
+        stale = [path for path in api.list_repo_files(repository) if path not in paths and path != ".gitattributes"]
+        operations: list[Any] = [
+            *(CommitOperationDelete(path) for path in stale),
+            *(CommitOperationAdd(path, str(artifact.local_file(path))) for path in sorted(paths)),
         ]
         done: Any = api.create_commit(repository, operations, commit_message=f"fovea {artifact.id}")
         api.create_tag(repository, tag=tag, revision=done.oid, tag_message=artifact.id)

@@ -15,7 +15,7 @@ from distill.lesson import Lesson
 from distill.objectives.clip import towers
 from distill.objectives.config import ClipLogitsConfig, DeitConfig, FeaturesConfig
 from distill.taught import Kept
-from infra.artifacts import Artifact, Input, Plan, open_artifact, produce
+from infra.artifacts import Artifact, Input, Plan, find, find_planned, open_artifact, produce
 from infra.corpora import Corpus
 from infra.errors import UserError
 from infra.hashing import hash_file
@@ -26,6 +26,8 @@ from pretrain.config import decisive
 from pretrain.data.loader import Batch, ViewDataset
 from pretrain.data.samples import Part
 from pretrain.engine import Trained
+from pretrain.learner import Learner
+from pretrain.learner import Part as LearnerPart
 from pretrain.objectives.image_text import tokenizer
 from pretrain.ranks import barrier, device_of_rank, world
 from pretrain.reporting import Task
@@ -45,26 +47,50 @@ def distill(config: DistillConfig) -> Artifact:
     """
 
     def write(directory: Path) -> Mapping[str, Any]:
+        if world()[1] > 1:  # before teachers are loaded: each rank onto its own GPU
+            ranks.join(device_of_rank())
         lesson = Lesson.of(config, _classes(config))
         dataset, url = _dataset(lesson), planned.resolve(config.out)
         described = [_description(lesson, name) for name in config.students]
-        task = Task("distill", config, described, dataset, lesson.build, directory, url, planned)
+        build = _uncounted if config.cached_views or lesson.headless else lesson.build
+        task = Task("distill", config, described, dataset, build, directory, url, planned)
         learner = lesson.build(_kept(lesson, dataset, planned, url) if config.cached_views else None)
+        learner.to(device_of_rank())
         learner.standardise(_first_batches(lesson, dataset))
         trained = train(task, learner)
-        names = list(config.students)
+        parts = dict(zip(config.students, learner.parts(), strict=True))
+        names = list(parts)
         if len(names) == 1:
             if world()[0] == 0:
-                checkpoints.write(_weights(trained, names[0]), described[0], directory)
-            return training_metrics(trained, dataset, f"students.{names[0]}.student.")
+                checkpoints.write(_weights(trained, parts[names[0]]), described[0], directory)
+            return training_metrics(trained, dataset, parts[names[0]].prefix + "student.")
         if world()[0] == 0:
             for name, description in zip(names, described, strict=True):
-                _write_student(name, description, trained, dataset, planned, url)
+                _write_student(name, parts[name], description, trained, dataset, planned, url)
         urls = {name: student_url(url, name) for name in names}
         return training_metrics(trained, dataset, "students.") | {STUDENTS: urls}
 
     planned = plan(config)
+    _require_students(planned, config)
     return produce_together(planned, config.out, write)
+
+
+def _require_students(planned: Plan, config: DistillConfig) -> None:
+    """Look at several students' places before the training.
+
+    Raises:
+        UserError: one is taken by another checkpoint, or is gone while what all were trained in is there.
+    """
+    if len(config.students) == 1:
+        return
+    url = planned.resolve(config.out)
+    gone = [name for name in config.students if find_planned(_own_plan(planned, name), student_url(url, name)) is None]
+    if gone and find(url) is not None:
+        raise UserError(f"{student_url(url, gone[0])}: the student is gone; remove {url} too and run again")
+
+
+def _uncounted() -> Learner:
+    raise UserError("the work of teachers without heads, or that are not asked, is not counted")
 
 
 def student_url(url: str, name: str) -> str:
@@ -79,26 +105,37 @@ def student_urls(artifact: Artifact, names: Sequence[str]) -> dict[str, str]:
     return {name: student_url(artifact.url, name) for name in names}
 
 
+def _own_plan(planned: Plan, name: str) -> Plan:
+    """What one of several students hangs on: not its company."""
+    settings = {**planned.settings, "students": {name: planned.settings["students"][name]}}
+    inputs = {role: each for role, each in planned.inputs.items() if not role.startswith("start_")}
+    start = planned.inputs.get(f"start_{name}")
+    return Plan("checkpoint", "distill", VERSION, settings, inputs | ({f"start_{name}": start} if start else {}))
+
+
 def _write_student(
-    name: str, description: Description, trained: Trained, dataset: ViewDataset, planned: Plan, url: str
+    name: str,
+    part: LearnerPart,
+    description: Description,
+    trained: Trained,
+    dataset: ViewDataset,
+    planned: Plan,
+    url: str,
 ) -> None:
     def write(directory: Path) -> Mapping[str, Any]:
-        checkpoints.write(_weights(trained, name), description, directory)
-        return training_metrics(trained, dataset, f"students.{name}.student.")
+        checkpoints.write(_weights(trained, part), description, directory)
+        return training_metrics(trained, dataset, part.prefix + "student.")
 
-    own = Plan("checkpoint", "distill", VERSION, {**planned.settings, "student": name}, planned.inputs)
-    produce(own, student_url(url, name), write)
+    produce(_own_plan(planned, name), student_url(url, name), write)
 
 
-def _weights(trained: Trained, name: str) -> dict[str, Tensor]:
+def _weights(trained: Trained, part: LearnerPart) -> dict[str, Tensor]:
     """What of the learner is a student's own and can be used again: both backbones, CLIP's towers."""
-    prefix = f"students.{name}."
-    kept = {"student.": "student.", "average.": "average.", "objectives.clip.towers.": "objectives.clip."}
     return {
-        after + key.removeprefix(prefix + before): value
-        for before, after in kept.items()
+        after + key.removeprefix(part.prefix + before): value
+        for before, after in ({"student.": "student."} | dict(part.kept)).items()
         for key, value in trained.weights.items()
-        if key.startswith(prefix + before)
+        if key.startswith(part.prefix + before)
     }
 
 
@@ -135,8 +172,6 @@ def _kept(lesson: Lesson, dataset: ViewDataset, planned: Plan, url: str) -> Kept
     inputs = {name: each for name, each in planned.inputs.items() if not name.startswith("start_")}
     plan = Plan("embeddings", "teach", taught.VERSION, settings, inputs)
     out = join(lesson.config.taught or join(parent(url), "taught"), "{id}")
-    if world()[1] > 1:
-        ranks.join(device_of_rank())
     if world()[0] == 0:
         taught.keep(plan, out, dataset, lambda: lesson.build().to(device_of_rank()).teach)
     barrier()
@@ -184,5 +219,7 @@ def plan(config: DistillConfig) -> Plan:
     settings["objectives"] = [each.model_dump(mode="json", exclude={"checkpoint"}) for each in config.objectives]
     for each in config.objectives:
         if isinstance(each, DeitConfig):
+            if not Path(each.checkpoint).is_file():
+                raise UserError(f"{each.checkpoint}: no such file; give the path of the classifier's weights")
             inputs["classifier"] = Input(id=hash_file(Path(each.checkpoint)), url=each.checkpoint)
     return Plan("checkpoint", "distill", VERSION, settings, inputs)

@@ -122,7 +122,14 @@ def _renamed(name: str) -> str:
 
 
 def towers_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the objective: projection, scale, and the text tower, wherever the file has it."""
+    """The weights of the objective: projection, scale, and the text tower, wherever the file has it.
+
+    Raises:
+        UserError: it has none.
+    """
+    missing = [name for name in ("visual.proj", "logit_scale") if name not in state]
+    if missing:
+        raise UserError(f"has no {missing[0]}; is it a whole model of open_clip's?")
     text = {name.removeprefix("text."): value for name, value in state.items() if name.startswith("text.")}
     text = text or {name: value for name, value in state.items() if name.startswith(_TEXT)}
     out = {f"text.{name}": value for name, value in text.items() if name != "attn_mask"}

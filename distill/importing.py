@@ -68,8 +68,8 @@ def _read_open_clip(config: ImportConfig, state: Mapping[str, Tensor]) -> _Read:
     known = from_open_clip.known(config.name)
     how = published.preprocessing(OpenClipBackbone(model=config.name, checkpoint=config.checkpoint))
     kind = f"objectives.{known.objective.kind}."
-    towers = {kind + name: value for name, value in from_open_clip.towers_of(state).items()}
     backbone = from_open_clip.backbone_of(state, known.model)
+    towers = {kind + name: value for name, value in from_open_clip.towers_of(state).items()}
     return _Read(known.model, how["mean"], how["std"], backbone, towers, [known.objective])
 
 
@@ -97,7 +97,8 @@ def _state(path: str) -> dict[str, Tensor]:
     for name in ("teacher", "model", "state_dict"):
         content = content.get(name, content) if isinstance(content, dict) else {}
     content = content if isinstance(content, dict) else {}
-    return {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    named = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    return {name.removeprefix("module."): value for name, value in named.items()}  # as several ranks save them
 
 
 def from_timm(state: Mapping[str, Tensor], config: VisionTransformerConfig) -> dict[str, Tensor]:

@@ -6,12 +6,14 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distill.objectives.features import Features
+from distill.objectives.clip import ClipLogits
+from distill.objectives.features import MODULE, Features, module_name
 from distill.taught import Kept
 from pretrain import health
 from pretrain.data.config import Views
@@ -25,6 +27,7 @@ from pretrain.objectives.dino import Dino
 from pretrain.objectives.prototypes import PrototypeObjective
 from pretrain.ranks import all_reduce_mean
 
+Copied = TypeVar("Copied", bound=nn.Module)
 Teach = Callable[[Tensor], Said]
 """Crops `[n, 3, S, S]`, values 0 to 1, to a frozen teacher's features."""
 
@@ -35,8 +38,25 @@ class Student(nn.Module):
     def __init__(self, student: Network, objectives: Mapping[str, Objective]) -> None:
         super().__init__()
         self.student = student
-        self.average = copy.deepcopy(student).requires_grad_(False).eval()
+        self.average = _frozen(student)
         self.objectives = nn.ModuleDict(objectives)
+        clip = objectives.get("clip")
+        self.average_towers = _frozen(clip.towers) if isinstance(clip, ClipLogits) else None
+
+    def averages(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """(source, average): the backbone, and CLIP's towers where it has them."""
+        yield self.student, self.average
+        if self.average_towers is not None:
+            clip = self.objectives["clip"]
+            assert isinstance(clip, ClipLogits)
+            yield clip.towers, self.average_towers
+
+
+def _frozen(module: Copied) -> Copied:
+    return copy.deepcopy(module).requires_grad_(False).eval()
+
+
+_KEPT = {"average.": "average.", "average_towers.": "objectives.clip."}
 
 
 class Distillation(Learner):
@@ -63,7 +83,7 @@ class Distillation(Learner):
         all_patches: bool = False,
     ) -> None:
         super().__init__(views)
-        self.students = nn.ModuleDict(students)
+        self.students = nn.ModuleDict({module_name(name): each for name, each in students.items()})
         self.rates = dict(rates)
         self.teacher = teacher
         self.__dict__["others"] = dict(others)
@@ -81,11 +101,11 @@ class Distillation(Learner):
                     objective.learn_from(first.objectives[name])  # type: ignore[arg-type]
 
     def _students(self) -> dict[str, Student]:
-        return dict(self.students.items())  # type: ignore[arg-type]
+        return {name.removeprefix(MODULE): each for name, each in self.students.items()}  # type: ignore[misc]
 
     def train(self, mode: bool = True) -> Distillation:
         super().train(mode)
-        for module in (self.teacher, *(student.average for student in self._students().values())):
+        for module in (self.teacher, *(average for _, average in self.averages())):
             if module is not None:
                 module.eval()
         for objective in self.modules():
@@ -95,7 +115,7 @@ class Distillation(Learner):
 
     def parts(self) -> list[Part]:
         return [
-            Part(f"students.{name}.", student.student, "average", self.rates.get(name, 1.0))
+            Part(f"students.{module_name(name)}.", student.student, "average", self.rates.get(name, 1.0), _KEPT)
             for name, student in self._students().items()
         ]
 
@@ -159,7 +179,7 @@ class Distillation(Learner):
 
     def averages(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         for student in self._students().values():
-            yield student.student, student.average
+            yield from student.averages()
 
 
 def _everywhere(batch: Batch) -> Batch:

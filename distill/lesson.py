@@ -84,6 +84,11 @@ class Lesson:
         return next((each for each in self.config.objectives if isinstance(each, kind)), None)
 
     @property
+    def headless(self) -> bool:
+        """Whether teachers without heads take part."""
+        return bool(self.config.teachers) or self.asked(DeitConfig) is not None
+
+    @property
     def inherited(self) -> list[ObjectiveConfig]:
         """The teacher's own losses that a student can learn by."""
         prototypes = self.asked(PrototypesConfig)
@@ -197,8 +202,9 @@ def _chosen(config: FeaturesConfig | RelationsConfig, teachers: Mapping[str, Wid
 
 
 def _begin(backbone: Network, url: str) -> None:
+    checkpoint = Checkpoint.open(url)
+    checkpoint.require_network(backbone.config)
     try:
-        checkpoint = Checkpoint.open(url)
         backbone.load_state_dict(checkpoint.weights(f"{checkpoint.description.released}."))
     except RuntimeError:
         raise UserError(f"{url}: holds another backbone than the student's; give the model it was made with") from None

@@ -48,8 +48,8 @@ class Compute:
     images: int
     """Seen, each time anew"""
     devices: str
-    hours: float
-    """Of all devices together"""
+    hours: float | None
+    """Of all devices together; None where the speed is not known"""
     flops: float | None
     kwh: float | None
     """At the boards' full power; None where that is not known"""
@@ -95,10 +95,10 @@ def _source(artifact: Artifact) -> Source:
     rows = np.unique(np.linspace(0, len(corpus) - 1, min(_SAMPLE, len(corpus))).astype(np.int64))
     named = [each for each in json_values(corpus, rows, "license", "licence") if isinstance(each, str)]
     licences = dict(sorted(Counter(named).items(), key=lambda pair: (-pair[1], pair[0])))
-    return Source(_public(artifact.manifest.inputs["source"].url), len(corpus), licences, len(rows))
+    return Source(public(artifact.manifest.inputs["source"].url), len(corpus), licences, len(rows))
 
 
-def _public(source: str) -> str:
+def public(source: str) -> str:
     """A source's name as strangers may read it: of a folder on this machine its last part alone."""
     return source.rstrip("/").rpartition("/")[2] if storage.is_local(source) else source
 
@@ -114,7 +114,8 @@ def _steps(selection: Artifact) -> list[Step]:
 def _compute(training: Artifact) -> Compute:
     told = training.metrics
     images, devices, device = told.get("images_seen", 0), told.get("devices", 1), told.get("device", "")
-    hours = devices * images / max(told.get("images_per_second", 0.0), 1e-9) / 3600 if images else 0.0
+    speed = told.get("images_per_second", 0.0)  # 0 where nothing was left to train
+    hours = devices * images / speed / 3600 if images and speed else None
     known, flops = hardware.named(device), told.get("flops_per_image")
     return Compute(
         stage=training.manifest.stage,
@@ -122,5 +123,5 @@ def _compute(training: Artifact) -> Compute:
         devices=f"{devices} x {device}",
         hours=hours,
         flops=None if flops is None else flops * images,
-        kwh=None if known is None else hours * known.watts / 1000,
+        kwh=None if known is None or hours is None else hours * known.watts / 1000,
     )

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from distill import destinations
 from distill.card import model_card, parameters_of
 from distill.checking import difference, pixels_of
-from distill.config import PublishConfig, PublishSettings
+from distill.config import FormatName, PublishConfig, PublishSettings
 from distill.formats.catalogue import FORMATS
 from distill.formats.material import Material
 from distill.preparation import FILE, processor
-from infra.artifacts import Artifact, Input, Plan, open_artifact, produce
+from distill.provenance import public
+from infra.artifacts import Artifact, Input, Plan, find_planned, open_artifact, produce
 from infra.corpora import Corpus
 from infra.errors import UserError
 from infra.lineage import ancestors
 from pretrain.checkpoints import Checkpoint
+from pretrain.models.config import TimmNetworkConfig
 
 VERSION = 4
+_PLACES = {"checkpoint", "images", "reports", "hub", "hub_private", "out"}
 
 
 @dataclass(frozen=True)
@@ -48,19 +51,31 @@ def publish(config: PublishConfig) -> Artifact:
     )
     inputs = {"checkpoint": release.checkpoint.artifact.as_input(), "images": release.images.artifact.as_input()}
     inputs |= {f"report_{i}": report.as_input() for i, report in enumerate(release.reports)}
-    settings = config.model_dump(mode="json", exclude={"checkpoint", "images", "reports", "hub", "hub_private", "out"})
+    release = replace(release, settings=config.model_copy(update={"formats": formats_of(config, release.checkpoint)}))
+    settings = release.settings.model_dump(
+        mode="json", exclude={"checkpoint", "images", "reports", "hub", "hub_private", "out"}
+    )
     plan = Plan("backbone", "publish", VERSION, settings, inputs)
+    new = find_planned(plan, config.out) is None
     artifact = produce(plan, config.out, lambda directory: _write(release, inputs, directory))
     if config.hub is not None:
         destinations.upload(artifact, config.hub, config.hub_private)
-    destinations.point_to(artifact, config.name)
+    if new:
+        destinations.point_to(artifact, config.name)
     return artifact
+
+
+def formats_of(settings: PublishSettings, checkpoint: Checkpoint) -> list[FormatName]:
+    """The formats that are asked for, or those that fit."""
+    if settings.formats is not None:
+        return settings.formats
+    return ["timm", "hub"] if isinstance(checkpoint.model, TimmNetworkConfig) else ["timm", "hub", "official"]
 
 
 def _write(release: Release, inputs: dict[str, Input], directory: Path) -> Mapping[str, Any]:
     material = Material.of(release.checkpoint)
     pixels, differences = pixels_of(release.images, material), dict[str, float]()
-    for name in release.settings.formats:
+    for name in release.settings.formats or []:
         FORMATS[name].write(material, directory)
         found = difference(name, directory, material, pixels)
         if not found <= release.settings.tolerance:  # also where it is not a number
@@ -70,7 +85,7 @@ def _write(release: Release, inputs: dict[str, Input], directory: Path) -> Mappi
     (directory / "eval.json").write_text(json.dumps(told, indent=1))
     side = material.backbone.config.image_size
     (directory / FILE).write_text(json.dumps(processor(side, material.views), indent=2))
-    lineage = ancestors(inputs.values())
+    lineage = [replace(each, url=public(each.url)) for each in ancestors(inputs.values())]
     (directory / "lineage.json").write_text(json.dumps([each.as_dict() for each in lineage], indent=1))
     rows = [row for report in told for row in report["rows"]]
     (directory / "README.md").write_text(model_card(release.settings, release.checkpoint, rows, lineage, differences))

@@ -24,6 +24,7 @@ VERSION = 1
 _LAYOUT = "layout.json"
 _PART = 1024  # views in a file
 _BATCH = 32  # views that teachers see at a time
+_OPEN = 256  # files that stay mapped: each takes a descriptor
 _TOKENS = ("class", "patch")
 
 Ask = Callable[[Batch], Mapping[str, Features]]
@@ -65,12 +66,17 @@ class Kept:
 
     def _part(self, name: str, number: int) -> np.ndarray:
         file = _file(name, number)
-        if file not in self._mapped:
-            self._mapped[file] = np.load(self.artifact.local_file(file), mmap_mode="r", allow_pickle=False)
-        return self._mapped[file]
+        found = self._mapped.pop(file, None)
+        if found is None:
+            found = np.load(self.artifact.local_file(file), mmap_mode="r", allow_pickle=False)
+        self._mapped[file] = found
+        if len(self._mapped) > _OPEN:
+            del self._mapped[next(iter(self._mapped))]
+        return found
 
     @cached_property
     def _mapped(self) -> dict[str, np.ndarray]:
+        """The files that were read last, the oldest first."""
         return {}
 
 

@@ -19,6 +19,7 @@ from curation.config import CurateConfig, EmbedConfig, IngestConfig, Materialize
 from distill.config import DistillConfig, ImportConfig, PublishConfig
 from eval.config import EvaluateConfig, ReportConfig
 from flows.config import AblateConfig, DeploySettings, FollowConfig, PipelineConfig
+from flows.overriding import merged
 from infra.config import Config, describe, load_yaml
 from infra.errors import Preempted, Regression, UserError
 from infra.launch.job import TRY_AGAIN, USER_MISTAKE
@@ -313,7 +314,8 @@ def _with_file(*tokens: Annotated[str, Parameter(show=False, allow_leading_hyphe
         app["eval"].config = [cyclopts.config.Dict({"eval": content}, source=" ".join(tokens[1:3]))]
     elif len(tokens) > 1 and not tokens[1].startswith("-") and tokens[0] in _CONFIGS:
         file = _recipe(tokens[0], tokens[1])
-        content = load_yaml(file)
+        left, content = merged(tokens[2:], load_yaml(file), _CONFIGS[tokens[0]])
+        tokens = (*tokens[:2], *left)
         _check(content, _CONFIGS[tokens[0]], tokens[1])
         # Below the command's name: on top, keys that are named like a command (pretrain, say) would be passed over.
         app[tokens[0]].config = [cyclopts.config.Dict({tokens[0]: content}, source=tokens[1])]

@@ -30,6 +30,7 @@ from pretrain.models import timm_network
 from pretrain.models.official import from_official
 from pretrain.models.timm_network import Network, TimmNetwork
 from pretrain.models.vit import VisionTransformer
+from pretrain.ranks import device_of_rank
 
 
 class Backbone(Protocol):
@@ -139,7 +140,8 @@ def _passed_over(path: Path) -> bool:
 
 
 def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's GPU, if there is one."""
+    return device_of_rank()
 
 
 _FLOOR = 1e-3  # below it a vector is rounding noise: an image of one colour is like nothing

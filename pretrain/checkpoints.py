@@ -25,6 +25,8 @@ from pretrain.models.timm_network import Network, TimmNetwork
 from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.config import ObjectiveConfig
 
+_TELLING = ("name", "heads", "norm_eps", "activation", "pre_norm", "position", "key_bias", "ffn")
+"""Settings of a network that decide what its weights do, and need not show in their shapes."""
 WEIGHTS = "learner.safetensors"
 DESCRIPTION = "learner.json"
 STUDENTS = "students"
@@ -96,6 +98,18 @@ class Checkpoint:
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no mapping)
             return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
+    def require_network(self, other: ModelConfig) -> None:
+        """Check that weights mean in another network what they mean in this one, as far as shapes do not tell.
+
+        Raises:
+            UserError: they do not.
+        """
+        ours, theirs = (each.model_dump() for each in (self.model, other))
+        for key in _TELLING:
+            if ours.get(key) != theirs.get(key):
+                made = f"was made with model.{key} {ours.get(key)}, not {theirs.get(key)}"
+                raise UserError(f"{self.artifact.url}: {made}; give it the same")
+
     def backbone(self) -> Network:
         """The released backbone, for inference."""
         return inference(self.weights(f"{self.description.released}."), self.model)
@@ -112,6 +126,7 @@ class Checkpoint:
         Raises:
             UserError: the checkpoint is a distillation's, or has other dimensions.
         """
+        self.require_network(learner.student.config)
         if self.description.released != "teacher":
             raise UserError(f"{self.artifact.url}: a distillation's; start from a pretraining checkpoint")
         wanted = learner.state_dict()

@@ -311,10 +311,11 @@ class Training:
             return
         self._arrive(step, "gathering its teacher")
         (part,) = self.learner.parts()
-        names = [f"{name}." for name in (part.released, "objectives")]
-        kinds = {name: state.weights(self.engine, part.prefix + name) for name in names}
+        found = {name: state.weights(self.engine, part.prefix + name) for name in part.kept}
         if self.dumps is not None:
-            weights = {kind + name: value.clone() for kind, found in kinds.items() for name, value in found.items()}
+            weights = {
+                part.kept[name] + key: value.clone() for name, each in found.items() for key, value in each.items()
+            }
             self.dumps.begin(weights, step)
 
     def _save(self, step: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -34,6 +34,8 @@ class Part:
     """Name, after the prefix, of the backbone that is evaluated and published: the student's moving average."""
     lr: float = 1.0
     """Factor of its learning rate."""
+    kept: Mapping[str, str] = field(default_factory=lambda: {"teacher.": "teacher.", "objectives.": "objectives."})
+    """What of it is evaluated: beginnings of names after the prefix, and what they become in a checkpoint."""
 
 
 class Learner(nn.Module):

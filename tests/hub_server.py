@@ -77,6 +77,9 @@ class _Handler(BaseHTTPRequestHandler):
                 for name, commit in repository.tags.items()
             ]
             self._answer({"branches": [], "converts": [], "tags": tags})
+        elif match := re.fullmatch(r"/api/models/(.+)/tree/main.*", self.path):
+            files = self.hub.repositories[match[1]].files
+            self._answer([{"type": "file", "path": path, "size": len(data), "oid": ""} for path, data in files.items()])
         else:
             self._answer({"error": self.path}, 404)
 
@@ -133,7 +136,9 @@ class _Handler(BaseHTTPRequestHandler):
         for line in body.splitlines():
             entry = json.loads(line)
             value = entry["value"]
-            if entry["key"] == "file":
+            if entry["key"] == "deletedFile":
+                del repository.files[value["path"]]
+            elif entry["key"] == "file":
                 repository.files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 data = self.hub.large[value["oid"]]

@@ -76,7 +76,7 @@ def test_the_teacher_and_its_heads_are_those_of_the_checkpoint(teacher: Checkpoi
         assert torch.equal(state[f"teacher.{name}"], value)
     heads = teacher.weights("objectives.dino.teacher_head.")
     for name, value in heads.items():
-        assert torch.equal(state[f"students.student.objectives.dino.teacher_head.{name}"], value)
+        assert torch.equal(state[f"students.of_student.objectives.dino.teacher_head.{name}"], value)
 
 
 def test_distilling_moves_the_student_and_its_average_and_not_the_teacher(
@@ -100,7 +100,7 @@ def test_distilling_moves_the_student_and_its_average_and_not_the_teacher(
     engine.step()
     moved = {name for name, value in learner.state_dict().items() if not torch.equal(value, before[name])}
     assert moved
-    assert all(name.startswith(("students.student.student.", "students.student.objectives.")) for name in moved)
+    assert all(name.startswith(("students.of_student.student.", "students.of_student.objectives.")) for name in moved)
     assert not any("teacher_head" in name for name in moved)
 
 
@@ -120,7 +120,7 @@ def test_the_student_sees_everything(teacher: Checkpoint, embedded: Embedded, pa
     compared: list[int] = []
     (part,) = learner.parts()
     part.student.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
-    head = dict(learner.named_modules())["students.student.objectives.ibot.head"]
+    head = dict(learner.named_modules())["students.of_student.objectives.ibot.head"]
     head.register_forward_pre_hook(lambda _, arguments: compared.append(len(arguments[0])))
     learner(batch, 0.07)
     assert batch.masks.any()

@@ -133,6 +133,15 @@ def test_open_clips_models_come_with_their_towers_and_go_back(tmp_path: Path, qu
         publish(PublishConfig.model_validate(other))
 
 
+def test_what_is_no_model_of_open_clips_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    for state in ({"module.visual.conv1.weight": torch.zeros(1)}, {"something": torch.zeros(1)}):
+        torch.save({"state_dict": state}, path)
+        asked = ImportConfig(checkpoint=str(path), layout="open_clip", name="ViT-B-32", out=str(tmp_path / "c"))
+        with pytest.raises(UserError, match=r"weights.pt: has no visual\."):
+            import_weights(asked)
+
+
 def test_open_clips_other_models_are_refused_by_name(tmp_path: Path) -> None:
     torch.save({"x": torch.zeros(1)}, tmp_path / "weights.pt")
     for name, reason in (("RN50", "the layers of a ResNet"), ("ViT-B-16-SigLIP", "timm_model_name"), ("x", "none of")):

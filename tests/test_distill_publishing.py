@@ -98,7 +98,7 @@ def test_a_plain_vit_is_one_in_transformers(position: str, embedded: Embedded, t
 
 def test_models_that_timm_has_not_are_published_otherwise(embedded: Embedded, tmp_path: Path) -> None:
     settings = {"schedule": {"steps": 1, "batch": 8}, "sharding": {"engine": "torch"}, "runtime": {"workers": 0}}
-    odd = {**MODEL, "norm_eps": 1e-5}
+    odd = {**MODEL, "norm_eps": 1e-4}
     url = pretrain.run(config(embedded.seed, tmp_path / "odd", **settings, model=odd)).url
     shared: dict[str, Any] = {"checkpoint": url, "images": embedded.test}
     with pytest.raises(UserError, match="timm has no model like this one"):
@@ -217,6 +217,17 @@ def test_a_backbone_goes_to_the_hub_in_one_commit(hub: Hub, trained: Checkpoint,
     assert list(repository.tags) == [first.id[:12], second.id[:12]]
 
 
+def test_a_version_of_the_hub_holds_nothing_of_the_one_before(hub: Hub, trained: Checkpoint, tmp_path: Path) -> None:
+    out = tmp_path / "models" / "{id}"
+    published(trained, out, hub="me/small", formats=["official", "timm"])
+    second = published(trained, out, hub="me/small", formats=["official"])
+    repository = hub.repositories["me/small"]
+    assert set(repository.files) == {file.path for file in second.manifest.files}
+    first = published(trained, out, hub="me/small", formats=["official", "timm"])
+    assert json.loads((tmp_path / "models" / "small.latest.json").read_text())["id"] == second.id != first.id
+    assert str(tmp_path).encode() not in b"".join(repository.files.values())
+
+
 def test_a_hub_that_refuses_is_one_line_and_the_pointer_stays(
     hub: Hub, trained: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +239,13 @@ def test_a_hub_that_refuses_is_one_line_and_the_pointer_stays(
     monkeypatch.setenv("HF_TOKEN", "wrong")
     with pytest.raises(UserError, match="log in with a token"):
         published(trained, tmp_path / "models" / "{id}", hub="me/small")
+
+
+def test_a_training_that_had_nothing_left_to_do_has_no_speed(trained: Checkpoint) -> None:
+    manifest = trained.artifact.manifest
+    resumed = manifest.model_copy(update={"metrics": manifest.metrics | {"images_per_second": 0.0}})
+    (compute,) = Provenance.of(Artifact(trained.artifact.url, resumed)).compute
+    assert (compute.hours, compute.kwh) == (None, None)
 
 
 def test_folders_of_images_lose_their_paths(tmp_path: Path) -> None:

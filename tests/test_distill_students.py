@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from pretrain.checkpoints import WEIGHTS, Checkpoint, build_backbone
 from pretrain.config import CheckpointBackbone, OpenClipBackbone, PretrainConfig, TimmBackbone
 from pretrain.features import extract
 from pretrain.models.config import TimmNetworkConfig
+from pretrain.models.execution import Execution
 from pretrain.models.positions import on_grid_of
 from pretrain.models.timm_network import TimmNetwork
 from pretrain.models.vit import Features as Said
@@ -96,7 +98,7 @@ def test_students_together_are_what_they_are_alone(
     }
     together = distill.run(settings(embedded.seed, tmp_path / "all", **shared, students=students))
     assert together.metrics["students"] == {name: f"{tmp_path}/all-{name}" for name in students}
-    with pytest.raises(UserError, match=r"of several students; give one of small"):
+    with pytest.raises(UserError, match=r"of several students; give one of fine"):
         Checkpoint.open(together.url)
     for name, student in students.items():
         alone = distill.run(settings(embedded.seed, tmp_path / name, **shared, students={"student": student}))
@@ -128,7 +130,7 @@ def test_teachers_run_once_a_batch(embedded: Embedded, teacher: str, foreign: Ti
     assert learner.teacher is not None
     learner.teacher.register_forward_hook(lambda *_: calls.append("teacher"))
     heads = [name for name, _ in learner.named_modules() if name.endswith("teacher_head")]
-    assert heads == [f"students.small.objectives.{kind}.teacher_head" for kind in ("dino", "ibot")]
+    assert heads == [f"students.of_fine.objectives.{kind}.teacher_head" for kind in ("dino", "ibot")]
     for name in heads:
         learner.get_submodule(name).register_forward_hook(lambda *_: calls.append("head"))
     learner(batch, 0.07)
@@ -172,6 +174,69 @@ def test_a_stopped_family_goes_on_bit_for_bit(
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
+def test_a_students_company_is_no_part_of_its_id(embedded: Embedded, teacher: str, tmp_path: Path) -> None:
+    """Its place is looked at before the training; when it is gone, nothing else is taken for it."""
+    shared = {"teacher_checkpoint": teacher, "schedule": {"steps": 1, "batch": 8}}
+    both = distill.run(settings(embedded.seed, tmp_path / "a", **shared, students={"x": SMALL, "y": NET}))
+    other = distill.run(settings(embedded.seed, tmp_path / "b", **shared, students={"x": SMALL, "z": FINE}))
+    first, second = (open_artifact(student_url(each.url, "x"), "checkpoint") for each in (both, other))
+    assert first.id == second.id
+    assert first.manifest.files == second.manifest.files
+    longer = {**shared, "schedule": {"steps": 2, "batch": 8}, "students": {"x": SMALL, "y": NET}}
+    shutil.rmtree(both.url)
+    with pytest.raises(UserError, match="a-x: holds an artifact of other inputs or settings"):
+        distill.run(settings(embedded.seed, tmp_path / "a", **longer))
+    assert not (tmp_path / "a").exists()
+    shutil.rmtree(student_url(other.url, "z"))
+    with pytest.raises(UserError, match="b-z: the student is gone"):
+        distill.run(settings(embedded.seed, tmp_path / "b", **shared, students={"x": SMALL, "z": FINE}))
+
+
+def test_students_named_like_parts_of_torch_and_teachers_in_any_order(
+    embedded: Embedded, teacher: str, foreign: TimmBackbone, tmp_path: Path
+) -> None:
+    both = {"half": foreign.model_dump(), "apply": {"kind": "checkpoint", "url": teacher}}
+    shared: dict[str, Any] = {
+        "objectives": [{"kind": "features"}],
+        "views": HERE,
+        "students": {"type": SMALL, "keys": NET},
+    }
+    shared |= {"schedule": {"steps": 2, "batch": 8}}
+    asked = settings(embedded.seed, tmp_path / "a", **shared, teachers=both)
+    turned = settings(embedded.seed, tmp_path / "b", **shared, teachers=dict(reversed(both.items())))
+    a, b = (load_file(Path(student_url(distill.run(each).url, "type")) / WEIGHTS) for each in (asked, turned))
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    assert plan(asked).id == plan(turned).id
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_ranks_tell_all_pairs_apart(clip: OpenClipBackbone, tmp_path: Path) -> None:
+    """CLIP's logits are over the batch of all ranks."""
+    clip_here = tmp_path / "tiny-clip.json"
+    assert clip_here.exists()
+    asked = {
+        "teachers": {"big": clip.model_dump()},
+        "objectives": [
+            {"kind": "clip", "teacher": "big", "dim": 8, "text": {"context": 8, "width": 16, "heads": 2, "layers": 1}}
+        ],
+        "views": {**HERE, "global_count": 1},
+        "students": {"student": SMALL},
+        "schedule": {"steps": 2, "batch": 8},
+    }
+    corpus = captioned(tmp_path)
+    (tmp_path / "job").mkdir()
+    start = f"import open_clip, runpy; open_clip.add_model_config({str(clip_here)!r}); "
+    start += "runpy.run_module('distill', run_name='__main__')"
+    (tmp_path / "start.py").write_text(start)
+    run = settings(corpus, tmp_path / "run", **asked, sharding={"zero_stage": 0})
+    _torchrun(run, tmp_path / "job", tmp_path / "start.py")
+    distill.run(settings(corpus, tmp_path / "one", **asked))
+    for ours, single in zip(losses(tmp_path / "run"), losses(tmp_path / "one"), strict=True):
+        assert ours["clip_contrast"] == pytest.approx(single["clip_contrast"], rel=1e-3)
+        assert ours["clip_distill"] == pytest.approx(single["clip_distill"], rel=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("stage", [0, 3])
@@ -198,13 +263,14 @@ def test_two_ranks_distill_as_one(
         assert ours == pytest.approx(single, rel=1e-2)
 
 
-def _torchrun(asked: DistillConfig, folder: Path) -> None:
+def _torchrun(asked: DistillConfig, folder: Path, script: Path | None = None) -> None:
     import subprocess
     import sys
 
     (folder / "config.json").write_text(asked.model_dump_json())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run([*command, "-m", "distill", str(folder)], timeout=400, capture_output=True, text=True)
+    what = ["-m", "distill"] if script is None else [str(script)]
+    ended = subprocess.run([*command, *what, str(folder)], timeout=400, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
 
 
@@ -241,6 +307,24 @@ def test_networks_of_one_size_get_their_crops_resized() -> None:
     assert free.fitting(torch.zeros(1, 3, 96, 96)).shape[-1] == 96
     with pytest.raises(UserError, match=r"nothing-like-it: .*timm\.list_models"):
         TimmNetwork(TimmNetworkConfig(name="nothing-like-it"))
+
+
+def test_networks_of_timm_drop_nothing_and_count_a_batch_once() -> None:
+    """Swin has stochastic depth by itself; computed again, batch normalisation would see a batch twice."""
+    torch.manual_seed(0)
+    swin = TimmNetwork(TimmNetworkConfig(name="swin_tiny_patch4_window7_224", image_size=64)).train()
+    images = torch.randn(2, 3, 64, 64)
+    first, second = (swin([images])[0].class_token for _ in range(2))
+    assert torch.equal(first, second)
+    plain, again = (TimmNetwork(TimmNetworkConfig(name="test_resnet", image_size=64)).train() for _ in range(2))
+    again.load_state_dict(plain.state_dict())
+    again.execution = Execution("full")
+    for network in (plain, again):
+        network([images])[0].class_token.sum().backward()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value)
+    vit = TimmNetwork(TimmNetworkConfig(name="test_vit", image_size=64))
+    assert vit([torch.randn(1, 3, 40, 40)])[0].patch_tokens.shape[1] == 4  # of crops of 32 pixels
 
 
 def test_a_network_of_timm_is_distilled_evaluated_and_published(
@@ -320,7 +404,7 @@ def test_features_cost_what_the_formula_says(standardise: int) -> None:
     outputs = outputs_of(student, a=wanted)
     loss.see(outputs.taught)
     terms = loss(outputs, None, 0.0)
-    heads: Any = loss.heads["a"]
+    heads: Any = loss.heads["of_a"]
     tokens = wanted.class_token, wanted.patch_tokens
     if standardise:
         tokens = tuple(
@@ -409,6 +493,12 @@ def test_deit_learns_classes_from_labels_and_a_classifier(tmp_path: Path) -> Non
     other = {"student": {"model": {**VIT, "dim": 32}, "start": str(tmp_path / "a")}}
     with pytest.raises(UserError, match="holds another backbone than the student's"):
         distill.run(settings(corpus, tmp_path / "c", **shared, students=other))
+    eps = {"student": {"model": {**student["model"], "norm_eps": 1e-5}, "start": str(tmp_path / "a")}}
+    with pytest.raises(UserError, match=r"was made with model\.norm_eps 1e-06, not 1e-05"):
+        distill.run(settings(corpus, tmp_path / "c", **shared, students=eps))
+    deit_gone = [{**deit, "checkpoint": str(tmp_path / "gone")}]
+    with pytest.raises(UserError, match="gone: no such file"):
+        distill.run(settings(corpus, tmp_path / "c", **shared | {"objectives": deit_gone}))
     save_file({"x": torch.zeros(1)}, tmp_path / "teacher.safetensors")
     with pytest.raises(UserError, match="not weights of test_resnet with 3 classes"):
         distill.run(settings(corpus, tmp_path / "d", **shared))
@@ -448,7 +538,7 @@ def test_clip_is_distilled_by_open_clips_loss(clip: OpenClipBackbone, tmp_path: 
     with torch.inference_mode():
         seen = model.encode_image((crops - mean) / std, normalize=True)
         told = model.encode_text(batch.texts, normalize=True)
-    towers: Any = learner.get_submodule("students.student.objectives.clip.towers")
+    towers: Any = learner.get_submodule("students.of_student.objectives.clip.towers")
     (part,) = learner.parts()
     image = towers.encode_images(part.student([learner.images(batch.global_crops)])[0].class_token)
     contrast, distilled = DistillClipLoss()(

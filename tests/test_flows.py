@@ -17,9 +17,11 @@ import yaml
 
 import curation
 from curation.config import CurateConfig
+from distill.config import DistillConfig
 from eval.rendering import PAGE
 from flows.cli import main
 from flows.config import PipelineConfig
+from flows.overriding import merged
 from infra.artifacts import Artifact, find, verify
 from infra.errors import UserError
 from tests.conftest import SMALL, Embedded, image_folder
@@ -159,6 +161,41 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     artifact = find(str(tmp_path / "corpus"))
     assert artifact is not None
     assert artifact.manifest.config["min_side"] == 9
+
+
+def test_a_flag_changes_one_key_of_one_entry_of_a_file() -> None:
+    content = {
+        "distill": {"students": {"a-b": {"model": {"dim": 64, "patch_size": 8}, "lr": 0.5}, "c": {"lr": 2}}},
+        "sources": {"evaluation": {"x": "there"}},
+    }
+    flags = [
+        "--distill.students.a-b.model.patch-size",
+        "4",
+        "--distill.schedule.steps=3",
+        "--sources.evaluation.y=here",
+    ]
+    flags += ["--distill.students.c.start=null", "--name", "N"]
+    left, found = merged(flags, content, PipelineConfig)
+    assert left == ["--distill.schedule.steps=3", "--name", "N"]
+    students = {"a-b": {"model": {"dim": 64, "patch_size": "4"}, "lr": 0.5}, "c": {"lr": 2, "start": None}}
+    assert found == {"distill": {"students": students}, "sources": {"evaluation": {"x": "there", "y": "here"}}}
+    assert content["distill"]["students"]["c"] == {"lr": 2}  # the file's own stays
+    assert merged(["--students.a.lr", "1"], {}, DistillConfig) == (["--students.a.lr", "1"], {})
+
+
+def test_flags_below_a_recipes_students_reach_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flows import trainings
+
+    seen: list[DistillConfig] = []
+    monkeypatch.setattr(trainings, "train", lambda _, config: seen.append(config))
+    with pytest.raises(SystemExit):
+        main(["distill", "dinov2_family", "--corpora", "x", "--out", "y", "--students.small.lr", "0.5"])
+    (config,) = seen
+    assert {name: each.lr for name, each in config.students.items()} == {"base": 1.0, "large": 1.0, "small": 0.5}
+    assert config.students["small"].model.dim == 384
+    assert config.students["small"].model.patch_size == 14
 
 
 def test_ingest_counts_what_it_turned_away(tmp_path: Path) -> None:

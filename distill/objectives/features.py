@@ -16,6 +16,14 @@ from pretrain.objectives.base import Objective, Outputs, Taught, Wide
 _LEAST = 1e-6  # variance of a channel that says nothing
 
 
+MODULE = "of_"
+"""What stands before the names of students and teachers as modules: torch has taken some (half, type, keys)."""
+
+
+def module_name(name: str) -> str:
+    return MODULE + name
+
+
 class Standard(nn.Module):
     """Mean and variance of what a teacher says, channel by channel."""
 
@@ -74,16 +82,16 @@ class Features(Objective):
         super().__init__(config.weight)
         self.config = config
         self.heads = nn.ModuleDict(
-            {name: TeacherHeads(student, teacher, config.hidden) for name, teacher in teachers.items()}
+            {module_name(name): TeacherHeads(student, teacher, config.hidden) for name, teacher in teachers.items()}
         )
-        self.standards = nn.ModuleDict({name: Standards(teacher) for name, teacher in teachers.items()})
+        self.standards = nn.ModuleDict({module_name(name): Standards(each) for name, each in teachers.items()})
 
     def see(self, taught: Taught) -> None:
         """Take what teachers say of a batch into account, before the training begins."""
         for name, standards in self.standards.items():
             for part, standard in standards.named_children():
                 assert isinstance(standard, Standard)
-                standard.see(getattr(taught.of(name), part))
+                standard.see(getattr(taught.of(name.removeprefix(MODULE)), part))
 
     def learn_from(self, other: Features) -> None:
         """Take another student's standards, whose modules stay its own."""
@@ -93,7 +101,8 @@ class Features(Objective):
     def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
         """`features_NAME_class` and `features_NAME_patch` for each teacher."""
         terms, config = {}, self.config
-        for name, heads in self.heads.items():
+        for module, heads in self.heads.items():
+            name = module.removeprefix(MODULE)
             assert isinstance(heads, TeacherHeads)
             wanted = {part: self._wanted(outputs, name, part) for part in ("class_token", "patch_tokens")}
             own = outputs.student_globals
@@ -110,7 +119,9 @@ class Features(Objective):
         tokens = getattr(outputs.taught.of(name), part)
         if not self.config.standardise:
             return tokens.float()
-        return outputs.taught.once(f"{name} {part}", lambda: self.standards.get_submodule(f"{name}.{part}")(tokens))
+        return outputs.taught.once(
+            f"{name} {part}", lambda: self.standards.get_submodule(f"{module_name(name)}.{part}")(tokens)
+        )
 
 
 def cosine_distance(x: Tensor, y: Tensor) -> Tensor:

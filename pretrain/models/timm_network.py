@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from infra.errors import UserError
 from pretrain.models.config import TimmNetworkConfig
@@ -29,6 +30,7 @@ class TimmNetwork(nn.Module):
         patch_size: side in pixels of what a patch token stands for.
         options: what timm was told beside the name.
         any_size: whether it takes crops of any side; others are resized to its own.
+        whole: sides of crops are multiples of this; others are resized to the next smaller one.
     """
 
     def __init__(self, config: TimmNetworkConfig) -> None:
@@ -41,6 +43,7 @@ class TimmNetwork(nn.Module):
             self.any_size = _takes(shapes, config.image_size + _OTHER)
         self.dim, self.patch_dim = vector.shape[1], grid.shape[1]
         self.patch_size = config.image_size // grid.shape[-1]
+        self.whole = _patch(shapes)
 
     @property
     def execution(self) -> Execution:
@@ -50,7 +53,9 @@ class TimmNetwork(nn.Module):
     @execution.setter
     def execution(self, value: Execution) -> None:
         self._execution = value
-        if value.checkpointing != "none":
+        # Computed again, batch normalisation would count a batch twice.
+        counting = any(isinstance(each, _BatchNorm) for each in self.network.modules())
+        if value.checkpointing != "none" and not counting:
             self.network.set_grad_checkpointing(True)
 
     def __call__(self, crops: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None) -> list[Features]:
@@ -73,7 +78,9 @@ class TimmNetwork(nn.Module):
     def fitting(self, images: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` at sides that the network takes."""
         side = self.config.image_size
-        if self.any_size or images.shape[-2:] == (side, side):
+        if self.any_size:
+            side = max(images.shape[-1] // self.whole, 1) * self.whole
+        if images.shape[-2:] == (side, side):
             return images
         return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
 
@@ -99,6 +106,10 @@ def made(config: TimmNetworkConfig) -> tuple[Any, dict[str, Any]]:
             continue
         except RuntimeError as error:
             raise UserError(f"{config.name}: {error}; timm.list_models() has the names") from None
+    for module in network.modules():  # some have stochastic depth or dropout without being asked
+        for name in ("drop_prob", "p"):
+            if isinstance(module, nn.Dropout | timm.layers.DropPath) and hasattr(module, name):
+                setattr(module, name, 0.0)
     if not hasattr(network, "forward_intermediates"):
         raise UserError(f"{config.name}: does not tell what its blocks say; take another network of timm")
     return network, options
@@ -117,6 +128,12 @@ def layers(
     final, found = network.forward_intermediates(images, min(blocks, len(network.feature_info)), **options)
     pairs = [each if isinstance(each, tuple) else (each, None) for each in found]
     return network.forward_head(final, pre_logits=True), pairs
+
+
+def _patch(network: Any) -> int:
+    """Side of what a network cuts images into before all else; of a convolutional one 1."""
+    size = getattr(getattr(network, "patch_embed", None), "patch_size", 1)
+    return int(size if isinstance(size, int) else size[0])
 
 
 def _takes(shapes: Any, side: int) -> bool:
