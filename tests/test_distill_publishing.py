@@ -20,6 +20,7 @@ from distill.formats import open_clip_folder, transformers_folder
 from distill.formats.material import Material
 from distill.provenance import Provenance
 from distill.publish import publish
+from infra import storage
 from infra.artifacts import Artifact, find
 from infra.errors import UserError
 from pretrain.backbones import center_crop
@@ -190,6 +191,15 @@ def test_the_latest_is_a_pointer_and_versions_stay(backbone: Artifact, trained: 
     with pytest.raises(UserError, match="holds an artifact of other inputs or settings"):
         published(trained, Path(backbone.url), license="mit")
     assert json.loads(pointer.read_text())["folder"] == Path(other.url).name
+
+
+def test_a_bucket_has_pointers_too(trained: Checkpoint) -> None:
+    corpus = trained.artifact.manifest.inputs["corpus_0"].url
+    settings = {"checkpoint": trained.artifact.url, "images": corpus, "formats": ["official"], "name": "small"}
+    found = publish(PublishConfig.model_validate(settings | {"out": "memory://models/{id}"}))
+    assert json.loads(storage.read_bytes("memory://models/small.latest.json"))["id"] == found.id
+    assert storage.exists(found.url_of("official.pth"))
+    storage.remove("memory://models")
 
 
 @pytest.fixture

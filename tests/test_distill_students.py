@@ -284,16 +284,20 @@ NETWORKS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet", "test_vit", "resnet10t", "test_nfnet"])
-def test_networks_of_timm_say_what_timm_makes_of_them(name: str) -> None:
+SOME = ["test_convnext", "test_efficientnet", "test_vit", "resnet10t", "test_nfnet"]
+LARGE = ["mixer_s32_224", "swin_tiny_patch4_window7_224", "mvitv2_tiny", "coatnet_0_rw_224", "levit_128s"]
+
+
+@pytest.mark.parametrize(("name", "side"), [*((name, 64) for name in SOME), *((name, 224) for name in LARGE)])
+def test_networks_of_timm_say_what_timm_makes_of_them(name: str, side: int) -> None:
     torch.manual_seed(0)
-    network = TimmNetwork(TimmNetworkConfig(name=name, image_size=64)).eval()
-    images = torch.randn(2, 3, 64, 64)
+    network = TimmNetwork(TimmNetworkConfig(name=name, image_size=side)).eval()
+    images = torch.randn(2, 3, side, side)
     (features,) = network([images])
     with torch.inference_mode():
         torch.testing.assert_close(features.class_token, network.network(images))
     assert features.class_token.shape == (2, network.dim)
-    assert features.patch_tokens.shape == (2, (64 // network.patch_size) ** 2, network.patch_dim)
+    assert features.patch_tokens.shape == (2, (side // network.patch_size) ** 2, network.patch_dim)
     with pytest.raises(ValueError, match="no mask token"):
         network([images], [torch.zeros(2, 4, dtype=torch.bool)])
 
