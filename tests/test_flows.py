@@ -315,7 +315,7 @@ def test_an_ablation_trains_on_each_choice_and_compares(embedded: Embedded, tmp_
 def _tells_places(path: str) -> bool:
     """Files that name URLs, tell how long things took, or that DeepSpeed's and timm's containers stamp, are alike but
     not equal."""
-    return path in ("lineage.json", "shards.json", PAGE) or path.startswith("training/")
+    return path in ("lineage.json", "shards.json", "README.md", PAGE) or path.startswith("training/")
 
 
 def _without_times(report: Artifact) -> str:
