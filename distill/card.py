@@ -12,6 +12,7 @@ import jinja2
 
 from distill.config import PublishSettings
 from distill.formats import transformers_folder
+from distill.formats.timm_folder import TRAINING_ONLY
 from distill.provenance import Provenance
 from infra.lineage import Ancestor
 from pretrain.checkpoints import Checkpoint
@@ -20,12 +21,12 @@ from pretrain.models.timm_network import Network
 
 _LONGEST = 120  # characters
 _SPECIAL = "\\`*_[]|"  # of Markdown
-_TRAINING_ONLY = ("mask_token", "local_cls_norm.")
 
 
 def model_card(
     release: PublishSettings,
     checkpoint: Checkpoint,
+    backbone: Network,
     rows: Sequence[Mapping[str, Any]],
     lineage: Sequence[Ancestor],
     differences: Mapping[str, float],
@@ -33,6 +34,7 @@ def model_card(
     """The text of a backbone's README.md.
 
     Args:
+        backbone: the checkpoint's, released.
         rows: of the reports of its evaluations.
         lineage: all that it was made from.
         differences: by format, between Fovea's features and those of a process without it.
@@ -40,7 +42,7 @@ def model_card(
     template = resources.files("distill").joinpath("templates/card.md.jinja").read_text()
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters["cell"] = _cell
-    backbone, model = checkpoint.backbone(), checkpoint.model
+    model = checkpoint.model
     vit = None if isinstance(model, TimmNetworkConfig) else model
     return environment.from_string(template).render(
         release=release,
@@ -69,4 +71,4 @@ def _cell(text: str) -> str:
 
 def parameters_of(backbone: Network) -> int:
     """Numbers in a backbone, without what serves training only."""
-    return sum(value.numel() for name, value in backbone.named_parameters() if not name.startswith(_TRAINING_ONLY))
+    return sum(value.numel() for name, value in backbone.named_parameters() if not name.startswith(TRAINING_ONLY))

@@ -18,7 +18,7 @@ from distill.formats.catalogue import FORMATS
 from distill.formats.material import Material
 from infra.corpora import Corpus
 from infra.errors import UserError
-from pretrain.backbones import center_crop
+from pretrain.backbones import Normaliser, center_crop
 from pretrain.data.decode import decode_rgb
 from pretrain.models.official import from_official
 from pretrain.models.vit import VisionTransformer
@@ -30,9 +30,7 @@ def pixels_of(images: Corpus, material: Material) -> Tensor:
     """The first images of a corpus, preprocessed and normalised, float32 `[n, 3, side, side]`."""
     side, views = material.backbone.config.image_size, material.views
     crops = [center_crop(decode_rgb(images.read_image(row)), side) for row in range(min(_IMAGES, len(images)))]
-    pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (views.mean, views.std))
-    return (pixels - mean) / std
+    return Normaliser(views.mean, views.std)(torch.from_numpy(np.stack(crops)))
 
 
 def difference(name: FormatName, directory: Path, material: Material, pixels: Tensor) -> float:

@@ -9,22 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.formats.names import renamed
+from distill.formats.open_clip_folder import IN_BLOCKS
 from infra.errors import UserError
 from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.official import require_fitting
 from pretrain.objectives.config import ClipConfig, SiglipConfig, TextTower
 
 _TEXT = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
-_NAMES = {
-    "ln_1.": "norm1.",
-    "ln_2.": "norm2.",
-    "attn.in_proj_": "attn.qkv.",
-    "attn.out_proj.": "attn.proj.",
-    "mlp.c_fc.": "mlp.fc1.",
-    "mlp.c_proj.": "mlp.fc2.",
-    "ls_1.": "ls1.",
-    "ls_2.": "ls2.",
-}
+_NAMES = {theirs: ours for ours, theirs in IN_BLOCKS.items()}
 
 
 @dataclass(frozen=True)
@@ -110,15 +103,9 @@ def backbone_of(state: Mapping[str, Tensor], config: VisionTransformerConfig) ->
         if name.startswith("visual.ln_pre."):
             out[name.replace("visual.ln_pre", "norm_pre")] = value
         elif name.startswith("visual.transformer.resblocks."):
-            out["blocks." + _renamed(name.removeprefix("visual.transformer.resblocks."))] = value
+            out["blocks." + renamed(name.removeprefix("visual.transformer.resblocks."), _NAMES)] = value
     require_fitting(out, config)
     return out
-
-
-def _renamed(name: str) -> str:
-    for theirs, ours in _NAMES.items():
-        name = name.replace(theirs, ours)
-    return name
 
 
 def towers_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

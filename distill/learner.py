@@ -108,9 +108,6 @@ class Distillation(Learner):
         for module in (self.teacher, *(average for _, average in self.averages())):
             if module is not None:
                 module.eval()
-        for objective in self.modules():
-            if isinstance(objective, PrototypeObjective):
-                objective.teacher_head.eval()
         return self
 
     def parts(self) -> list[Part]:

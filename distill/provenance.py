@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from infra import storage
 from infra.artifacts import Artifact, find
 from infra.corpora import Corpus
 from infra.fields import json_values
+from infra.selections import Step, steps_of
 from pretrain.planning import hardware
 
 _SAMPLE = 2000  # images of a corpus whose licences are read
@@ -29,15 +29,6 @@ class Source:
     """Images by licence, as their .json files name it, from the commonest on"""
     read: int
     """Images whose .json files were looked at"""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of a curation."""
-
-    name: str
-    kept: int
-    dropped: int
 
 
 @dataclass(frozen=True)
@@ -69,7 +60,7 @@ class Provenance:
         artifacts = _trained_on(checkpoint)
         return cls(
             sources=[_source(each) for each in artifacts if each.manifest.stage == "ingest"],
-            funnel=[step for each in artifacts if each.manifest.kind == "selection" for step in _steps(each)],
+            funnel=[step for each in artifacts if each.manifest.kind == "selection" for step in steps_of(each)],
             compute=[_compute(each) for each in artifacts if each.manifest.stage in _TRAININGS],
         )
 
@@ -101,14 +92,6 @@ def _source(artifact: Artifact) -> Source:
 def public(source: str) -> str:
     """A source's name as strangers may read it: of a folder on this machine its last part alone."""
     return source.rstrip("/").rpartition("/")[2] if storage.is_local(source) else source
-
-
-def _steps(selection: Artifact) -> list[Step]:
-    entries = selection.metrics.get("funnel", [])
-    return [
-        Step(after["step"].replace("_", " "), after["kept"], before["kept"] - after["kept"])
-        for before, after in pairwise(entries)
-    ]
 
 
 def _compute(training: Artifact) -> Compute:

@@ -32,6 +32,7 @@ class Release:
     """All that a published directory is made from."""
 
     settings: PublishSettings
+    formats: list[FormatName]
     checkpoint: Checkpoint
     images: Corpus
     reports: list[Artifact]
@@ -43,18 +44,17 @@ def publish(config: PublishConfig) -> Artifact:
     Raises:
         UserError: an input is missing, or features of a format differ by more than the tolerance.
     """
+    checkpoint = Checkpoint.open(config.checkpoint)
     release = Release(
         settings=config,
-        checkpoint=Checkpoint.open(config.checkpoint),
+        formats=formats_of(config, checkpoint),
+        checkpoint=checkpoint,
         images=Corpus.open(config.images),
         reports=[open_artifact(url, "report") for url in config.reports],
     )
     inputs = {"checkpoint": release.checkpoint.artifact.as_input(), "images": release.images.artifact.as_input()}
     inputs |= {f"report_{i}": report.as_input() for i, report in enumerate(release.reports)}
-    release = replace(release, settings=config.model_copy(update={"formats": formats_of(config, release.checkpoint)}))
-    settings = release.settings.model_dump(
-        mode="json", exclude={"checkpoint", "images", "reports", "hub", "hub_private", "out"}
-    )
+    settings = config.model_dump(mode="json", exclude=_PLACES) | {"formats": release.formats}
     plan = Plan("backbone", "publish", VERSION, settings, inputs)
     new = find_planned(plan, config.out) is None
     artifact = produce(plan, config.out, lambda directory: _write(release, inputs, directory))
@@ -75,7 +75,7 @@ def formats_of(settings: PublishSettings, checkpoint: Checkpoint) -> list[Format
 def _write(release: Release, inputs: dict[str, Input], directory: Path) -> Mapping[str, Any]:
     material = Material.of(release.checkpoint)
     pixels, differences = pixels_of(release.images, material), dict[str, float]()
-    for name in release.settings.formats or []:
+    for name in release.formats:
         FORMATS[name].write(material, directory)
         found = difference(name, directory, material, pixels)
         if not found <= release.settings.tolerance:  # also where it is not a number
@@ -88,5 +88,6 @@ def _write(release: Release, inputs: dict[str, Input], directory: Path) -> Mappi
     lineage = [replace(each, url=public(each.url)) for each in ancestors(inputs.values())]
     (directory / "lineage.json").write_text(json.dumps([each.as_dict() for each in lineage], indent=1))
     rows = [row for report in told for row in report["rows"]]
-    (directory / "README.md").write_text(model_card(release.settings, release.checkpoint, rows, lineage, differences))
+    card = model_card(release.settings, release.checkpoint, material.backbone, rows, lineage, differences)
+    (directory / "README.md").write_text(card)
     return {"max_abs_diff": differences, "parameters": parameters_of(material.backbone)}

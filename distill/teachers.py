@@ -13,6 +13,7 @@ from infra.errors import UserError
 from pretrain import backbones, weights
 from pretrain.backbones import default_device, with_tokens
 from pretrain.config import BackboneConfig, OpenClipBackbone
+from pretrain.models import timm_network
 from pretrain.models.vit import Features
 
 
@@ -86,10 +87,7 @@ class ClassifierTeacher:
     def __init__(self, config: DeitConfig, classes: int) -> None:
         import timm
 
-        try:
-            model: Any = timm.create_model(config.classifier, pretrained=False, num_classes=classes)
-        except RuntimeError as error:
-            raise UserError(f"classifier: {config.classifier}: {error}; timm.list_models() has the names") from None
+        model, _ = timm_network.created(config.classifier, f"classifier: {config.classifier}", {}, classes=classes)
         state = weights.read(config.checkpoint)
         try:
             model.load_state_dict(state)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +16,10 @@ from infra.artifacts import Artifact, Plan, find, produce
 from infra.errors import UserError
 from infra.lineage import Ancestor, ancestors
 from infra.progress import progress
+from infra.selections import Step, steps_of
 from pretrain import telemetry
 
 VERSION = 3
-
-
-@dataclass(frozen=True)
-class FunnelStep:
-    """How many images a step left."""
-
-    name: str
-    kept: int
-    dropped: int
 
 
 def report(config: ReportConfig) -> Artifact:
@@ -71,7 +61,7 @@ def _write(config: ReportConfig, artifacts: Mapping[str, Artifact], directory: P
     return {"bytes": len(html.encode()), "stages": len(artifacts)}
 
 
-def funnel(artifacts: Mapping[str, Artifact]) -> list[FunnelStep]:
+def funnel(artifacts: Mapping[str, Artifact]) -> list[Step]:
     """Images found, readable, and left by each curation step of the pool."""
     selections = [each for each in artifacts.values() if each.manifest.kind == "selection"]
     if not selections:
@@ -81,13 +71,8 @@ def funnel(artifacts: Mapping[str, Artifact]) -> list[FunnelStep]:
     if pool is not None:
         rejected = sum(pool.metrics.get("rejected", {}).values())
         images = pool.metrics["images"]
-        steps = [FunnelStep("found", images + rejected, 0), FunnelStep("readable", images, rejected)]
-    for selection in selections:
-        entries = selection.metrics["funnel"]
-        for before, after in pairwise(entries):
-            name = after["step"].replace("_", " ")
-            steps.append(FunnelStep(name, after["kept"], before["kept"] - after["kept"]))
-    return steps
+        steps = [Step("found", images + rejected, 0), Step("readable", images, rejected)]
+    return steps + [step for selection in selections for step in steps_of(selection)]
 
 
 def _curves(name: str, artifact: Artifact) -> summary.Picture:

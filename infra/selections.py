@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -46,6 +47,23 @@ class Selection:
         """
         if not self.ledger["key"].equals(keys):
             raise UserError(f"{self.artifact.url}: judges another corpus than {owner}; give one over it")
+
+
+@dataclass(frozen=True)
+class Step:
+    """How many images a step of a funnel left."""
+
+    name: str
+    kept: int
+    dropped: int
+
+
+def steps_of(selection: Artifact) -> list[Step]:
+    """The steps of a selection, in words."""
+    return [
+        Step(after["step"].replace("_", " "), after["kept"], before["kept"] - after["kept"])
+        for before, after in pairwise(selection.metrics["funnel"])
+    ]
 
 
 def evidence_name(step: int, name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import torch
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from infra.doctor.finding import Finding, guarded, ok, warn
 from pretrain.models.attention import attention
 from pretrain.planning import hardware
+from pretrain.ranks import device_of_rank, join
 
 _CLOSE = 2e-2
 
@@ -39,7 +39,7 @@ def kernels() -> Iterator[Finding]:
 
 
 def _attention(backend: str) -> Finding:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of_rank()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     qkv = torch.randn(2 * 17 + 3 * 5, 3, 4, 32, device=device, dtype=dtype)
@@ -55,20 +55,17 @@ def _attention(backend: str) -> Finding:
 def _deepspeed() -> Finding:
     from pretrain.sharding.zero import import_deepspeed
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return ok("deepspeed", f"{import_deepspeed(device).__version__} can be imported")
+    return ok("deepspeed", f"{import_deepspeed(device_of_rank()).__version__} can be imported")
 
 
 def _messages() -> Finding:
     """A sum over a process group of this process alone, by NCCL where there is a GPU."""
     if dist.is_initialized():
         return ok("messages", f"{dist.get_backend()}, in use")
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    os.environ.setdefault("LOCAL_RANK", "0")
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    device = device_of_rank()
+    join(device)
     try:
-        value = torch.ones(1, device="cuda" if backend == "nccl" else "cpu")
-        dist.all_reduce(value)
-        return ok("messages", f"{backend} works in one process")
+        dist.all_reduce(torch.ones(1, device=device))
+        return ok("messages", f"{dist.get_backend()} works in one process")
     finally:
         dist.destroy_process_group()

@@ -82,16 +82,9 @@ class Timm:
 
 def _of_timm(config: TimmBackbone) -> nn.Module:
     """A model without classifier; a Vision Transformer takes images of any size."""
-    import timm
-
     name = f"local-dir:{config.checkpoint}" if Path(config.checkpoint).is_dir() else config.model
-    try:
-        try:
-            return timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
-        except TypeError:  # not a Vision Transformer
-            return timm.create_model(name, pretrained=False, num_classes=0)
-    except RuntimeError as error:
-        raise UserError(f"model: {config.model}: {error}; timm.list_models() has the names") from None
+    model: nn.Module = timm_network.created(name, f"model: {config.model}", {"dynamic_img_size": True}, {})[0]
+    return model
 
 
 def _fill(model: nn.Module, path: str) -> None:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from infra.errors import UserError
 from pretrain import published
-from pretrain.backbones import Backbone, OpenClip, default_device
+from pretrain.backbones import Backbone, Checkpointed, OpenClip, default_device
 from pretrain.checkpoints import Checkpoint
 from pretrain.config import BackboneConfig, CheckpointBackbone, OpenClipBackbone, TransformersBackbone
 from pretrain.foreign import Transformers
+from pretrain.objectives.base import Wide
 from pretrain.objectives.build import build
 from pretrain.objectives.config import ClipConfig, SiglipConfig
 from pretrain.objectives.image_text import ImageText, tokenizer
@@ -46,13 +47,16 @@ def _objectives(checkpoint: Checkpoint) -> list[ClipConfig | SiglipConfig]:
     return [each for each in checkpoint.description.objectives if isinstance(each, ClipConfig | SiglipConfig)]
 
 
-def towers_of(checkpoint: Checkpoint) -> ImageText | None:
-    """The projection and the text tower of a checkpoint, frozen, if it was trained with captions."""
+def towers_of(checkpoint: Checkpoint, backbone: Wide) -> ImageText | None:
+    """The projection and the text tower of a checkpoint, frozen, if it was trained with captions.
+
+    Args:
+        backbone: the checkpoint's.
+    """
     pairs = _objectives(checkpoint)
     if not pairs:
         return None
-    dims = checkpoint.backbone()
-    towers = build(pairs[:1], dims, dims)[pairs[0].kind]
+    towers = build(pairs[:1], backbone, backbone)[pairs[0].kind]
     assert isinstance(towers, ImageText)
     towers.load_state_dict(checkpoint.weights(f"objectives.{pairs[0].kind}."))
     return towers.requires_grad_(False).eval()
@@ -72,7 +76,7 @@ def load(config: BackboneConfig, backbone: Backbone | None = None) -> ImageTextM
     if isinstance(config, TransformersBackbone):
         return _Transformers(config, backbone)
     if isinstance(config, CheckpointBackbone):
-        return _Checkpointed(config)
+        return _Checkpointed(config, backbone)
     raise UserError(f"kind {config.kind}: has no text tower; give a model of open_clip, transformers, or a checkpoint")
 
 
@@ -95,8 +99,10 @@ class _OpenClip:
 class _Checkpointed:
     """The projection and the text tower of a Fovea checkpoint's objective."""
 
-    def __init__(self, config: CheckpointBackbone) -> None:
-        towers = None if config.untrained else towers_of(Checkpoint.open(config.url))
+    def __init__(self, config: CheckpointBackbone, backbone: Backbone | None) -> None:
+        checkpoint = Checkpoint.open(config.url)
+        model = backbone.model if isinstance(backbone, Checkpointed) else checkpoint.backbone()
+        towers = None if config.untrained else towers_of(checkpoint, model)
         if towers is None:
             raise UserError(f"{config.url}: has no trained text tower; pretrain with the objective clip or siglip")
         self._objective = towers.to(default_device())

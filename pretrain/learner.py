@@ -140,9 +140,6 @@ class Pretraining(Learner):
     def train(self, mode: bool = True) -> Pretraining:
         super().train(mode)
         self.teacher.eval()
-        for objective in self._objectives():
-            for _, teacher_head in objective.head_pairs():
-                teacher_head.eval()
         return self
 
     def parts(self) -> list[Part]:

@@ -14,7 +14,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from sklearn.preprocessing import StandardScaler
 
 import distill
 import pretrain
@@ -24,10 +23,6 @@ from distill.config import DistillConfig, PublishConfig
 from distill.distill import _dataset, plan, student_url, student_urls
 from distill.learner import Distillation
 from distill.lesson import Lesson
-from distill.objectives.config import DeitConfig, FeaturesConfig, RelationsConfig
-from distill.objectives.deit import CLASSIFIER, Deit
-from distill.objectives.features import Features, Standard
-from distill.objectives.relations import Relations
 from distill.publish import publish
 from distill.taught import Kept
 from distill.teachers import BackboneTeacher
@@ -40,12 +35,6 @@ from pretrain.backbones import load
 from pretrain.checkpoints import WEIGHTS, Checkpoint, build_backbone
 from pretrain.config import CheckpointBackbone, OpenClipBackbone, PretrainConfig, TimmBackbone
 from pretrain.features import extract
-from pretrain.models.config import TimmNetworkConfig
-from pretrain.models.execution import Execution
-from pretrain.models.positions import on_grid_of
-from pretrain.models.timm_network import TimmNetwork
-from pretrain.models.vit import Features as Said
-from pretrain.objectives.base import Outputs, Taught
 from tests.conftest import Embedded, image_folder, ingested
 from tests.test_pretrain_training import HEAD, config, losses
 
@@ -284,53 +273,6 @@ NETWORKS = [
 ]
 
 
-SOME = ["test_convnext", "test_efficientnet", "test_vit", "resnet10t", "test_nfnet"]
-LARGE = ["mixer_s32_224", "swin_tiny_patch4_window7_224", "mvitv2_tiny", "coatnet_0_rw_224", "levit_128s"]
-
-
-@pytest.mark.parametrize(("name", "side"), [*((name, 64) for name in SOME), *((name, 224) for name in LARGE)])
-def test_networks_of_timm_say_what_timm_makes_of_them(name: str, side: int) -> None:
-    torch.manual_seed(0)
-    network = TimmNetwork(TimmNetworkConfig(name=name, image_size=side)).eval()
-    images = torch.randn(2, 3, side, side)
-    (features,) = network([images])
-    with torch.inference_mode():
-        torch.testing.assert_close(features.class_token, network.network(images))
-    assert features.class_token.shape == (2, network.dim)
-    assert features.patch_tokens.shape == (2, (side // network.patch_size) ** 2, network.patch_dim)
-    with pytest.raises(ValueError, match="no mask token"):
-        network([images], [torch.zeros(2, 4, dtype=torch.bool)])
-
-
-def test_networks_of_one_size_get_their_crops_resized() -> None:
-    fixed, free = (
-        TimmNetwork(TimmNetworkConfig(name=name, image_size=224)) for name in ("mixer_s32_224", "test_resnet")
-    )
-    assert (fixed.any_size, free.any_size) == (False, True)
-    assert fixed.fitting(torch.zeros(1, 3, 96, 96)).shape[-1] == 224
-    assert free.fitting(torch.zeros(1, 3, 96, 96)).shape[-1] == 96
-    with pytest.raises(UserError, match=r"nothing-like-it: .*timm\.list_models"):
-        TimmNetwork(TimmNetworkConfig(name="nothing-like-it"))
-
-
-def test_networks_of_timm_drop_nothing_and_count_a_batch_once() -> None:
-    """Swin has stochastic depth by itself; computed again, batch normalisation would see a batch twice."""
-    torch.manual_seed(0)
-    swin = TimmNetwork(TimmNetworkConfig(name="swin_tiny_patch4_window7_224", image_size=64)).train()
-    images = torch.randn(2, 3, 64, 64)
-    first, second = (swin([images])[0].class_token for _ in range(2))
-    assert torch.equal(first, second)
-    plain, again = (TimmNetwork(TimmNetworkConfig(name="test_resnet", image_size=64)).train() for _ in range(2))
-    again.load_state_dict(plain.state_dict())
-    again.execution = Execution("full")
-    for network in (plain, again):
-        network([images])[0].class_token.sum().backward()
-    for name, value in plain.state_dict().items():
-        torch.testing.assert_close(again.state_dict()[name], value)
-    vit = TimmNetwork(TimmNetworkConfig(name="test_vit", image_size=64))
-    assert vit([torch.randn(1, 3, 40, 40)])[0].patch_tokens.shape[1] == 4  # of crops of 32 pixels
-
-
 def test_a_network_of_timm_is_distilled_evaluated_and_published(
     embedded: Embedded, foreign: TimmBackbone, tmp_path: Path
 ) -> None:
@@ -377,100 +319,6 @@ def test_a_teacher_says_of_crops_what_its_library_says(foreign: TimmBackbone, cl
         torch.testing.assert_close(found.patch_tokens, tokens.patch_tokens.flatten(1, 2))
         assert (teacher.dim, teacher.patch_dim) == (vectors.shape[1], tokens.patch_tokens.shape[-1])
         assert not found.class_token.is_inference()
-
-
-class Width:
-    """Of a backbone, its widths."""
-
-    def __init__(self, dim: int, patch_dim: int) -> None:
-        self.dim, self.patch_dim = dim, patch_dim
-
-
-def outputs_of(student: Said, **teachers: Said) -> Outputs:
-    taught = Taught({name: lambda said=said: said for name, said in teachers.items()})  # type: ignore[misc]
-    outputs = Outputs(torch.nn.Identity(), taught, torch.zeros(2, 3, 8, 8), None, None, None)  # type: ignore[arg-type]
-    outputs.__dict__["_student"] = [student]
-    return outputs
-
-
-def said(seed: int, dim: int, patch_dim: int, side: int, count: int = 4) -> Said:
-    generator = torch.Generator().manual_seed(seed)
-    return Said(
-        torch.randn(count, dim, generator=generator), torch.randn(count, side**2, patch_dim, generator=generator) + 3
-    )
-
-
-@pytest.mark.parametrize("standardise", [4, 0])
-def test_features_cost_what_the_formula_says(standardise: int) -> None:
-    asked = FeaturesConfig(standardise=standardise, class_weight=0.5, patch_weight=2.0, cosine=0.7, smooth_l1=0.3)
-    loss = Features(asked, Width(6, 5), {"a": Width(7, 8)})
-    student, wanted = said(0, 6, 5, 2), said(1, 7, 8, 4)
-    outputs = outputs_of(student, a=wanted)
-    loss.see(outputs.taught)
-    terms = loss(outputs, None, 0.0)
-    heads: Any = loss.heads["of_a"]
-    tokens = wanted.class_token, wanted.patch_tokens
-    if standardise:
-        tokens = tuple(
-            torch.from_numpy(StandardScaler().fit_transform(each.flatten(0, -2).numpy())).view(each.shape)
-            for each in tokens
-        )  # type: ignore[assignment]
-    own = heads.class_token(student.class_token)
-    expected = 0.5 * (1 - F.cosine_similarity(own, tokens[0])).mean()
-    torch.testing.assert_close(terms["features_a_class"], expected)
-    patches = heads.patch_tokens(on_grid_of(student.patch_tokens, 16))
-    cosine = (1 - F.cosine_similarity(patches, tokens[1], dim=-1)).mean()
-    expected = 2.0 * (0.7 * cosine + 0.3 * F.smooth_l1_loss(patches, tokens[1]))
-    torch.testing.assert_close(terms["features_a_patch"], expected, rtol=1e-4, atol=1e-6)
-
-
-def test_a_standard_is_that_of_all_it_has_seen() -> None:
-    scaler, standard = StandardScaler(), Standard(3)
-    for seed in range(4):
-        rows = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(seed)) * 4 + 2
-        scaler.partial_fit(rows.flatten(0, 1).numpy())
-        standard.see(rows)
-    found = standard(rows)
-    expected = scaler.transform(rows.flatten(0, 1).numpy())
-    np.testing.assert_allclose(found.flatten(0, 1), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_relations_are_alike_whatever_the_width_and_rotation() -> None:
-    student = said(0, 6, 6, 3)
-    turned = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1)))[0]
-    same = Said(student.class_token, 5 * student.patch_tokens @ turned)
-    loss = Relations(RelationsConfig(), ["a"])
-    assert float(loss(outputs_of(student, a=same), None, 0.0)["relations_a"]) < 1e-10
-    assert float(loss(outputs_of(student, a=said(2, 9, 9, 3)), None, 0.0)["relations_a"]) > 1e-3
-
-
-def test_maps_are_resampled_by_places() -> None:
-    ramp = torch.arange(4.0).repeat(4, 1).flatten()[None, :, None]
-    small = on_grid_of(ramp, 4)[0, :, 0]
-    torch.testing.assert_close(small[0::2], small[0::2].mean().expand(2))
-    assert small[0] < small[1]
-    torch.testing.assert_close(on_grid_of(torch.full((1, 9, 2), 3.0), 49), torch.full((1, 49, 2), 3.0))
-
-
-@pytest.mark.parametrize("mode", ["hard", "soft"])
-def test_deit_is_the_papers(mode: str) -> None:
-    from types import SimpleNamespace
-
-    torch.manual_seed(0)
-    asked = DeitConfig(classifier="x", checkpoint="y", mode=mode, share=0.3, temperature=2.0)  # type: ignore[arg-type]
-    loss = Deit(asked, Width(6, 6), 5)
-    student = said(0, 6, 6, 2)
-    student.registers = torch.randn(4, 2, 6)
-    logits = torch.randn(4, 5)
-    labels = torch.tensor([1, 4])
-    batch: Any = SimpleNamespace(labels=labels)
-    terms = loss(outputs_of(student, **{CLASSIFIER: Said(logits, logits[:, None])}), batch, 0.0)
-    own, token = loss.by_label(student.class_token), loss.by_teacher(student.registers[:, 0])
-    torch.testing.assert_close(terms["deit_labels"], 0.7 * F.cross_entropy(own, labels.repeat(2)))
-    hard = F.cross_entropy(token, logits.argmax(1))
-    p, q = (logits / 2).softmax(1), (token / 2).softmax(1)
-    soft = 4 * (p * (p.log() - q.log())).sum(1).mean()
-    torch.testing.assert_close(terms["deit_teacher"], 0.3 * (hard if mode == "hard" else soft))
 
 
 def test_deit_learns_classes_from_labels_and_a_classifier(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ class Material:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Material:
-        return cls(checkpoint.backbone(), checkpoint.views, towers_of(checkpoint))
+        backbone = checkpoint.backbone()
+        return cls(backbone, checkpoint.views, towers_of(checkpoint, backbone))
 
     @torch.inference_mode()
     def tokens(self, pixels: Tensor) -> np.ndarray:

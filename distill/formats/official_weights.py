@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from infra.errors import UserError
+from distill.formats.fitting import only_vit, require_none
 from pretrain.data.config import Views
 from pretrain.models.official import to_official
-from pretrain.models.timm_network import Network, TimmNetwork
+from pretrain.models.timm_network import Network
 
 FILE = "official.pth"
 
@@ -18,11 +18,10 @@ def write(backbone: Network, views: Views, directory: Path) -> None:
     """Write `official.pth`, a plain state dict.
 
     Raises:
-        UserError: the backbone is a network of timm.
+        UserError: the official code has no model like this one.
     """
-    if isinstance(backbone, TimmNetwork):
-        raise UserError(f"formats: official has no model like {backbone.config.name}; leave it out")
-    if backbone.config.pre_norm or backbone.config.activation != "gelu":
-        raise UserError("model.pre_norm: the official code has no model like this one; leave the format out")
-    state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
-    torch.save(to_official(state, backbone.config), directory / FILE)
+    vit = only_vit(backbone, "official")
+    departures = {"pre_norm": vit.config.pre_norm, "activation": vit.config.activation != "gelu"}
+    require_none(departures, "the official code")
+    state = {name: value.detach().cpu().contiguous() for name, value in vit.state_dict().items()}
+    torch.save(to_official(state, vit.config), directory / FILE)

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distill.formats.fitting import only_vit, require_none
 from distill.formats.material import Material
+from distill.formats.names import renamed
 from infra.errors import UserError
 from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.vit import VisionTransformer
@@ -40,20 +42,17 @@ def _known(material: Material) -> tuple[VisionTransformer, ImageText]:
     backbone, towers = material.backbone, material.towers
     if towers is None:
         raise UserError("formats: open_clip is for models that know captions (objective clip or siglip); leave it out")
-    if not isinstance(backbone, VisionTransformer):
-        raise UserError(f"formats: open_clip has no model like {backbone.config.name}; leave it out")
-    config = backbone.config
-    missing = {
+    vit = only_vit(backbone, "open_clip")
+    config = vit.config
+    departures = {
         "registers": config.registers > 0,
         "position": config.position == "rope",
         "ffn": config.ffn == "swiglu",
         "class_norm": config.class_norm,
         "activation": config.activation != towers.config.text.activation,
     }
-    for name, departs in missing.items():
-        if departs:
-            raise UserError(f"model.{name}: open_clip has no model like this one; leave the format out")
-    return backbone, towers
+    require_none(departures, "open_clip")
+    return vit, towers
 
 
 def features(material: Material, pixels: Tensor) -> np.ndarray:
@@ -89,7 +88,7 @@ def state_dict(backbone: VisionTransformer, towers: ImageText) -> dict[str, Tens
         out["logit_bias"] = towers.logit_bias.detach().cpu()[0]
     for name, value in ours.items():
         if name.startswith("blocks."):
-            out["visual.transformer.resblocks." + _renamed(name.removeprefix("blocks."))] = value
+            out["visual.transformer.resblocks." + renamed(name.removeprefix("blocks."), IN_BLOCKS)] = value
     if not backbone.config.qkv_bias:
         for i in range(backbone.config.depth):
             out[f"visual.transformer.resblocks.{i}.attn.in_proj_bias"] = torch.zeros(3 * backbone.config.dim)
@@ -97,23 +96,17 @@ def state_dict(backbone: VisionTransformer, towers: ImageText) -> dict[str, Tens
     return {name: value.contiguous().clone() for name, value in out.items()}
 
 
-_NAMES = {
-    "norm1": "ln_1",
-    "norm2": "ln_2",
-    "attn.qkv.weight": "attn.in_proj_weight",
-    "attn.qkv.bias": "attn.in_proj_bias",
-    "attn.proj": "attn.out_proj",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "ls1": "ls_1",
-    "ls2": "ls_2",
+IN_BLOCKS = {
+    "norm1.": "ln_1.",
+    "norm2.": "ln_2.",
+    "attn.qkv.": "attn.in_proj_",
+    "attn.proj.": "attn.out_proj.",
+    "mlp.fc1.": "mlp.c_fc.",
+    "mlp.fc2.": "mlp.c_proj.",
+    "ls1.": "ls_1.",
+    "ls2.": "ls_2.",
 }
-
-
-def _renamed(name: str) -> str:
-    for ours, theirs in _NAMES.items():
-        name = name.replace(ours, theirs)
-    return name
+"""Parts of a block as we name them, and as open_clip does."""
 
 
 def _model(config: VisionTransformerConfig, towers: ImageText) -> dict[str, Any]:

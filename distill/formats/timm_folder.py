@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from infra.errors import UserError
+from distill.formats.fitting import require_none
 from pretrain.data.config import Views
 from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.timm_network import Network, TimmNetwork
 
-_TRAINING_ONLY = ("mask_token", "local_cls_norm.")
+TRAINING_ONLY = ("mask_token", "local_cls_norm.")
 
 
 def write(backbone: Network, views: Views, directory: Path) -> None:
@@ -36,7 +36,7 @@ def state_dict(backbone: Network) -> dict[str, Tensor]:
     state = {
         name: value.detach().cpu().contiguous()
         for name, value in backbone.state_dict().items()
-        if not name.startswith(_TRAINING_ONLY)
+        if not name.startswith(TRAINING_ONLY)
     }
     if backbone.config.layer_scale is None:  # timm cannot be told to leave it out of every architecture
         ones = torch.ones(backbone.config.dim)
@@ -48,7 +48,7 @@ def state_dict(backbone: Network) -> dict[str, Tensor]:
 
 def _require_known(config: VisionTransformerConfig) -> None:
     rotary = config.position == "rope"
-    unknown = {
+    departures = {
         "class_norm": config.class_norm,
         "norm_eps": config.norm_eps not in ((1e-5,) if rotary else (1e-6,) if config.ffn == "swiglu" else (1e-6, 1e-5)),
         "pre_norm": config.pre_norm and (rotary or config.ffn == "swiglu"),
@@ -56,9 +56,7 @@ def _require_known(config: VisionTransformerConfig) -> None:
         "key_bias": rotary and config.qkv_bias and config.key_bias,
         "rope.base": rotary and config.rope.base != 100,
     }
-    for name, departs in unknown.items():
-        if departs:
-            raise UserError(f"model.{name}: timm has no model like this one, so it cannot be published")
+    require_none(departures, "timm")
 
 
 def _unbiased(state: dict[str, Tensor]) -> dict[str, Tensor]:

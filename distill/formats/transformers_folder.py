@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.formats.fitting import only_vit, require_none
+from distill.formats.names import renamed
 from distill.preparation import FILE, processor
 from infra.errors import UserError
 from pretrain.data.config import Views
 from pretrain.models.config import VisionTransformerConfig
-from pretrain.models.timm_network import Network, TimmNetwork
+from pretrain.models.timm_network import Network
 from pretrain.models.vit import VisionTransformer
 
 FOLDER = "transformers"
@@ -31,8 +33,7 @@ _POSITIONED = _EMBEDDINGS | {
     "norm.weight": "layernorm.weight",
     "norm.bias": "layernorm.bias",
 }
-_PLAIN = {name: value for name, value in _POSITIONED.items() if name != "mask_token"}
-_PLAIN_LAYERS = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
+_PLAIN_NORMS = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
 _ROTARY = _EMBEDDINGS | {
     "patch_embed.proj.weight": "embeddings.patch_embeddings.weight",
     "patch_embed.proj.bias": "embeddings.patch_embeddings.bias",
@@ -49,19 +50,19 @@ def write(backbone: Network, views: Views, directory: Path) -> None:
         import transformers
     except ImportError:
         raise UserError("publish: format transformers needs its package; pip install 'fovea[publish]'") from None
-    if isinstance(backbone, TimmNetwork):
-        raise UserError(f"formats: transformers has no model like {backbone.config.name}; leave it out")
-    config, name = backbone.config, family(backbone.config)
-    for key in ("class_norm", "pre_norm"):
-        if getattr(config, key):
-            raise UserError(f"model.{key}: transformers has no model like this one; leave the format out")
-    if config.activation != "gelu":
-        raise UserError("model.activation: transformers has no model like this one; leave the format out")
+    vit = only_vit(backbone, "transformers")
+    config, name = vit.config, family(vit.config)
+    departures = {
+        "class_norm": config.class_norm,
+        "pre_norm": config.pre_norm,
+        "activation": config.activation != "gelu",
+    }
+    require_none(departures, "transformers")
     options = {"add_pooling_layer": False} if name == "ViT" else {}
     model = getattr(transformers, f"{name}Model")(
         getattr(transformers, f"{name}Config")(**_settings(config)), **options
     )
-    model.load_state_dict(state_dict(backbone))
+    model.load_state_dict(state_dict(vit))
     model.save_pretrained(directory / FOLDER)
     prepared = processor(config.image_size, views)
     (directory / FOLDER / FILE).write_text(json.dumps(prepared, indent=2))
@@ -79,12 +80,13 @@ def family(config: VisionTransformerConfig) -> str:
 def state_dict(backbone: VisionTransformer) -> dict[str, Tensor]:
     """Weights under the names of transformers' modules, which keep queries, keys and values apart."""
     config = backbone.config
-    if family(config) == "ViT":
-        return _plain(_layers(dict(backbone.state_dict()), "layers", config))
-    rotary = config.position == "rope"
-    layers, names = ("model.layer", _ROTARY) if rotary else ("encoder.layer", _POSITIONED)
-    state = _layers(dict(backbone.state_dict()), layers, config)
+    rotary, plain = config.position == "rope", family(config) == "ViT"
+    names = _ROTARY if rotary else _POSITIONED
+    state = _layers(
+        dict(backbone.state_dict()), "layers" if plain else "model.layer" if rotary else "encoder.layer", config
+    )
     state = _gated(state) if config.ffn == "swiglu" else _projected(state) if rotary else state
+    state = _plain(state) if plain else state
     state = {name: value for name, value in state.items() if not name.startswith("local_cls_norm.")}
     if rotary:
         state["mask_token"] = state["mask_token"][None]
@@ -111,13 +113,8 @@ def _layers(state: dict[str, Tensor], layers: str, config: VisionTransformerConf
 
 
 def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    out = {}
-    for name, value in state.items():
-        for ours, theirs in _PLAIN_LAYERS.items():
-            name = name.replace(ours, theirs)
-        if name not in ("mask_token",) and not name.startswith("local_cls_norm."):
-            out[_PLAIN.get(name, name)] = value.detach().cpu().contiguous()
-    return out
+    """ViT has no mask token, and other names for a block's norms."""
+    return {renamed(name, _PLAIN_NORMS): value for name, value in state.items() if name != "mask_token"}
 
 
 def _gated(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -143,14 +140,17 @@ def _shared(config: VisionTransformerConfig) -> dict[str, Any]:
         "image_size": config.image_size,
         "patch_size": config.patch_size,
         "layer_norm_eps": config.norm_eps,
-        "layerscale_value": config.layer_scale or 1.0,
     }
+
+
+def _scale(config: VisionTransformerConfig) -> dict[str, float]:
+    return {"layerscale_value": config.layer_scale or 1.0}
 
 
 def _settings(config: VisionTransformerConfig) -> dict[str, Any]:
     if family(config) == "ViT":
-        plain = {name: value for name, value in _shared(config).items() if name != "layerscale_value"}
-        return plain | {"intermediate_size": config.hidden, "hidden_act": "gelu", "qkv_bias": config.qkv_bias}
+        plain = {"intermediate_size": config.hidden, "hidden_act": "gelu", "qkv_bias": config.qkv_bias}
+        return _shared(config) | plain
     return _rotary_settings(config) if config.position == "rope" else _positioned_settings(config)
 
 
@@ -160,14 +160,16 @@ def _positioned_settings(config: VisionTransformerConfig) -> dict[str, Any]:
         raise UserError("model.swiglu_multiple: transformers rounds to 8 alone; leave the format out")
     if config.mlp_ratio != int(config.mlp_ratio):
         raise UserError("model.mlp_ratio: transformers takes whole ones alone; leave the format out")
-    settings = _shared(config) | {"qkv_bias": config.qkv_bias, "use_swiglu_ffn": gated}
+    settings = _shared(config) | _scale(config) | {"qkv_bias": config.qkv_bias, "use_swiglu_ffn": gated}
     settings |= {"mlp_ratio": int(config.mlp_ratio)}
     return settings | ({"num_register_tokens": config.registers} if config.registers else {})
 
 
 def _rotary_settings(config: VisionTransformerConfig) -> dict[str, Any]:
     gated = config.ffn == "swiglu"
-    return _shared(config) | {
+    return {
+        **_shared(config),
+        **_scale(config),
         "num_register_tokens": config.registers,
         "intermediate_size": config.hidden,
         "use_gated_mlp": gated,

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def hardware() -> Iterator[Finding]:
         enough = size >= _SHARED_MEMORY
         yield ok("shared memory", f"{size:.1f} GB") if enough else warn("shared memory", f"{size:.1f} GB", remedy)
     for name, folder in (("disk here", Path.cwd()), ("cache", cache_directory())):
-        yield guarded(name, lambda name=name, folder=folder: _room(name, folder), "choose another folder")  # type: ignore[misc]
+        yield guarded(name, partial(_room, name, folder), "choose another folder")
 
 
 def _room(name: str, folder: Path) -> Finding:

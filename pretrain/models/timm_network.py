@@ -36,6 +36,7 @@ class TimmNetwork(nn.Module):
     def __init__(self, config: TimmNetworkConfig) -> None:
         super().__init__()
         self.config = config
+        self._execution = Execution()
         self.network, self.options = made(config)
         with torch.device("meta"):
             shapes = made(config)[0].eval()
@@ -48,7 +49,7 @@ class TimmNetwork(nn.Module):
     @property
     def execution(self) -> Execution:
         """What training spares in memory: nothing, or as timm's own checkpointing does."""
-        return self._execution if hasattr(self, "_execution") else Execution()
+        return self._execution
 
     @execution.setter
     def execution(self, value: Execution) -> None:
@@ -95,24 +96,41 @@ def made(config: TimmNetworkConfig) -> tuple[Any, dict[str, Any]]:
     Raises:
         UserError: timm has none of that name, or it cannot tell what its blocks say.
     """
-    import timm  # here: a rank that trains another backbone need not have it
+    from timm.layers import DropPath
 
     sized: dict[str, Any] = {"img_size": config.image_size}
-    for options in (sized | {"dynamic_img_size": True}, sized, {}):
-        try:
-            network: Any = timm.create_model(config.name, pretrained=False, num_classes=0, **options)
-            break
-        except TypeError:  # it takes fewer options
-            continue
-        except RuntimeError as error:
-            raise UserError(f"{config.name}: {error}; timm.list_models() has the names") from None
+    network, options = created(config.name, config.name, sized | {"dynamic_img_size": True}, sized, {})
     for module in network.modules():  # some have stochastic depth or dropout without being asked
-        for name in ("drop_prob", "p"):
-            if isinstance(module, nn.Dropout | timm.layers.DropPath) and hasattr(module, name):
-                setattr(module, name, 0.0)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, DropPath):
+            module.drop_prob = 0.0
     if not hasattr(network, "forward_intermediates"):
         raise UserError(f"{config.name}: does not tell what its blocks say; take another network of timm")
     return network, options
+
+
+def created(name: str, who: str, *attempts: dict[str, Any], classes: int = 0) -> tuple[Any, dict[str, Any]]:
+    """A network of timm with initial weights, and the first of some options that it takes.
+
+    Args:
+        who: whose name it is, for the message.
+        classes: of its classifier; 0: it has none.
+
+    Raises:
+        UserError: timm has none of that name.
+    """
+    import timm  # here: a rank that trains another backbone need not have it
+
+    for options in attempts:
+        try:
+            return timm.create_model(name, pretrained=False, num_classes=classes, **options), options
+        except TypeError:  # it takes fewer options
+            if options is attempts[-1]:
+                raise
+        except RuntimeError as error:
+            raise UserError(f"{who}: {error}; timm.list_models() has the names") from None
+    raise AssertionError("no attempt")
 
 
 def layers(

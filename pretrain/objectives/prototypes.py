@@ -34,6 +34,11 @@ class PrototypeObjective(Objective):
         self.teacher_head = teacher_copy(self.head, head, dim, teacher_dim)
         self.targets = Targets(head.prototypes, self.config.centering)
 
+    def train(self, mode: bool = True) -> PrototypeObjective:
+        super().train(mode)
+        self.teacher_head.eval()
+        return self
+
     def learn_from(self, other: PrototypeObjective) -> None:
         """Take another objective's targets, whose modules stay its own: here they are seen, but not saved twice."""
         for name in ("teacher_head", "targets"):
