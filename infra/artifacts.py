@@ -17,7 +17,8 @@ from typing import IO, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from infra import storage
+from infra import claims, storage
+from infra.claims import Claim
 from infra.config import Config
 from infra.errors import UserError
 from infra.hashing import hash_file, hash_json, hash_url
@@ -231,7 +232,7 @@ def produce(plan: Plan, out: str, write: Callable[[Path], Mapping[str, Any]], ke
     if found is not None:
         return found
     work = work_directory(plan, out)
-    with _claimed(work, plan):
+    with _claimed(work, plan), _claimed_remotely(url, work) as claim:
         found = find(url)  # another process may have finished it between the first look and the lock
         if found is not None and found.id == plan.id:
             (work / _MARK).unlink(missing_ok=True)
@@ -239,6 +240,8 @@ def produce(plan: Plan, out: str, write: Callable[[Path], Mapping[str, Any]], ke
         if not keep_work:
             _discard_debris(work)
         metrics = write(work)
+        if claim is not None:
+            claim.require()
         artifact = _commit(plan, url, work, metrics)
         _forget_hidden(work)
     if not storage.is_local(url):
@@ -291,6 +294,10 @@ def _claimed(work: Path, plan: Plan) -> Iterator[None]:
             mark.write(plan.id)
             mark.flush()
         yield
+
+
+def _claimed_remotely(url: str, work: Path) -> contextlib.AbstractContextManager[Claim | None]:
+    return contextlib.nullcontext() if storage.is_local(url) else claims.claimed(url, work)
 
 
 def _lock(mark: IO[str], work: Path) -> None:

@@ -260,6 +260,22 @@ def write_atomic(url: str, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def create(url: str, data: bytes) -> bool:
+    """Write a small remote file that must not be there yet; False if it is, perhaps by an attempt of this call."""
+    files, path = filesystem(url)
+
+    def write() -> bool:
+        try:
+            files.pipe_file(path, data, mode="create")
+        except OSError:
+            if exists(url):  # object stores tell this each in their own words
+                return False
+            raise
+        return True
+
+    return persistently(url, write)
+
+
 def upload(local: Path, url: str) -> None:
     """Copy a local file to a URL."""
     files, path = filesystem(url)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
 from curation import run
 from curation.config import CurateConfig, EmbedConfig, Exact, IngestConfig, MaterializeConfig, NearDuplicates
@@ -29,8 +30,9 @@ def bucket() -> Iterator[str]:
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         patch.setenv("AWS_ACCESS_KEY_ID", "key")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        S3FileSystem.clear_instance_cache()  # clients of another module's server
         files, _ = storage.filesystem("s3://fovea")
-        files.mkdir("fovea")
+        files.makedirs("fovea", exist_ok=True)  # moto keeps its buckets for as long as the process lives
         yield "s3://fovea"
     server.stop()
 
