@@ -146,6 +146,9 @@ class PipelineConfig(Config):
     """Make the embedded corpus and run on it; or give `sources`."""
     sources: Sources | None = None
     """Images to run on."""
+    grows: bool = False
+    """The pool grows between runs under this root: only what is new is embedded and compared (`previous` of fovea embed
+    and fovea curate)."""
     known_leaks: KnownLeaks | None = None
     """Ground truth of decontamination, if there is any."""
     ingest: Annotated[IngestSettings, OfItsStage] = IngestSettings()
@@ -198,6 +201,13 @@ class DeploySettings(Config):
     """Of the pool. Trainings on SLURM are queued by a worker of type process on a login node (launcher slurm)."""
     cron: str | None = None
     """When the pipeline runs by itself, as in "0 3 * * 1"; null: when it is told to."""
+    changed: float | None = Field(None, gt=0, le=1)
+    """With it the schedule only curates, and the pipeline runs when this share of the selection differs from what was
+    last trained on."""
+    heartbeat: int = Field(60, ge=30)
+    """Seconds between a run's signs of life; where three are missing it is taken for dead and goes on elsewhere."""
+    notify: str | None = None
+    """Notification block that is told of failures and regressions, as TYPE/NAME: slack-webhook/ops."""
     timezone: str = "UTC"
     """Of the schedule."""
     tags: list[str] = Field(default_factory=list)

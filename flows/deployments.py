@@ -15,7 +15,9 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
+from flows import automations
 from flows.config import DeploySettings, PipelineConfig
+from flows.recuration import CHANGED, resource
 from infra import storage
 from infra.config import load_yaml
 from infra.errors import UserError
@@ -38,10 +40,12 @@ def content(settings: DeploySettings) -> dict[str, Any]:
     root = PipelineConfig.model_validate(pipeline).root
     if storage.is_local(root) and not Path(root).is_absolute():
         raise UserError(f"root: {root} is relative, but a worker runs elsewhere; give --root, a bucket or a whole path")
+    variables = dict(settings.job_variables)
+    variables["env"] = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(settings.heartbeat)} | variables.get("env", {})
     shared: dict[str, Any] = {
         "version": importlib.metadata.version("fovea"),
         "tags": ["fovea", *settings.tags],
-        "work_pool": {"name": settings.pool, "job_variables": dict(settings.job_variables)},
+        "work_pool": {"name": settings.pool, "job_variables": variables},
         "enforce_parameter_schema": True,
     }
     whole = shared | {
@@ -52,11 +56,21 @@ def content(settings: DeploySettings) -> dict[str, Any]:
         # Two runs of one pipeline would wait for each other's artifacts; the second is better queued.
         "concurrency_limit": 1,
     }
+    curation = shared | {
+        "name": settings.name,
+        "entrypoint": "flows.recuration:curation",
+        "description": "Ingest, embed, curate; tell the server if that changes what is trained on.",
+        "parameters": {"config": pipeline, "changed": settings.changed or 1.0},
+        "concurrency_limit": 1,
+    }
+    if settings.changed is not None:
+        whole["triggers"] = [{"expect": [CHANGED], "match": resource(root)}]
     if settings.cron is not None:
-        whole["schedules"] = [{"cron": settings.cron, "timezone": settings.timezone}]
+        scheduled = whole if settings.changed is None else curation
+        scheduled["schedules"] = [{"cron": settings.cron, "timezone": settings.timezone}]
     stages = [shared | {"name": settings.name, "entrypoint": f"flows.stages:{stage}"} for stage in STAGES]
     follow = shared | {"name": settings.name, "entrypoint": "flows.following:follow"}
-    return {"prefect-version": importlib.metadata.version("prefect"), "deployments": [whole, *stages, follow]}
+    return {"prefect-version": importlib.metadata.version("prefect"), "deployments": [whole, curation, *stages, follow]}
 
 
 def write(settings: DeploySettings) -> Path:
@@ -76,7 +90,7 @@ def write(settings: DeploySettings) -> Path:
 
 
 def apply(settings: DeploySettings, path: Path) -> None:
-    """Make the work pool, if it is not there, and register what a file says.
+    """Make the work pool, if it is not there, register what a file says, and the automations that look after its runs.
 
     Raises:
         UserError: no server is named, or it refuses.
@@ -95,3 +109,5 @@ def apply(settings: DeploySettings, path: Path) -> None:
     if done.returncode:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         raise UserError(f"deploy: prefect refuses: {(lines or ['no reason given'])[-1].strip()}")
+    with get_client(sync_client=True) as client:
+        automations.apply(settings, client)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
 from prefect import flow
+from prefect.logging import get_run_logger
 
 from curation.config import CurateConfig, EmbedConfig, IngestConfig, MaterializeConfig
 from distill.config import DistillConfig, PublishConfig
 from eval.config import CompareConfig, EvaluateConfig, ReportConfig
+from flows.showing import show
 from flows.trainings import Room, train_apart
-from infra.errors import UserError
+from infra.artifacts import open_artifact
+from infra.errors import Busy, UserError
 from pretrain.config import PretrainConfig
+
+T = TypeVar("T")
+_BUSY_SECONDS = 30
 
 
 @flow
@@ -17,7 +27,7 @@ def ingest(config: IngestConfig) -> str:
     """Images to a corpus."""
     from curation.ingest import ingest as run
 
-    return run(config).url
+    return show("ingest", _patiently(lambda: run(config)))
 
 
 @flow
@@ -25,7 +35,7 @@ def embed(config: EmbedConfig) -> str:
     """A corpus to embeddings."""
     from curation.embed import embed as run
 
-    return run(config).url
+    return show("embed", _patiently(lambda: run(config)))
 
 
 @flow
@@ -33,7 +43,7 @@ def curate(config: CurateConfig) -> str:
     """A corpus to a selection."""
     from curation import run
 
-    return run(config).url
+    return show("curate", _patiently(lambda: run(config)))
 
 
 @flow
@@ -41,7 +51,7 @@ def materialize(config: MaterializeConfig) -> str:
     """A selection to a corpus."""
     from curation.curate import materialize as run
 
-    return run(config).url
+    return show("materialize", _patiently(lambda: run(config)))
 
 
 @flow
@@ -56,10 +66,20 @@ def distill(config: DistillConfig) -> str:
     return _trained("distill", config)
 
 
+def _patiently(make: Callable[[], T]) -> T:
+    """What a stage makes; where another run is making the same, that of the other."""
+    while True:
+        try:
+            return make()
+        except Busy as busy:
+            get_run_logger().info("%s; looked at again every %d s", busy, _BUSY_SECONDS)
+            time.sleep(_BUSY_SECONDS)
+
+
 def _trained(room: Room, config: PretrainConfig | DistillConfig) -> str:
     if not config.launch.slurm.wait:
         raise UserError("launch.slurm.wait: what comes after a training has to wait for it; leave it true")
-    return train_apart(room, config)
+    return show(room, open_artifact(_patiently(lambda: train_apart(room, config)), "checkpoint"))
 
 
 @flow
@@ -67,7 +87,7 @@ def evaluate(config: EvaluateConfig) -> str:
     """A backbone to a report; fails where scores fell further than its gate allows."""
     from flows.evaluation import evaluate as run
 
-    return run(config).url
+    return show("evaluate", _patiently(lambda: run(config)))
 
 
 @flow
@@ -75,7 +95,7 @@ def compare(config: CompareConfig) -> str:
     """Reports to one that holds them side by side."""
     from eval.compare import compare as run
 
-    return run(config).url
+    return show("compare", _patiently(lambda: run(config)))
 
 
 @flow
@@ -83,7 +103,7 @@ def publish(config: PublishConfig) -> str:
     """A checkpoint to a published backbone."""
     from distill.publish import publish as run
 
-    return run(config).url
+    return show("publish", _patiently(lambda: run(config)))
 
 
 @flow
@@ -91,4 +111,4 @@ def report(config: ReportConfig) -> str:
     """A run to a page."""
     from eval.page import report as run
 
-    return run(config).url
+    return show("report", _patiently(lambda: run(config)))

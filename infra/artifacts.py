@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError
 from infra import claims, storage
 from infra.claims import Claim
 from infra.config import Config
-from infra.errors import UserError
+from infra.errors import Busy, UserError
 from infra.hashing import hash_file, hash_json, hash_url
 
 Kind = Literal["corpus", "embeddings", "selection", "checkpoint", "backbone", "report"]
@@ -226,6 +226,7 @@ def produce(plan: Plan, out: str, write: Callable[[Path], Mapping[str, Any]], ke
 
     Raises:
         UserError: the URL holds an artifact made from other inputs or settings.
+        Busy: another process is making it.
     """
     url = plan.resolve(out)
     found = find_planned(plan, out)
@@ -309,7 +310,7 @@ def _lock(mark: IO[str], work: Path) -> None:
         except BlockingIOError:
             if attempt + 1 < _LOCK_SECONDS:
                 time.sleep(1)
-    raise UserError(f"{work}: another process is making this artifact; wait for it or stop it")
+    raise Busy(f"{work}: another process is making this artifact; wait for it or stop it")
 
 
 def _forget_hidden(work: Path) -> None:

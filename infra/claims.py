@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from infra import storage
-from infra.errors import UserError
+from infra.errors import Busy, UserError
 
 FOLDER = ".claims"
 BEAT_SECONDS = 10.0
@@ -84,7 +84,7 @@ def claimed(url: str, work: Path) -> Iterator[Claim]:
             machine is of a process that is gone.
 
     Raises:
-        UserError: another process is making it.
+        Busy: another process is making it.
     """
     owner = f"{socket.gethostname()}:{work.absolute()}"
     claim = _taken(url, owner)
@@ -110,7 +110,7 @@ def _abandoned(url: str, number: int, owner: str) -> bool:
     """Whether the owner of a claim is gone; False where the claim is.
 
     Raises:
-        UserError: the owner lives.
+        Busy: the owner lives.
     """
     place = storage.join(url, FOLDER, f"{number:06d}.json")
     first = _read(place)
@@ -121,7 +121,7 @@ def _abandoned(url: str, number: int, owner: str) -> bool:
             return False
         if now != first:
             who = first["owner"].partition(":")[0]
-            raise UserError(f"{url}: another process, on {who}, is making this artifact; wait for it or stop it")
+            raise Busy(f"{url}: another process, on {who}, is making this artifact; wait for it or stop it")
     return True
 
 

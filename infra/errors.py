@@ -8,11 +8,19 @@ class UserError(Exception):
     """
 
 
+class Busy(UserError):
+    """Another process is making the same artifact. Who has time may wait and look again."""
+
+
 class Preempted(Exception):
     """The stage was asked to stop, has saved its state and can go on from it.
 
     The command line exits with code 75, "try again" (EX_TEMPFAIL), on which launchers requeue.
     """
+
+
+class Died(ChildProcessError):
+    """Ranks ended without a word of their own: killed, their machine lost, or of an error that only a log tells."""
 
 
 class Regression(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -18,10 +19,10 @@ class Told(Config):
     folder: str
     """Where each rank leaves a file."""
     end: str = "well"
-    """well, mistake, preempted, crash; late: after 90 seconds, or as soon as it is asked to stop; late once: likewise
-    at the first attempt, then well."""
+    """well, mistake, preempted, crash, killed; late: after 90 seconds, or as soon as it is asked to stop; late once:
+    likewise at the first attempt, then well."""
     attempts: int = 1
-    """With `preempted`: end well from this attempt on."""
+    """With `preempted` and `killed`: end well from this attempt on."""
 
 
 def main(told: Told) -> None:
@@ -35,6 +36,8 @@ def main(told: Told) -> None:
         raise UserError("corpora: nothing here; mend the path")
     if told.end == "preempted" and attempt < told.attempts:
         raise Preempted("stopped after step 7, as asked")
+    if told.end == "killed" and attempt < told.attempts:
+        os.kill(os.getpid(), signal.SIGKILL)
     if told.end == "crash":
         raise AssertionError("a bug")
     if told.end == "late" or (told.end == "late once" and attempt == 1):

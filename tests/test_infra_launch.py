@@ -13,10 +13,11 @@ import psutil
 import pytest
 from pydantic import ValidationError
 
-from infra.errors import Preempted, UserError
-from infra.launch import slurm
+from infra.errors import Died, Preempted, UserError
+from infra.launch import run, slurm
 from infra.launch.config import Launch, Launcher, Slurm
 from infra.launch.run import launch
+from infra.launch.watching import Watcher
 from tests.daemons import free_ports
 from tests.rank_program import Told
 
@@ -27,9 +28,9 @@ TWO = Launch(processes=2)
 ALL: tuple[Launcher, ...] = ("local", "torchrun", "deepspeed")
 
 
-def told(tmp_path: Path, end: str) -> Told:
-    (tmp_path / "ranks").mkdir(exist_ok=True)
-    return Told(folder=str(tmp_path / "ranks"), end=end)
+def told(tmp_path: Path, end: str, attempts: int = 1) -> Told:
+    (tmp_path / "ranks").mkdir(parents=True, exist_ok=True)
+    return Told(folder=str(tmp_path / "ranks"), end=end, attempts=attempts)
 
 
 def ranks(tmp_path: Path) -> dict[str, list[str]]:
@@ -185,3 +186,30 @@ def test_ranks_know_themselves_under_srun(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(os, "environ", os.environ.copy())  # what is adopted ends with the test
     slurm.adopt_environment()
     assert {name: os.environ[name] for name in wanted} == wanted | {"MASTER_PORT": str(20_000 + 10_042 % 10_000)}
+
+
+class Heard(Watcher):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def tell(self, line: str) -> None:
+        self.lines.append(line)
+
+
+@pytest.mark.parametrize("launcher", ["local", "torchrun"])
+def test_ranks_that_died_are_started_again_and_those_that_gave_a_reason_are_not(
+    launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_FIRST_PAUSE_SECONDS", 0.1)
+    heard, settings = Heard(), Launch(processes=1, restarts=2)
+    launch(PROGRAM, told(tmp_path, "killed", attempts=3), tmp_path / "job", launcher, settings, heard)
+    assert len((tmp_path / "ranks" / "rank-0.txt").read_text().splitlines()) == 3
+    assert [line.partition("; ")[2] for line in heard.lines] == [
+        f"started again, {number} of at most 2 times" for number in (1, 2)
+    ]
+    with pytest.raises(Died, match="ended with exit code"):
+        launch(PROGRAM, told(tmp_path / "a", "killed", attempts=9), tmp_path / "job", launcher, settings, heard)
+    assert len((tmp_path / "a" / "ranks" / "rank-0.txt").read_text().splitlines()) == 3
+    with pytest.raises(UserError, match="nothing here"):
+        launch(PROGRAM, told(tmp_path / "b", "mistake"), tmp_path / "job", launcher, settings, heard)
+    assert len((tmp_path / "b" / "ranks" / "rank-0.txt").read_text().splitlines()) == 1

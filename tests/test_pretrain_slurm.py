@@ -79,6 +79,8 @@ def test_a_job_over_two_nodes_is_preempted_and_ends_as_the_uninterrupted_one(
     assert field(cluster, job, "Restarts") == "1"
     assert field(cluster, job, "JobState") == "COMPLETED"
     assert "stopped after step" in (tmp_path / "run.job" / f"slurm-{job}.log").read_text()
+    for line in ("runs on n[1-2]", "waits", "was queued again, 1 times so far", "ended: completed, exit code 0:0"):
+        assert f"SLURM job {job} {line}" in shown
     assert "pretrain: 150 in " in shown  # the first rank's progress, from the other side of the cluster
     artifact = find(str(tmp_path / "run"))
     assert artifact is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -51,6 +52,12 @@ class Launch(Config):
     launcher finds it out by itself, if it may."""
     hostfile: str | None = None
     """deepspeed on several machines: a file of lines "host slots=8", all reached by ssh."""
+    restarts: int = Field(0, ge=0)
+    """How often ranks that ended without a word (killed, a machine lost, an error in CUDA or NCCL) are started again,
+    from the last saved state. What the training itself reports, such as a wrong setting, ends it at once."""
+    limit: str | None = None
+    """Name of a Prefect global concurrency limit, of which a training takes a slot for each of its ranks; see
+    docs/cluster.md. For machines whose GPUs no scheduler shares out."""
     folder: str | None = None
     """Folder for the job's settings and every rank's log; null: beside --out, ending in .job; for a remote --out, in
     $FOVEA_CACHE, which several machines must then share."""
@@ -61,6 +68,10 @@ class Launch(Config):
         """The job's folder, of a training that works in some local folder."""
         work = work.absolute()
         return work.with_name(f"{work.name}.job") if self.folder is None else Path(self.folder).expanduser()
+
+    def ranks(self, visible_gpus: Callable[[], int]) -> int:
+        """How many there are altogether; of a node with nothing said, as many as GPUs are visible here."""
+        return self.nodes * (self.processes or self.slurm.gpus or max(visible_gpus(), 1))
 
     @model_validator(mode="after")
     def _machines_are_named(self) -> Launch:

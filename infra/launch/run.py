@@ -16,14 +16,16 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel
 
-from infra.errors import Preempted, UserError
+from infra.errors import Busy, Died, Preempted, UserError
 from infra.launch import slurm
 from infra.launch.config import Launch, Launcher, Slurm
-from infra.launch.job import TRY_AGAIN, USER_MISTAKE, Job, tie
+from infra.launch.job import BUSY, TRY_AGAIN, USER_MISTAKE, Job, tie
 from infra.launch.logs import Tail
+from infra.launch.watching import Watcher
 
 _GRACE_SECONDS = 20
 _POLL_SECONDS = 0.2
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 5.0, 300.0  # before ranks are started again
 _ASKING = (signal.SIGTERM, signal.SIGUSR1)
 _LONGEST_RANK = len(["python", "-u", "-m", "module", "folder"])  # commands of launchers are longer
 
@@ -34,7 +36,14 @@ def run_module(module: str, config: BaseModel) -> None:
         launch(module, config, Path(scratch), "local", Launch())
 
 
-def launch(module: str, config: BaseModel, folder: Path, launcher: Launcher, settings: Launch) -> None:
+def launch(
+    module: str,
+    config: BaseModel,
+    folder: Path,
+    launcher: Launcher,
+    settings: Launch,
+    watcher: Watcher | None = None,
+) -> None:
     """Run a module on a configuration in the ranks that are asked for, and wait for them.
 
     Whatever ends this process ends them too, except for a SLURM job.
@@ -44,16 +53,30 @@ def launch(module: str, config: BaseModel, folder: Path, launcher: Launcher, set
 
     Raises:
         UserError: what the module reported as the user's mistake.
+        Busy: another process makes the same.
         Preempted: it was asked to stop, and can go on from where it was.
-        ChildProcessError: it failed otherwise; its traceback is on standard error.
+        Died: it ended without a word once more than `settings.restarts` allows; a traceback may be in its logs.
+        ChildProcessError: it failed otherwise.
     """
     _check(launcher, settings)
-    job = Job(folder)
+    watcher, job = watcher or Watcher(), Job(folder)
+    for attempt in range(settings.restarts + 1):
+        try:
+            _run_once(module, config, job, launcher, settings, watcher)
+            return
+        except Died as error:
+            if attempt == settings.restarts:
+                raise
+            watcher.tell(f"{error}; started again, {attempt + 1} of at most {settings.restarts} times")
+            time.sleep(min(_FIRST_PAUSE_SECONDS * 2**attempt, _LONGEST_PAUSE_SECONDS))
+
+
+def _run_once(module: str, config: BaseModel, job: Job, launcher: Launcher, settings: Launch, watcher: Watcher) -> None:
     if launcher == "slurm":
-        code = _run_on_slurm(module, config, job, settings)
+        code = _run_on_slurm(module, config, job, settings, watcher)
     else:
         job.prepare(config)
-        code = _run(_command(module, job, launcher, settings), job, _environment(launcher, settings))
+        code = _run(_command(module, job, launcher, settings), job, _environment(launcher, settings), watcher)
     _judge(module, code, job)
 
 
@@ -69,13 +92,13 @@ def _check(launcher: Launcher, settings: Launch) -> None:
         raise UserError(f"launch.{name}: not read by --launcher {launcher}; leave it out or choose another launcher")
 
 
-def _run_on_slurm(module: str, config: BaseModel, job: Job, settings: Launch) -> int:
+def _run_on_slurm(module: str, config: BaseModel, job: Job, settings: Launch, watcher: Watcher) -> int:
     queued = slurm.queued(job.folder)
     if queued is None:
         job.prepare(config)
     elif not job.is_told(config):
         raise UserError(f"{job.folder}: SLURM job {queued} has other settings; scancel it or choose another --out")
-    slurm.run(module, job.folder, settings, queued)
+    slurm.run(module, job.folder, settings, queued, watcher)
     return 0 if job.ended() is None or not settings.slurm.wait else 1
 
 
@@ -84,9 +107,11 @@ def _judge(module: str, code: int, job: Job) -> None:
     if code == 0:
         return
     if ended is None:
-        raise ChildProcessError(f"{module}: ended with exit code {code}")
+        raise Died(f"{module}: ended with exit code {code}")
     if ended.code == USER_MISTAKE:
         raise UserError(ended.message)
+    if ended.code == BUSY:
+        raise Busy(ended.message)
     if ended.code == TRY_AGAIN:
         raise Preempted(ended.message)
     raise ChildProcessError(f"{module}: {ended.message}")
@@ -150,7 +175,7 @@ def _environment(launcher: Launcher, settings: Launch) -> dict[str, str]:
     return environment
 
 
-def _run(command: list[str], job: Job, environment: dict[str, str]) -> int:
+def _run(command: list[str], job: Job, environment: dict[str, str], watcher: Watcher) -> int:
     """Run a command of this machine to its end, showing the ranks' logs; return its exit code."""
     tail = Tail(job.folder, "rank-*.log")
     process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_deafen)
@@ -160,6 +185,7 @@ def _run(command: list[str], job: Job, environment: dict[str, str]) -> int:
                 with suppress(subprocess.TimeoutExpired):
                     return process.wait(_POLL_SECONDS)
                 tail.show()
+                watcher.look()
                 if asked:  # again and again: a rank may just have started
                     _ask(process, job)
     except BaseException:

@@ -8,45 +8,51 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-from infra.errors import UserError
+from infra.errors import Died
+from infra.launch import slurm_jobs
 from infra.launch.config import Launch
 from infra.launch.logs import Tail
+from infra.launch.slurm_jobs import ask
+from infra.launch.watching import Watcher
 
 ENDED = "ended.json"
 """How a job says, in its folder, why it ended."""
 _SCRIPT, _ID = "slurm.sh", "slurm.id"
-_POLL_SECONDS = 2.0
-_PATIENCE_SECONDS = 600.0  # with a controller that does not answer
-_ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
+_SAVING_SECONDS = 25.0
 _FIRST_PORT, _PORTS = 20_000, 10_000
 
 
-def run(module: str, folder: Path, settings: Launch, queued: str | None) -> None:
-    """Queue a job, unless one is `queued`, and show its output until it ends, if asked to wait.
+def run(module: str, folder: Path, settings: Launch, queued: str | None, watcher: Watcher) -> None:
+    """Queue a job, unless one is `queued`, and follow it until it ends, if asked to wait: where it is in the queue, on
+    which nodes it runs, that it was queued again, what it prints, how it ends.
 
     Raises:
         UserError: SLURM refuses the job or is not there.
-        ChildProcessError: the job ended badly without a word of its own.
+        Died: the job ended badly without a word of its own.
     """
     job = queued or _submit(module, folder, settings)
     if not settings.slurm.wait:
         return
-    print(f"SLURM job {job}; interrupting this leaves it running, scancel {job} ends it", file=sys.stderr)
+    watcher.tell(f"SLURM job {job}; interrupting this leaves it running, scancel {job} ends it")
+    followed = slurm_jobs.Followed(job)
     tails = [Tail(folder, "slurm-*.log"), Tail(folder, "rank-*.log")]
-    while (states := _states_by_and_by(job)) - _ENDED:
-        time.sleep(_POLL_SECONDS)
+    while not (seen := slurm_jobs.look_by_and_by(job)).ended:
+        for line in followed.news(seen):
+            watcher.tell(line)
+        time.sleep(slurm_jobs.POLL_SECONDS)
         for tail in tails:
             tail.show()
+        watcher.look()
     for tail in tails:
         tail.show(to_the_end=True)
-    if states and "COMPLETED" not in states and not (folder / ENDED).exists():
-        raise ChildProcessError(f"SLURM job {job}: {', '.join(sorted(states))}; see the logs in {folder}")
+    for line in followed.news(seen):
+        watcher.tell(line)
+    if seen.failed and not (folder / ENDED).exists():
+        raise Died(f"SLURM job {job}: {', '.join(sorted(seen.states))}; see the logs in {folder}")
 
 
 def script(module: str, folder: Path, settings: Launch) -> str:
@@ -101,7 +107,7 @@ def _requeue(folder: Path) -> list[str]:
 def _submit(module: str, folder: Path, settings: Launch) -> str:
     path = folder / _SCRIPT
     path.write_text(script(module, folder.absolute(), settings))
-    job = _ask(["sbatch", "--parsable", str(path)]).split(";")[0].strip()
+    job = ask(["sbatch", "--parsable", str(path)]).split(";")[0].strip()
     (folder / _ID).write_text(job)
     return job
 
@@ -111,41 +117,14 @@ def queued(folder: Path) -> str | None:
     if not (folder / _ID).exists():
         return None
     job = (folder / _ID).read_text()
-    return job if _states(job) - _ENDED else None
+    return None if slurm_jobs.look(job).ended else job
 
 
-def _states(job: str) -> set[str]:
-    """States of a job, or of an array's jobs; none where SLURM has forgotten it."""
-    try:
-        return set(re.findall(r"\bJobState=(\w+)", _ask(["scontrol", "show", "job", "--oneliner", job])))
-    except UserError as error:
-        if "Invalid job id" in str(error):
-            return set()
-        raise
-
-
-def _states_by_and_by(job: str) -> set[str]:
-    """The same, asked again while the controller does not answer."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while True:
-        try:
-            return _states(job)
-        except UserError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(_POLL_SECONDS)
-
-
-def _ask(command: Sequence[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise UserError(
-            f"{command[0]}: not found; run this where SLURM's commands are, or choose another --launcher"
-        ) from None
-    if done.returncode:
-        raise UserError(f"{command[0]}: {' '.join(done.stderr.split())}; mend launch.slurm or ask the cluster's people")
-    return done.stdout
+def cancel(folder: Path) -> str | None:
+    """Cancel this folder's job, if it has not ended, and give its ranks the time to save their state; return it."""
+    if (job := queued(folder)) is not None:
+        slurm_jobs.cancel(job, _SAVING_SECONDS)
+    return job
 
 
 def adopt_environment() -> None:
@@ -164,8 +143,8 @@ def adopt_environment() -> None:
 def first_address() -> str:
     """An address of a job's first node: its name need not resolve."""
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
-    first = _ask(["scontrol", "show", "hostnames", nodes]).split()[0]
-    found = re.search(r"\bNodeAddr=(\S+)", _ask(["scontrol", "show", "node", "--oneliner", first]))
+    first = ask(["scontrol", "show", "hostnames", nodes]).split()[0]
+    found = re.search(r"\bNodeAddr=(\S+)", ask(["scontrol", "show", "node", "--oneliner", first]))
     return found[1] if found else first
 
 

@@ -1,0 +1,113 @@
+"""What the server does by itself for deployed runs: those of lost workers go on, and people are told of failures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from uuid import UUID
+
+from prefect.automations import AutomationCore, EventTrigger, Posture
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState, SendNotification
+from prefect.exceptions import ObjectNotFound
+
+from flows.config import DeploySettings
+from infra.errors import UserError
+
+SILENCES = 3
+"""Signs of life that may be missing before a run is taken for dead."""
+_ENDED = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+_BODY = """{{ flow.name }} {{ flow_run.name }} is {{ flow_run.state.name }}: {{ flow_run.state.message }}
+{{ flow_run|ui_url }}"""
+
+
+def automations(settings: DeploySettings, deployments: Sequence[UUID], block: UUID | None) -> list[AutomationCore]:
+    """The automations of a deployment.
+
+    Args:
+        deployments: those whose runs are looked after.
+        block: the notification block that is told, if any.
+    """
+    found = [_died(settings, deployments), _goes_on(settings, deployments)]
+    return found if block is None else [*found, _told(settings, deployments, block)]
+
+
+def apply(settings: DeploySettings, client: SyncPrefectClient) -> None:
+    """Make the automations, or change those of the same name.
+
+    Raises:
+        UserError: the notification block is not there.
+    """
+    block = _block(settings.notify, client) if settings.notify else None
+    ours = DeploymentFilter(name=DeploymentFilterName(any_=[settings.name]))
+    deployments = [each.id for each in client.read_deployments(deployment_filter=ours)]
+    known = {each.name: each.id for each in client.read_automations()}
+    for each in automations(settings, deployments, block):
+        if each.name in known:
+            client.update_automation(known[each.name], each)
+        else:
+            client.create_automation(each)
+
+
+def _died(settings: DeploySettings, deployments: Sequence[UUID]) -> AutomationCore:
+    """A run whose process is gone says nothing: nobody else notices that it is."""
+    trigger = EventTrigger(
+        posture=Posture.Proactive,
+        after={"prefect.flow-run.heartbeat"},
+        expect={"prefect.flow-run.heartbeat", *_ENDED},
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        match_related=_of(deployments),
+        for_each={"prefect.resource.id"},
+        threshold=1,
+        within=timedelta(seconds=SILENCES * settings.heartbeat),
+    )
+    action = ChangeFlowRunState(state=StateType.CRASHED, message="no sign of life: its worker or machine is gone")
+    return AutomationCore(name=f"{settings.name}: silent runs are dead", trigger=trigger, actions=[action])
+
+
+def _goes_on(settings: DeploySettings, deployments: Sequence[UUID]) -> AutomationCore:
+    """What a crashed run has made is found by its id: the same run, started again, goes on from there."""
+    trigger = EventTrigger(
+        posture=Posture.Reactive,
+        expect={"prefect.flow-run.Crashed"},
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        match_related=_of(deployments),
+        for_each={"prefect.resource.id"},
+        threshold=1,
+        within=timedelta(0),
+    )
+    action = ChangeFlowRunState(
+        state=StateType.SCHEDULED, name="AwaitingRetry", message="goes on from what is made", force=True
+    )
+    return AutomationCore(name=f"{settings.name}: crashed runs go on", trigger=trigger, actions=[action])
+
+
+def _told(settings: DeploySettings, deployments: Sequence[UUID], block: UUID) -> AutomationCore:
+    """A regression fails its run, so it is told like every failure, in its own words."""
+    trigger = EventTrigger(
+        posture=Posture.Reactive,
+        expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed", "prefect.flow-run.TimedOut"},
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        match_related=_of(deployments),
+        threshold=1,
+        within=timedelta(0),
+    )
+    action = SendNotification(block_document_id=block, subject="{{ flow.name }} {{ flow_run.state.name }}", body=_BODY)
+    return AutomationCore(name=f"{settings.name}: failures are told", trigger=trigger, actions=[action])
+
+
+def _of(deployments: Sequence[UUID]) -> dict[str, str | list[str]]:
+    return {
+        "prefect.resource.role": "deployment",
+        "prefect.resource.id": [f"prefect.deployment.{each}" for each in deployments],
+    }
+
+
+def _block(slug: str, client: SyncPrefectClient) -> UUID:
+    kind, _, name = slug.partition("/")
+    try:
+        return client.read_block_document_by_name(name, kind, include_secrets=False).id
+    except ObjectNotFound:
+        raise UserError(f"notify: the server has no block {slug}; prefect block ls lists those it has") from None

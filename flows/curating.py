@@ -1,0 +1,110 @@
+"""The first half of a pipeline: sources to corpora, and the pool to what is trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from curation.config import CurateConfig, EmbedConfig, EmbedSettings, IngestConfig, MaterializeConfig
+from curation.steps.config import Decontaminate
+from flows import stages
+from flows.config import PipelineConfig, Sources
+from flows.growing import Grown
+from flows.running import Run
+from infra import storage
+from infra.errors import UserError
+
+
+def sources(config: PipelineConfig) -> tuple[Sources, Path | None]:
+    """Where the images are, and the file with the truth about them, where there is one."""
+    if config.sources is not None:
+        return config.sources, None
+    from curation.embedded import TRUTH, generate
+
+    assert config.embedded is not None
+    if not storage.is_local(config.root):
+        raise UserError(f"root: {config.root}, but the embedded corpus is made on this machine; give a local root")
+    folder = generate(config.embedded, storage.local_path(config.root) / "embedded")
+    seed = str(folder / "seed")
+    return Sources(pool=str(folder / "pool"), test=str(folder / "test"), train=seed, seed=seed), folder / TRUTH
+
+
+def ingest(run: Run, sources: Sources) -> dict[str, str]:
+    """Corpora by role; one source in two roles is one corpus."""
+    corpora: dict[str, str] = {}
+    ingested: dict[str, str] = {}
+    named = sources.model_dump(exclude_none=True)
+    for role, source in (named | named.pop("evaluation")).items():
+        if source not in ingested:
+            settings = IngestConfig(**dict(run.config.ingest), source=source, out=run.out("ingest"))
+            ingested[source] = run.done(f"ingest-{role}", stages.ingest(settings))
+        corpora[role] = ingested[source]
+    return corpora
+
+
+def curate(run: Run, corpora: dict[str, str]) -> str:
+    """URL of the selection over the pool; of one that grows only what is new is embedded and compared."""
+    config = run.config
+    grown = Grown.since(config, corpora["pool"])
+    evaluation = [_embed(run, "embed-test-copies", config.copies, corpora["test"])]
+    deduplicate = CurateConfig(
+        **dict(config.deduplicate),
+        corpus=corpora["pool"],
+        embeddings=_embed(run, "embed-pool-copies", config.copies, corpora["pool"], grown.before("embed-pool-copies")),
+        evaluation=evaluation,
+        previous=grown.before("deduplicate"),
+        out=run.out("deduplicate"),
+    )
+    selection = run.done("deduplicate", stages.curate(deduplicate))
+    if "seed" in corpora:
+        of_pool, of_seed = "embed-pool-likeness", "embed-seed-likeness"
+        retrieve = CurateConfig(
+            **dict(config.retrieve),
+            corpus=corpora["pool"],
+            embeddings=_embed(run, of_pool, config.likeness, corpora["pool"], grown.before(of_pool)),
+            curated=_embed(run, of_seed, config.likeness, corpora["seed"]),
+            selection=selection,
+            previous=grown.before("retrieve"),
+            out=run.out("retrieve"),
+        )
+        selection = run.done("retrieve", stages.curate(retrieve))
+    grown.remember(run.urls)
+    return selection
+
+
+def materialize(run: Run, corpora: dict[str, str], selection: str) -> str:
+    """The corpus of what a selection leaves of the pool."""
+    settings = MaterializeConfig(
+        corpus=corpora["pool"], selection=selection, shard_mb=run.config.ingest.shard_mb, out=run.out("materialize")
+    )
+    return run.done("materialize", stages.materialize(settings))
+
+
+def leaks(run: Run, corpora: dict[str, str], training: list[str]) -> dict[str, str]:
+    """Selections over the evaluation sets: what they drop is a near-duplicate of something that is trained on.
+
+    Near is what the decontamination of the pool takes for it; where there is none, nothing is looked for.
+    """
+    steps = [each for each in run.config.deduplicate.steps if isinstance(each, Decontaminate)]
+    if not steps:
+        return {}
+    step = steps[0].model_copy(update={"drop": "hits", "count_components": False})
+    before = run.urls["embed-pool-copies"]
+    seen = [
+        _embed(run, f"embed-training-copies-{i}", run.config.copies, url, before if i == 0 else None)
+        for i, url in enumerate(training)
+    ]
+    found = {}
+    for name in ("test", *run.config.evaluation_sets()):
+        embedded = _embed(run, f"embed-{name}-copies", run.config.copies, corpora[name])
+        config = CurateConfig(
+            corpus=corpora[name], embeddings=embedded, evaluation=seen, steps=[step], out=run.out("leaks")
+        )
+        found[name] = run.done(f"leaks-{name}", stages.curate(config))
+    return found
+
+
+def _embed(run: Run, stage: str, settings: EmbedSettings, corpus: str, previous: str | None = None) -> str:
+    if stage in run.urls:
+        return run.urls[stage]
+    config = EmbedConfig(**dict(settings), corpus=corpus, previous=previous, out=run.out("embed"))
+    return run.done(stage, stages.embed(config))

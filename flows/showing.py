@@ -1,0 +1,111 @@
+"""What a stage made, as artifacts on the server's pages: tables, a picture, where to look further.
+
+The numbers are the artifact's own; the server only shows them, so a server that does not answer stops no stage.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+from PIL import Image
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.exceptions import PrefectException
+from prefect.logging import get_run_logger
+
+from eval.rendering import PAGE
+from eval.summary import headline_rows
+from flows.outcome import shown as score
+from infra import storage
+from infra.artifacts import Artifact
+from infra.selections import steps_of
+
+UI = "FOVEA_UI"
+"""Environment variable: where `fovea ui` is reached, so that the server's pages can lead there."""
+_PICTURE = "pca.png"
+_WIDTH, _QUALITY = 900, 80  # pixels, JPEG
+
+Row = dict[str, Any]
+
+
+def show(stage: str, artifact: Artifact) -> str:
+    """Show a stage's artifact on the server; return its URL."""
+    with shown_if_possible():
+        key, told = f"fovea-{stage}", _TABLES.get(artifact.manifest.kind, _numbers)(artifact)
+        if told:
+            create_table_artifact(told, key=key, description=f"[{stage} {artifact.id[:12]}]({page_of(artifact)})")
+        if picture := _picture(artifact):
+            create_markdown_artifact(
+                f"![PCA of patch tokens]({picture})", key=f"{key}-pca", description="PCA of patches"
+            )
+        create_link_artifact(page_of(artifact), key=f"{key}-page", link_text=f"{stage}: {artifact.url}")
+    return artifact.url
+
+
+@contextmanager
+def shown_if_possible() -> Iterator[None]:
+    """Say that the server does not answer, instead of failing."""
+    try:
+        yield
+    except (httpx.HTTPError, PrefectException, OSError) as error:
+        get_run_logger().warning("not shown on the server: %s: %s", type(error).__name__, error)
+
+
+def page_of(artifact: Artifact) -> str:
+    """Where an artifact can be looked at: at `fovea ui`, else its page or its place."""
+    if base := os.environ.get(UI):
+        return f"{base.rstrip('/')}/artifacts/{artifact.id}"
+    has_page = any(file.path == PAGE for file in artifact.manifest.files)
+    place = storage.join(artifact.url, PAGE) if has_page else artifact.url
+    return storage.local_path(place).absolute().as_uri() if storage.is_local(place) else place
+
+
+def _numbers(artifact: Artifact) -> list[Row]:
+    """The single numbers among an artifact's metrics."""
+    return [
+        {"what": name.replace("_", " "), "value": value}
+        for name, value in flat(artifact.metrics).items()
+        if isinstance(value, int | float | str)
+    ]
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
+def _funnel(selection: Artifact) -> list[Row]:
+    return [{"step": step.name, "kept": step.kept, "dropped": step.dropped} for step in steps_of(selection)]
+
+
+def _scores(report: Artifact) -> list[Row]:
+    """Headlines, a column for each subject; the page of a run has none of its own."""
+    if report.manifest.stage not in ("evaluate", "compare"):
+        return []
+    table: dict[str, Row] = {}
+    for row in headline_rows(report.read_json("report.json")["rows"]):
+        told = table.setdefault(row["protocol"], {"protocol": row["protocol"], "metric": row["metric"]})
+        told[row["subject"]] = score(row["value"], row["share"])
+    return list(table.values())
+
+
+_TABLES: dict[str, Callable[[Artifact], list[Row]]] = {"selection": _funnel, "report": _scores}
+
+
+def _picture(artifact: Artifact) -> str | None:
+    """A report's PCA picture, small, as a data URI: the server's database holds it."""
+    if not any(file.path == _PICTURE for file in artifact.manifest.files):
+        return None
+    with Image.open(io.BytesIO(artifact.read_bytes(_PICTURE))) as image:
+        image.thumbnail((_WIDTH, _WIDTH))
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "JPEG", quality=_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
