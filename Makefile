@@ -8,13 +8,16 @@ INSTALL = $(UV) pip install --quiet --python $(BIN)/python --constraint constrai
 export OMP_NUM_THREADS ?= $(shell nproc)
 export DO_NOT_TRACK = 1
 
-.PHONY: demo test lint format constraints clean
+.PHONY: demo test test-cluster lint format constraints clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fovea run flows/pipelines/demo.yaml
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-cluster: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m whole --log-cli-level INFO --log-cli-format '%(asctime)s %(message)s'
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -264,6 +264,21 @@ def deploy(file: File = None, /, *, config: Annotated[DeploySettings, Flags]) ->
 
 
 @app.command(sort_key=11)
+def ui(root: str = "runs", /, *, host: str = "127.0.0.1", port: int = 4300) -> None:
+    """Look at all runs under a root in a browser: scores, pages, lineage, images, search by image or text. Read-only.
+
+    Args:
+        root: URL of the folder, ROOT of the pipelines.
+        host: address to listen at; whoever reaches it sees everything under the root.
+        port: port to listen at.
+    """
+    from eval.browse.server import serve
+
+    print(f"http://{host}:{port}", file=sys.stderr)
+    serve(root, host, port)
+
+
+@app.command(sort_key=11)
 def doctor(*, storage: str | None = None, json: bool = False) -> None:
     """Whether all that Fovea stands on is there and works: a line each, with the remedy.
 

@@ -278,8 +278,8 @@ def test_the_pipeline_runs_resumes_and_survives_kill(tmp_path: Path) -> None:
         before, after = find(each["url"]), find(url)
         assert before is not None
         assert after is not None
-        same = {file.path: file.sha256 for file in before.manifest.files if not _tells_places(file.path)}
-        assert {file.path: file.sha256 for file in after.manifest.files if not _tells_places(file.path)} == same, stage
+        same = {file.path: file.sha256 for file in before.manifest.files if not tells_places(file.path)}
+        assert {file.path: file.sha256 for file in after.manifest.files if not tells_places(file.path)} == same, stage
         if stage == "report":
             assert _without_times(before) == _without_times(after)
 
@@ -312,7 +312,7 @@ def test_an_ablation_trains_on_each_choice_and_compares(embedded: Embedded, tmp_
     assert [each.manifest.config["schedule"]["seed"] for each in trained if each is not None] == [3, 3, 3]
 
 
-def _tells_places(path: str) -> bool:
+def tells_places(path: str) -> bool:
     """Files that name URLs, tell how long things took, or that DeepSpeed's and timm's containers stamp, are alike but
     not equal."""
     return path in ("lineage.json", "shards.json", "README.md", PAGE) or path.startswith("training/")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from flows.deployments import STAGES, content, write
 from infra.artifacts import find
 from infra.errors import UserError
 from tests.conftest import Embedded, image_folder
-from tests.prefect_server import Server, serving
+from tests.prefect_server import ENDED, Server, serving
 from tests.test_flows import pipeline
 from tests.test_pretrain_training import config
 
@@ -66,54 +65,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield found
 
 
-def asked_of(server: Server, path: str, body: dict[str, Any] | None = None) -> Any:
-    """What the server's API answers."""
-    import urllib.request
-
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(
-        server.environment["PREFECT_API_URL"] + path, data, {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.loads(answer.read())
-
-
-def started(server: Server, flow: str, parameters: dict[str, Any]) -> str:
-    deployment = asked_of(server, f"/deployments/name/{flow}/fovea")
-    run = asked_of(server, f"/deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})
-    return str(run["id"])
-
-
-def state(server: Server, run: str) -> str:
-    return str(asked_of(server, f"/flow_runs/{run}")["state_type"])
-
-
-def waited(server: Server, run: str, until: set[str], seconds: float = 180) -> str:
-    deadline = time.monotonic() + seconds
-    while (now := state(server, run)) not in until:
-        assert time.monotonic() < deadline, now
-        time.sleep(0.5)
-    return now
-
-
-_ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
-
-
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_stage_runs_where_a_worker_is_and_its_form_tells_what_it_takes(server: Server, tmp_path: Path) -> None:
-    deployment = asked_of(server, "/deployments/name/fovea-pipeline/fovea")
+    deployment = server.asked("/deployments/name/fovea-pipeline/fovea")
     schema = deployment["parameter_openapi_schema"]["definitions"]
     assert schema["Schedule"]["properties"]["batch"]["minimum"] == 1
     image_folder(tmp_path / "images", 4)
     corpus = {"source": str(tmp_path / "images"), "out": str(tmp_path / "corpus")}
-    run = started(server, "ingest", {"config": corpus})
-    assert waited(server, run, _ENDED) == "COMPLETED"
+    run = server.started("ingest", {"config": corpus})
+    assert server.waited(run, ENDED) == "COMPLETED"
     artifact = find(str(tmp_path / "corpus"))
     assert artifact is not None
     assert artifact.metrics["images"] == 4
     with pytest.raises(OSError, match=r"409|422"):  # refused before it is queued
-        started(server, "ingest", {"config": {"source": 3}})
+        server.started("ingest", {"config": {"source": 3}})
 
 
 @pytest.mark.slow
@@ -122,16 +88,16 @@ def test_a_cancelled_training_saves_its_state_and_lets_go(server: Server, embedd
     out = tmp_path / "run"
     changes: dict[str, Any] = {"sharding": {"engine": "torch"}, "runtime": {"workers": 0, "checkpoint_every": 10_000}}
     long = config(embedded.seed, out, **changes, schedule={"steps": 20_000, "batch": 8})
-    run = started(server, "pretrain", {"config": long.settings()})
+    run = server.started("pretrain", {"config": long.settings()})
     log = out.with_name("run.job")
     deadline = time.monotonic() + 180
     told = log / "progress.jsonl"
     while not told.exists() or len(told.read_text().splitlines()) < 20:  # steps
         assert time.monotonic() < deadline
-        assert state(server, run) not in _ENDED
+        assert server.state(run) not in ENDED
         time.sleep(0.5)
-    asked_of(server, f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
-    assert waited(server, run, _ENDED) == "CANCELLED"
+    server.asked(f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
+    assert server.waited(run, ENDED) == "CANCELLED"
     assert not [each for each in psutil.process_iter(["cmdline"]) if str(log) in (each.info["cmdline"] or [])]
     (saved,) = (out / "steps").glob("*/tally.json")
     assert int(saved.parent.name) > 0

@@ -96,7 +96,7 @@ def script(module: str, folder: Path, settings: Launch) -> str:
 
 def _requeue(folder: Path) -> list[str]:
     """By what the ranks said: the exit code is that of the rank that ended worst."""
-    said = f"grep -q '\"code\": 75' {shlex.quote(str(folder / ENDED))}"
+    said = f"grep -qs '\"code\": 75' {shlex.quote(str(folder / ENDED))}"
     return [
         f'if {said} && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then',
         '  scontrol requeue "$SLURM_JOB_ID"',

@@ -1,0 +1,106 @@
+"""All artifacts under a root, read from their manifests."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from infra import storage
+from infra.artifacts import MANIFEST, Artifact, find
+from infra.errors import UserError
+
+_FRESH_SECONDS = 5.0
+_STAMPS = ("size", "mtime_ns", "ETag", "etag", "LastModified")
+
+
+@dataclass
+class Catalogue:
+    """What lies under a root, looked at again when somebody asks some seconds later.
+
+    Args:
+        root: URL of a folder of runs.
+    """
+
+    root: str
+    _known: dict[str, tuple[tuple[Any, ...], Artifact | None]] = field(default_factory=dict)
+    """By URL: what tells one state of the manifest from another, and the artifact if it can be read"""
+    _looked: float = -_FRESH_SECONDS
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def artifacts(self) -> list[Artifact]:
+        """All of them, the newest first; where several places hold the same one, the first place.
+
+        Raises:
+            UserError: the root is not there.
+        """
+        with self._lock:
+            if time.monotonic() - self._looked >= _FRESH_SECONDS:
+                self._look()
+                self._looked = time.monotonic()
+            found = [artifact for _, (_, artifact) in sorted(self._known.items()) if artifact is not None]
+        unique = {artifact.id: artifact for artifact in reversed(found)}
+        return sorted(unique.values(), key=lambda each: (each.manifest.created, each.url), reverse=True)
+
+    def unreadable(self) -> list[str]:
+        """URLs whose manifests this version cannot read."""
+        return sorted(url for url, (_, artifact) in self._known.items() if artifact is None)
+
+    def get(self, id: str) -> Artifact | None:
+        """The artifact of an id."""
+        return next((each for each in self.artifacts() if each.id == id), None)
+
+    def made_from(self, id: str) -> list[Artifact]:
+        """What has an artifact among its inputs."""
+        return [each for each in self.artifacts() if any(source.id == id for source in each.manifest.inputs.values())]
+
+    def _look(self) -> None:
+        listed = storage.list_files(self.root)
+        seen = {}
+        for path, details in _manifests(listed.items()):
+            url = storage.join(self.root, path.removesuffix(MANIFEST).rstrip("/")) if "/" in path else self.root
+            stamp = tuple(str(details.get(name)) for name in _STAMPS)
+            before = self._known.get(url)
+            seen[url] = before if before is not None and before[0] == stamp else (stamp, _read(url))
+        self._known = seen
+
+
+def _manifests(files: Iterable[tuple[str, dict[str, Any]]]) -> Iterable[tuple[str, dict[str, Any]]]:
+    return (each for each in files if each[0].rpartition("/")[2] == MANIFEST)
+
+
+def _read(url: str) -> Artifact | None:
+    try:
+        return find(url)
+    except UserError:
+        return None
+
+
+def size_of(artifact: Artifact) -> int:
+    """Bytes of its files."""
+    return sum(file.bytes for file in artifact.manifest.files)
+
+
+def words(artifact: Artifact) -> str:
+    """An artifact in a few words: how much there is of it, or how good it is."""
+    metrics, kind = artifact.metrics, artifact.manifest.kind
+    if kind == "selection":
+        return f"{metrics['kept']:,} of {metrics['images']:,} images kept"
+    if kind == "embeddings":
+        width = f" of {metrics['dim']} numbers" if "dim" in metrics else ""
+        return f"{metrics['images']:,} vectors{width}"
+    if kind == "checkpoint" and "steps" in metrics:
+        return f"{metrics['parameters']:,} parameters, {metrics['steps']:,} steps"
+    if artifact.manifest.stage == "evaluate":
+        return ", ".join(f"{name} {told['model']:.3f}" for name, told in scores_of(artifact).items())
+    if artifact.manifest.stage == "report":
+        return f"{artifact.manifest.config.get('title', 'run')}: {metrics['stages']} stages"
+    counted = {"images": "images", "parameters": "parameters"}
+    return ", ".join(f"{metrics[name]:,} {unit}" for name, unit in counted.items() if name in metrics)
+
+
+def scores_of(report: Artifact) -> dict[str, dict[str, float]]:
+    """Headline scores of an evaluation by protocol and subject."""
+    return {name: told for name, told in report.metrics.items() if isinstance(told, dict) and "model" in told}

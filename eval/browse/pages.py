@@ -1,0 +1,230 @@
+"""What the pages of `fovea ui` tell, as values for their templates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from urllib.parse import urlencode
+
+import numpy as np
+import pyarrow.compute as pc
+
+from eval.browse.catalogue import Catalogue, scores_of, size_of, words
+from eval.browse.lineage import HEIGHT, WIDTH, drawing
+from eval.browse.search import Hit, Searcher
+from eval.rendering import PAGE
+from infra.artifacts import Artifact
+from infra.corpora import SHARDS, Corpus
+from infra.selections import Selection
+
+_ROWS, _IMAGES = 200, 96  # of a page
+_MOST_SHARDS = 500
+
+
+def index(catalogue: Catalogue, asked: Mapping[str, str]) -> dict[str, Any]:
+    """Runs with their scores, and all artifacts, those that were asked for."""
+    everything = catalogue.artifacts()
+    found = [each for each in everything if _wanted(each, asked)]
+    first = _number(asked.get("from"))
+    return {
+        "root": catalogue.root,
+        "runs": [_run(each, catalogue) for each in everything if each.manifest.stage == "report"],
+        "artifacts": [_row(each, catalogue) for each in found[first : first + _ROWS]],
+        "count": len(found),
+        "kinds": sorted({each.manifest.kind for each in everything}),
+        "asked": dict(asked),
+        "more": _more(asked, first + _ROWS, len(found)),
+        "unreadable": catalogue.unreadable(),
+        "searchable": any(each.manifest.stage == "embed" for each in everything),
+    }
+
+
+def _wanted(artifact: Artifact, asked: Mapping[str, str]) -> bool:
+    made = artifact.manifest
+    text = " ".join([made.stage, made.kind, artifact.id, artifact.url, str(made.config)]).lower()
+    return asked.get("kind", "") in ("", made.kind) and all(word in text for word in asked.get("q", "").lower().split())
+
+
+def _run(report: Artifact, catalogue: Catalogue) -> dict[str, Any]:
+    """A run by its report: a row for each backbone that it evaluated."""
+    scored: dict[str, dict[str, float]] = {}
+    for name, source in report.manifest.inputs.items():
+        artifact = catalogue.get(source.id) if name.startswith("evaluate-") else None
+        if artifact is not None:
+            scored[name.removeprefix("evaluate-")] = {k: v["model"] for k, v in scores_of(artifact).items()}
+    protocols = list(dict.fromkeys(protocol for told in scored.values() for protocol in told))
+    return {
+        "id": report.id,
+        "title": report.manifest.config.get("title", "run"),
+        "created": _time(report),
+        "place": _place(report, catalogue),
+        "protocols": protocols,
+        "scored": scored,
+    }
+
+
+def _row(artifact: Artifact, catalogue: Catalogue) -> dict[str, Any]:
+    made = artifact.manifest
+    place, words_ = _place(artifact, catalogue), words(artifact)
+    facts = {"id": artifact.id, "stage": made.stage, "kind": made.kind, "created": _time(artifact), "place": place}
+    return facts | {"words": words_, "bytes": in_units(size_of(artifact)), "has_page": has_page(artifact)}
+
+
+def artifact(catalogue: Catalogue, artifact: Artifact) -> dict[str, Any]:
+    """One artifact: its numbers, its settings, its files, and the drawing of its lineage."""
+    made = artifact.manifest
+    pictures = [file.path for file in made.files if file.path.endswith(".png")]
+    return {
+        "each": _row(artifact, catalogue),
+        "url": artifact.url,
+        "numbers": list(flat(made.metrics).items()),
+        "config": made.config,
+        "files": [{"path": file.path, "bytes": in_units(file.bytes), "sha256": file.sha256} for file in made.files],
+        "pictures": pictures,
+        "shards": _shards(artifact),
+        "inputs": dict(made.inputs),
+        "known": {each.id for each in catalogue.artifacts()},
+        "lineage": drawing(artifact, catalogue),
+        "box": {"width": WIDTH, "height": HEIGHT},
+        "card": artifact.read_bytes("README.md").decode() if made.kind == "backbone" else None,
+        "searchable": made.stage == "embed",
+        "has_images": made.kind in ("corpus", "selection"),
+    }
+
+
+def _shards(artifact: Artifact) -> list[dict[str, Any]]:
+    if artifact.manifest.kind != "corpus":
+        return []
+    told = artifact.read_json(SHARDS)[:_MOST_SHARDS]
+    return [{**each, "bytes": in_units(each["bytes"])} for each in told]
+
+
+def comparison(catalogue: Catalogue, chosen: Sequence[Artifact]) -> dict[str, Any]:
+    """Artifacts side by side: numbers of all, and the settings in which they differ."""
+    numbers = [_numbers(each, catalogue) for each in chosen]
+    settings = [_settings(each, catalogue) for each in chosen]
+    inputs = [{role: source.id[:12] for role, source in each.manifest.inputs.items()} for each in chosen]
+    return {
+        "chosen": [_row(each, catalogue) for each in chosen],
+        "numbers": _side_by_side(numbers),
+        "settings": [row for row in _side_by_side(settings) if row["differ"]],
+        "inputs": [row for row in _side_by_side(inputs) if row["differ"]],
+    }
+
+
+def _numbers(artifact: Artifact, catalogue: Catalogue) -> dict[str, Any]:
+    """Of a run the scores of all its backbones."""
+    return flat(_run(artifact, catalogue)["scored"] if artifact.manifest.stage == "report" else artifact.metrics)
+
+
+def _settings(artifact: Artifact, catalogue: Catalogue) -> dict[str, Any]:
+    """Of a run those of all its stages."""
+    own = artifact.manifest
+    if own.stage != "report":
+        return flat(own.config)
+    stages = {role: catalogue.get(source.id) for role, source in own.inputs.items()}
+    return flat({role: each.manifest.config for role, each in stages.items() if each is not None})
+
+
+def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = []
+    for name in names:
+        cells = [column.get(name) for column in columns]
+        rows.append({"name": name, "cells": cells, "differ": any(cell != cells[0] for cell in cells)})
+    return rows
+
+
+def images(artifact: Artifact, corpus_of: Callable[[str], Corpus], asked: Mapping[str, str]) -> dict[str, Any]:
+    """Some images of a corpus, or of a selection with what was decided about them."""
+    selection = Selection.open(artifact.url) if artifact.manifest.kind == "selection" else None
+    corpus = corpus_of(artifact.id if selection is None else artifact.manifest.inputs["corpus"].id)
+    rows = np.arange(len(corpus))
+    if asked.get("key"):
+        rows = rows[pc.match_substring(corpus.table["key"], asked["key"]).to_numpy()]
+    reasons: list[str] = []
+    if selection is not None:
+        reasons = sorted(each for each in pc.unique(selection.ledger["reason"]).to_pylist() if each)
+        if reason := asked.get("reason"):
+            rows = rows[pc.fill_null(pc.equal(selection.ledger["reason"], reason), False).to_numpy()[rows]]
+    first = _number(asked.get("from"))
+    some = rows[first : first + _IMAGES]
+    entries = corpus.table.take(some).select(["key", "caption", "width", "height"]).to_pylist()
+    verdicts = selection.ledger.take(some).to_pylist() if selection is not None else [{} for _ in some]
+    return {
+        "artifact": artifact,
+        "corpus": corpus.artifact.id,
+        "images": [{"row": int(row), **entry, **v} for row, entry, v in zip(some, entries, verdicts, strict=True)],
+        "count": len(rows),
+        "first": first,
+        "reasons": reasons,
+        "asked": dict(asked),
+        "more": _more(asked, first + _IMAGES, len(rows)),
+        "judged": selection is not None,
+    }
+
+
+def search(
+    searchable: Sequence[Artifact],
+    chosen: Artifact,
+    searcher: Searcher,
+    asked: Mapping[str, str],
+    hits: list[Hit] | None,
+) -> dict[str, Any]:
+    """The search form and what was found."""
+    return {
+        "searchable": [{"id": each.id, "words": words(each), "kind": _model(each)} for each in searchable],
+        "chosen": chosen.id,
+        "corpus": searcher.corpus.artifact.id,
+        "has_texts": searcher.has_texts,
+        "asked": dict(asked),
+        "hits": hits,
+    }
+
+
+def _model(embeddings: Artifact) -> str:
+    config = embeddings.manifest.config
+    return " ".join(str(config[name]) for name in ("kind", "model") if name in config)
+
+
+def has_page(artifact: Artifact) -> bool:
+    """Whether an artifact holds a page of its own."""
+    return any(file.path == PAGE for file in artifact.manifest.files)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots; long lists are left out."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        elif not isinstance(value, list) or len(str(value)) < 200:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def in_units(count: int) -> str:
+    """Bytes in a unit that fits."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _place(artifact: Artifact, catalogue: Catalogue) -> str:
+    return artifact.url.removeprefix(catalogue.root.rstrip("/")).lstrip("/") or "."
+
+
+def _time(artifact: Artifact) -> str:
+    return artifact.manifest.created[:16].replace("T", " ")
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text is not None and text.isdigit() else 0
+
+
+def _more(asked: Mapping[str, str], start: int, count: int) -> str | None:
+    """The query of the next part, if there is more."""
+    return urlencode({**asked, "from": start}) if start < count else None

@@ -1,0 +1,155 @@
+"""Images of a corpus that are like an image or a text, by the backbone that embedded it."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pydantic import TypeAdapter
+
+from infra.artifacts import Artifact
+from infra.corpora import Corpus, Unusable
+from infra.embeddings import Embeddings
+from infra.errors import UserError
+from infra.neighbours import nearest
+from infra.vectors import at_unit_length
+from pretrain.config import BackboneConfig
+from pretrain.data.decode import ImageRejected, decode_rgb
+
+_BLOCK = 1 << 17  # rows compared at once
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A row of the corpus and how like the query it is."""
+
+    row: int
+    key: str
+    caption: str
+    score: float
+
+
+class Searcher:
+    """Searches one embeddings artifact exactly, reading its vectors in blocks. Models are loaded when first needed."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.embeddings = Embeddings.of(artifact)
+        self.corpus = Corpus.open(artifact.manifest.inputs["corpus"].url)
+        self._lock = threading.Lock()
+
+    @cached_property
+    def config(self) -> Any:
+        """The backbone's settings, with places where its inputs are.
+
+        Raises:
+            UserError: they are those of another version.
+        """
+        manifest = self.embeddings.artifact.manifest
+        settings = {name: value for name, value in manifest.config.items() if name != "preprocessing"}
+        if "backbone" in manifest.inputs:
+            place = {"checkpoint": "url"}.get(settings["kind"], "checkpoint")
+            settings[place] = manifest.inputs["backbone"].url
+        if "code" in manifest.inputs:
+            settings["repository"] = manifest.inputs["code"].url
+        return TypeAdapter(BackboneConfig).validate_python(settings)
+
+    @cached_property
+    def has_texts(self) -> bool:
+        """Whether the backbone compares images with texts."""
+        from pretrain.image_text import has_texts
+
+        try:
+            return has_texts(self.config)
+        except UserError:  # it is gone; the vectors can still be compared with one another
+            return False
+
+    def like_row(self, row: int, count: int) -> list[Hit]:
+        """Images like one of the corpus, that one first."""
+        return self._found(self.embeddings.vectors.take(np.array([row])).astype(np.float32), count)
+
+    def like_image(self, data: bytes, count: int) -> list[Hit]:
+        """Images like the one in a file's bytes.
+
+        Raises:
+            UserError: they are no image that can be read.
+        """
+        import torch
+
+        try:
+            image = decode_rgb(data)
+        except ImageRejected as error:
+            raise UserError(f"image: {error}; give a JPEG, PNG or WebP file") from None
+        with self._lock:
+            vectors = self._backbone.features(torch.as_tensor(np.asarray(self._backbone.preprocess(image)))[None])
+        return self._found(at_unit_length(vectors.numpy()), count)
+
+    def like_text(self, text: str, count: int) -> list[Hit]:
+        """Images that a text describes.
+
+        Raises:
+            UserError: the backbone knows no texts.
+        """
+        with self._lock:
+            return self._found(self._texts.texts([text]), count, projected=True)
+
+    def row_of(self, key: str) -> int | None:
+        """The row of a key."""
+        import pyarrow.compute as pc
+
+        row = pc.index(self.corpus.table["key"], key).as_py()
+        return int(row) if row >= 0 else None
+
+    @cached_property
+    def _backbone(self) -> Any:
+        from pretrain import backbones
+
+        return backbones.load(self.config)
+
+    @cached_property
+    def _texts(self) -> Any:
+        from pretrain import image_text
+
+        return image_text.load(self.config, self._backbone)
+
+    def _found(self, query: np.ndarray, count: int, projected: bool = False) -> list[Hit]:
+        best: list[tuple[float, int]] = []
+        vectors = self.embeddings.vectors
+        for start in range(0, len(vectors), _BLOCK):
+            block = vectors.take(np.arange(start, min(start + _BLOCK, len(vectors)))).astype(np.float32)
+            if projected:
+                block = self._projected(block)
+            scores, rows = nearest(query, block, min(count, len(block)))
+            best += [(float(score), int(row) + start) for score, row in zip(scores[0], rows[0], strict=True)]
+            best = sorted(best, key=lambda each: (-each[0], each[1]))[:count]
+        return [self._hit(row, score) for score, row in best]
+
+    def _projected(self, block: np.ndarray) -> np.ndarray:
+        """Vectors of images brought into the space of texts."""
+        import torch
+
+        return np.asarray(self._texts.project(torch.from_numpy(block)).numpy(), dtype=np.float32)
+
+    def _hit(self, row: int, score: float) -> Hit:
+        entry = self.corpus.table.slice(row, 1).to_pylist()[0]
+        return Hit(row, entry["key"], entry["caption"] or "", score)
+
+
+def thumbnails(corpus: Corpus, rows: Sequence[int], side: int) -> list[bytes]:
+    """Images of a corpus at most `side` pixels wide and high, as WebP; grey where one cannot be read."""
+    found = []
+    for data in corpus.read_images(rows):
+        try:
+            image = Image.new("RGB", (side, side), "lightgrey") if isinstance(data, Unusable) else decode_rgb(data)
+        except ImageRejected:
+            image = Image.new("RGB", (side, side), "lightgrey")
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        image.save(buffer, "WEBP", quality=85)
+        found.append(buffer.getvalue())
+    return found
