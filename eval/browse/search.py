@@ -86,7 +86,7 @@ class Searcher:
         except ImageRejected as error:
             raise UserError(f"image: {error}; give a JPEG, PNG or WebP file") from None
         with self._lock:
-            vectors = self._backbone.features(torch.as_tensor(np.asarray(self._backbone.preprocess(image)))[None])
+            vectors = self._backbone.features(torch.as_tensor(np.array(self._backbone.preprocess(image)))[None])
         return self._found(at_unit_length(vectors.numpy()), count)
 
     def like_text(self, text: str, count: int) -> list[Hit]:

@@ -207,6 +207,7 @@ def serve(root: str, host: str, port: int) -> None:
     """
     import uvicorn
 
+    Catalogue(root).artifacts()
     names = [host] if host not in ("0.0.0.0", "::") else ["*"]
     app = application(root, ["localhost", "127.0.0.1", *names])
     uvicorn.run(app, host=host, port=port, log_level="warning")
