@@ -212,6 +212,8 @@ class DeploySettings(Config):
     """Of the schedule."""
     tags: list[str] = Field(default_factory=list)
     """Tags beside fovea."""
+    template: str | None = None
+    """JSON file with the job template of a pool that is made; see infra/kubernetes/job-template.json."""
     job_variables: dict[str, Any] = Field(default_factory=dict)
     """Overrides of the pool's job template: image, namespace, env and the like."""
     file: str = "prefect.yaml"

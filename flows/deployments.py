@@ -89,6 +89,15 @@ def write(settings: DeploySettings) -> Path:
     return path
 
 
+def _template(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}  # the worker brings its own
+    try:
+        return dict(json.loads(Path(path).read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"template: {path}: {error}; give a JSON file") from None
+
+
 def apply(settings: DeploySettings, path: Path) -> None:
     """Make the work pool, if it is not there, register what a file says, and the automations that look after its runs.
 
@@ -103,7 +112,8 @@ def apply(settings: DeploySettings, path: Path) -> None:
             if found.type != settings.type:
                 raise UserError(f"pool: {settings.pool} is of type {found.type}; give --type {found.type}")
         except ObjectNotFound:
-            client.create_work_pool(WorkPoolCreate(name=settings.pool, type=settings.type))
+            template = _template(settings.template)
+            client.create_work_pool(WorkPoolCreate(name=settings.pool, type=settings.type, base_job_template=template))
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

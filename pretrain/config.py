@@ -25,7 +25,7 @@ def _default_objectives() -> list[ObjectiveConfig]:
 
 
 Precision = Literal["fp32", "bf16"]
-TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "prometheus"]
 
 
 class Optimizer(Config):

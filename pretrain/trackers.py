@@ -13,8 +13,10 @@ from typing import Any, Protocol
 from infra.errors import UserError
 from pretrain import telemetry
 from pretrain.config import TrackerName
+from pretrain.prometheus import Prometheus
 
 PROGRESS = "progress.jsonl"
+_MODULES: dict[TrackerName, str] = {"prometheus": "prometheus_client"}
 
 
 class Tracker(Protocol):
@@ -45,13 +47,14 @@ def build(names: Sequence[TrackerName], folder: Path, run: str, first_step: int)
         "tensorboard": _TensorBoard,
         "wandb": _Wandb,
         "mlflow": _MLflow,
+        "prometheus": lambda _, run, __: Prometheus(_package("prometheus"), run),
     }
     return [lines, *(makers[name](folder, run, first_step) for name in names)]
 
 
 def _package(name: TrackerName) -> Any:
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(_MODULES.get(name, name))
     except ImportError:
         raise UserError(f"runtime.trackers: {name} is not installed; pip install 'fovea[trackers]'") from None
 

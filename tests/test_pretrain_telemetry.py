@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from pretrain.meter import Meter, note
 from pretrain.models.vit import VisionTransformer
 from pretrain.planning import hardware
 from tests.conftest import Embedded
+from tests.daemons import free_ports
 from tests.test_pretrain_scale import under_torchrun
 from tests.test_pretrain_training import config, losses
 
@@ -160,6 +162,26 @@ def test_trackers_get_every_step(embedded: Embedded, tmp_path: Path, monkeypatch
     assert [each.value for each in sorted(history, key=lambda each: each.step)] == pytest.approx(expected)
     (written,) = (job / "wandb").glob("offline-run-*/*.wandb")
     assert written.stat().st_size > 1000
+
+
+def test_prometheus_reads_the_last_step_while_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    (port,) = free_ports(1)
+    monkeypatch.setenv("FOVEA_METRICS_PORT", str(port))
+    lines, tracker = trackers.build(["prometheus"], tmp_path, "abc", 0)
+    for step in range(3):
+        tracker.log(step, {"loss": 2.0 - step, "health_ibot/usage": 0.5})
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+        families = {each.name: each for each in text_string_to_metric_families(answer.read().decode())}
+    told = {name: families[name].samples[0] for name in ("fovea_step", "fovea_loss", "fovea_health_ibot_usage")}
+    assert [each.value for each in told.values()] == [2, 0, 0.5]
+    assert {each.labels["run"] for each in told.values()} == {"abc"}
+    with pytest.raises(UserError, match=f"127.0.0.1:{port}: Address already in use; give another port"):
+        trackers.build(["prometheus"], tmp_path, "abc", 0)
+    tracker.close()
+    trackers.build(["prometheus"], tmp_path, "abc", 0)[1].close()  # the port is free again
+    lines.close()
 
 
 def test_a_tracker_that_is_missing_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
