@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from tests.daemons import Daemons, free_ports
 
 START_SECONDS, STOP_SECONDS = 60.0, 20.0
@@ -55,8 +57,8 @@ def postgres(directory: Path) -> Iterator[str]:
         yield f"postgresql+asyncpg://postgres@127.0.0.1:{port}/prefect"
     finally:
         process = daemons.running["postgres"]
-        server = int((data / "postmaster.pid").read_text().split()[0])
-        os.kill(server, signal.SIGINT)  # fast: it does not wait for its clients
+        for server in psutil.Process(process.pid).children() if process.poll() is None else []:
+            server.send_signal(signal.SIGINT)  # fast: it does not wait for its clients
         process.wait(STOP_SECONDS)
 
 

@@ -53,9 +53,9 @@ class Server:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.loads(answer.read())
 
-    def started(self, flow: str, parameters: dict[str, Any]) -> str:
+    def started(self, flow: str, parameters: dict[str, Any], name: str = "fovea") -> str:
         """A new run of a flow's deployment."""
-        deployment = self.asked(f"/deployments/name/{flow}/fovea")
+        deployment = self.asked(f"/deployments/name/{flow}/{name}")
         return str(self.asked(f"/deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})["id"])
 
     def state(self, run: str) -> str:

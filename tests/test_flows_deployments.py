@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import yaml
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.config import DeploySettings
+from flows.config import DeploySettings, PipelineConfig
 from flows.deployments import STAGES, content, write
+from flows.limits import slots
+from flows.recuration import curation, resource
 from infra.artifacts import find
 from infra.errors import UserError
 from tests.conftest import Embedded, image_folder
@@ -34,7 +42,9 @@ def test_what_is_deployed_stands_in_a_file(tmp_path: Path) -> None:
     assert first["parameters"]["config"] == yaml.safe_load((tmp_path / "pipeline.yaml").read_text())
     assert first["schedules"] == [{"cron": "0 3 * * 1", "timezone": "UTC"}]
     assert first["concurrency_limit"] == 1
-    assert {each["entrypoint"].rpartition(":")[2] for each in others} == {*STAGES, "follow"}
+    assert {each["entrypoint"].rpartition(":")[2] for each in others} == {*STAGES, "curation", "follow"}
+    variables = first["work_pool"]["job_variables"]["env"]
+    assert variables == {"A": "b", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60"}
     assert all(each["tags"] == ["fovea", "weekly"] for each in told["deployments"])
     assert not any("schedules" in each for each in others)
     write(asked)  # its own file may be written again
@@ -52,6 +62,17 @@ def test_variables_are_the_workers_and_roots_are_whole(tmp_path: Path, monkeypat
     assert parameters["root"] == "s3://bucket/run"
     with pytest.raises(UserError, match="root: runs/cifar10 is relative"):
         content(settings(tmp_path, pipeline=str(file)))
+
+
+def test_with_a_share_the_schedule_curates_and_growth_starts_the_pipeline(tmp_path: Path) -> None:
+    asked = settings(tmp_path, cron="0 3 * * 1", changed=0.1)
+    pipeline, curation, *_ = content(asked)["deployments"]
+    assert "schedules" not in pipeline
+    assert curation["schedules"] == [{"cron": "0 3 * * 1", "timezone": "UTC"}]
+    assert curation["parameters"] == {"config": pipeline["parameters"]["config"], "changed": 0.1}
+    (trigger,) = pipeline["triggers"]
+    assert trigger == {"expect": ["fovea.selection.changed"], "match": resource(str(tmp_path / "run"))}
+    assert resource("a") != resource("b")
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +99,149 @@ def test_a_stage_runs_where_a_worker_is_and_its_form_tells_what_it_takes(server:
     artifact = find(str(tmp_path / "corpus"))
     assert artifact is not None
     assert artifact.metrics["images"] == 4
+    shown = {each["key"]: each for each in artifacts(server, run)}
+    assert {"what": "images", "value": 4} in json.loads(shown["fovea-ingest"]["data"])
+    assert f"file://{tmp_path}/corpus" in shown["fovea-ingest-page"]["data"]
     with pytest.raises(OSError, match=r"409|422"):  # refused before it is queued
         server.started("ingest", {"config": {"source": 3}})
+
+
+def artifacts(server: Server, run: str) -> list[dict[str, Any]]:
+    """What a run shows on the server's pages."""
+    found: list[dict[str, Any]] = server.asked("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run]}}})
+    return found
+
+
+def pipeline_runs(server: Server) -> list[dict[str, Any]]:
+    asked = {"flows": {"name": {"any_": ["fovea-pipeline"]}}, "sort": "START_TIME_ASC"}
+    found: list[dict[str, Any]] = server.asked("/flow_runs/filter", asked)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_pool_that_grows_is_curated_on_and_trained_on_when_enough_has_changed(server: Server, tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "pool", 20)
+    image_folder(tmp_path / "others", 4, classes=2, first=500)
+    others = str(tmp_path / "others")
+    told = {
+        "root": str(tmp_path / "run"),
+        "grows": True,
+        "sources": {"pool": str(folder), "test": others, "train": others},
+        "deduplicate": {"steps": [{"kind": "exact"}, {"kind": "near_duplicates"}]},
+    }
+    file = tmp_path / "growing.yaml"
+    file.write_text(yaml.safe_dump(told))
+    options = ("--pool", "machines", "--name", "growing", "--changed", "0.2", "--file", str(tmp_path / "prefect.yaml"))
+    done = server.fovea("deploy", "--pipeline", str(file), *options)
+    assert done.returncode == 0, done.stderr
+
+    def curated(by_worker: bool = False) -> tuple[dict[str, Any], int]:
+        before = len(pipeline_runs(server))
+        if by_worker:
+            assert server.waited(server.started("fovea-curation", {}, "growing"), ENDED) == "COMPLETED"
+        else:
+            with temporary_settings({PREFECT_API_URL: server.environment["PREFECT_API_URL"]}):
+                curation(PipelineConfig.model_validate(told), changed=0.2)
+        time.sleep(5)  # for the server to act on the event
+        found = pipeline_runs(server)
+        for each in found[before:]:
+            server.asked(f"/flow_runs/{each['id']}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
+        return json.loads((tmp_path / "run" / "curated.json").read_text()), len(found) - before
+
+    first, started = curated(by_worker=True)
+    assert started == 1  # nothing was trained on before
+    selection = find(first["made"]["deduplicate"])
+    assert selection is not None
+    assert first["earlier"] == {}
+    trained = {"artifacts": {"deduplicate": {"id": selection.id, "url": selection.url}}}
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(trained))
+    image_folder(tmp_path / "pool", 3, first=20)
+    second, started = curated()
+    assert started == 0  # 3 of 23 are new
+    assert second["earlier"] == first["made"]
+    grown = find(second["made"]["deduplicate"])
+    assert grown is not None
+    assert grown.manifest.inputs["previous"].id == selection.id
+    assert grown.metrics["images"] == 23
+    again, _ = curated()
+    assert again == second
+    image_folder(tmp_path / "pool", 5, first=23)
+    _, started = curated()
+    assert started == 1  # 8 of 28
+
+
+@pytest.mark.multiprocess
+def test_slots_of_gpus_are_waited_for_and_given_back(server: Server) -> None:
+    with temporary_settings({PREFECT_API_URL: server.environment["PREFECT_API_URL"]}):
+        with (
+            pytest.raises(UserError, match="has no concurrency limit gpus; make it: prefect gcl"),
+            slots("gpus", 1),
+        ):
+            pass
+        server.asked("/v2/concurrency_limits/", {"name": "gpus", "limit": 2})
+        with pytest.raises(UserError, match="gpus has 2 slots, the training has 3 ranks"), slots("gpus", 3):
+            pass
+        order: list[str] = []
+
+        def other() -> None:
+            with temporary_settings({PREFECT_API_URL: server.environment["PREFECT_API_URL"]}), slots("gpus", 1):
+                order.append("other")
+
+        with slots("gpus", 2):
+            waiting = threading.Thread(target=other)
+            waiting.start()
+            time.sleep(3)
+            order.append("this")
+        waiting.join(120)
+        assert order == ["this", "other"]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_failures_are_told_to_a_block(server: Server, tmp_path: Path) -> None:
+    asked = settings(tmp_path)
+    options = ("--pool", "machines", "--file", asked.file, "--notify")
+    missing = server.fovea("deploy", "--pipeline", asked.pipeline, *options, "custom-webhook/nobody")
+    assert missing.returncode == 2
+    assert "notify: the server has no block custom-webhook/nobody" in missing.stderr
+    with heard() as (url, told):
+        with temporary_settings({PREFECT_API_URL: server.environment["PREFECT_API_URL"]}):
+            body = {"subject": "{{subject}}", "body": "{{body}}"}
+            CustomWebhookNotificationBlock(name="ops", url=url, json_data=body).save("ops")
+        done = server.fovea("deploy", "--pipeline", asked.pipeline, *options, "custom-webhook/ops")
+        assert done.returncode == 0, done.stderr
+        run = server.started("ingest", {"config": {"source": str(tmp_path / "nowhere"), "out": str(tmp_path / "out")}})
+        assert server.waited(run, ENDED) == "FAILED"
+        deadline = time.monotonic() + 60
+        while not told:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    (message,) = told
+    assert message["subject"] == "ingest Failed"
+    assert "nowhere: not found" in message["body"]
+
+
+@contextmanager
+def heard() -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """A web hook, and what is posted to it."""
+    told: list[dict[str, str]] = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    hook = ThreadingHTTPServer(("127.0.0.1", 0), Hook)
+    thread = threading.Thread(target=hook.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{hook.server_port}/", told
+    hook.shutdown()
+    thread.join()
+    hook.server_close()
 
 
 @pytest.mark.slow
