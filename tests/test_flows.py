@@ -32,7 +32,7 @@ from tests.test_pretrain_training import TINY
 FOVEA = Path(sys.executable).with_name("fovea")
 COMMANDS = (
     *("run", "ingest", "embed", "curate", "materialize", "pretrain", "distill", "eval", "follow", "compare", "ablate"),
-    *("import", "publish", "report", "doctor"),
+    *("import", "publish", "report", "deploy", "ui", "doctor"),
 )
 
 

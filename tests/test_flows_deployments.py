@@ -17,8 +17,9 @@ import yaml
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.config import DeploySettings, PipelineConfig
+from flows.config import DeploySettings, FollowConfig, PipelineConfig
 from flows.deployments import STAGES, content, write
+from flows.following import following
 from flows.limits import slots
 from flows.recuration import curation, resource
 from infra.artifacts import find
@@ -220,6 +221,18 @@ def test_failures_are_told_to_a_block(server: Server, tmp_path: Path) -> None:
     (message,) = told
     assert message["subject"] == "ingest Failed"
     assert "nowhere: not found" in message["body"]
+
+
+@pytest.mark.multiprocess
+def test_teachers_are_scored_by_the_worker_of_a_deployment(server: Server, tmp_path: Path) -> None:
+    asked = FollowConfig(training=str(tmp_path / "teacher"), datasets={"train": "a", "test": "b"})
+    there = {PREFECT_API_URL: server.environment["PREFECT_API_URL"]}
+    with temporary_settings(there), following(asked, tmp_path / "job", "fovea-follow/fovea") as found:
+        pass
+    assert found == []  # nobody waits for it
+    (run,) = server.asked("/flow_runs/filter", {"flows": {"name": {"any_": ["fovea-follow"]}}})
+    assert FollowConfig.model_validate(run["parameters"]["config"]) == asked
+    server.asked(f"/flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
 
 
 @contextmanager

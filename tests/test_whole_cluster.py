@@ -19,7 +19,10 @@ import pytest
 import yaml
 from s3fs import S3FileSystem
 
+from curation.config import IngestConfig
+from curation.ingest import ingest
 from flows.config import PipelineConfig
+from flows.watching import last_row
 from infra import storage
 from infra.artifacts import open_artifact, verify
 from tests import postgres, s3_server, slurm_cluster
@@ -96,6 +99,12 @@ def cluster(embedded: Embedded, tmp_path_factory: pytest.TempPathFactory) -> Ite
         _upload(embedded)
         (folder / "prefect").mkdir()
         with serving(folder / "prefect", database, **variables) as prefect:
+            file = folder / "pipeline.yaml"
+            file.write_text(yaml.safe_dump(settings(f"{ROOT}/whole")))
+            options = ("--pool", POOL, "--heartbeat", "30", "--file", str(folder / "prefect.yaml"))
+            done = prefect.fovea("deploy", "--pipeline", str(file), *options)
+            assert done.returncode == 0, done.stderr
+            prefect.start_worker(POOL, folder / "worker")
             yield Cluster(prefect, slurm, folder)
 
 
@@ -139,13 +148,7 @@ def published(root: str) -> dict[str, dict[str, str]]:
 
 
 def test_a_pipeline_whose_training_and_worker_are_killed_publishes_the_same(cluster: Cluster) -> None:
-    prefect, file = cluster.prefect, cluster.folder / "pipeline.yaml"
-    file.write_text(yaml.safe_dump(settings(f"{ROOT}/whole")))
-    options = ("--pool", POOL, "--heartbeat", "30", "--file", str(cluster.folder / "prefect.yaml"))
-    done = prefect.fovea("deploy", "--pipeline", str(file), *options)
-    assert done.returncode == 0, done.stderr
-    prefect.start_worker(POOL, cluster.folder / "worker")
-
+    prefect = cluster.prefect
     whole = prefect.started("fovea-pipeline", {})
     assert prefect.waited(whole, ENDED, 900) == "COMPLETED", cluster.logs(whole)
     _log.info("the uninterrupted run is done")
@@ -172,6 +175,23 @@ def test_a_pipeline_whose_training_and_worker_are_killed_publishes_the_same(clus
     assert prefect.asked(f"/flow_runs/{run}")["run_count"] == 2
     assert published(root) == published(f"{ROOT}/whole")
     assert set(published(root)) == {"publish-small", "publish-coarse"}
+
+
+def test_a_cancelled_run_lets_go_of_its_job(cluster: Cluster) -> None:
+    prefect, out = cluster.prefect, f"{ROOT}/cancelled"
+    corpus = ingest(IngestConfig(source=f"{ROOT}/images/seed", out=f"{ROOT}/corpora/seed"))
+    long = {**settings(ROOT)["pretrain"], "schedule": {"steps": 100_000, "batch": 16}}
+    long["runtime"] = {"workers": 0, "checkpoint_every": 50_000}
+    run = prefect.started("pretrain", {"config": {**long, "corpora": [corpus.url], "out": f"{out}/pretrain/run"}})
+    ranks = cluster.until("both ranks are there", lambda: cluster.ranks() if len(cluster.ranks()) == 2 else None)
+    (folder,) = {Path(each.cmdline()[-1]) for each in ranks}
+    cluster.until("steps are made", lambda: (last_row(folder / "progress.jsonl") or {"step": 0})["step"] > 20)
+    prefect.asked(f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
+    assert prefect.waited(run, ENDED) == "CANCELLED"
+    assert cluster.ranks() == []
+    assert cluster.slurm.run("squeue", "--noheader") == ""
+    assert "JobState=CANCELLED" in cluster.slurm.run("scontrol", "show", "job", (folder / "slurm.id").read_text())
+    assert _saved(out) > 20  # before it let go
 
 
 def _saved(root: str) -> int:
