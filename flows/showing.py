@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 
+from eval.browse.pages import flat
 from eval.rendering import PAGE
 from eval.summary import headline_rows
 from flows.outcome import shown as score
@@ -72,14 +73,6 @@ def _numbers(artifact: Artifact) -> list[Row]:
         for name, value in flat(artifact.metrics).items()
         if isinstance(value, int | float | str)
     ]
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
 
 
 def _funnel(selection: Artifact) -> list[Row]:

@@ -169,9 +169,12 @@ def test_a_pipeline_whose_training_and_worker_are_killed_publishes_the_same(clus
     prefect.kill_worker()
     _log.info("the worker and the run's process are killed")
     assert prefect.state(run) == "RUNNING"  # nobody has noticed
-    cluster.until("the server has", lambda: prefect.asked(f"/flow_runs/{run}")["state_name"] == "AwaitingRetry")
+    cluster.until("the server has noticed", lambda: prefect.asked(f"/flow_runs/{run}")["state_name"] == "AwaitingRetry")
     prefect.start_worker(POOL, cluster.folder / "another")
     assert prefect.waited(run, ENDED, 900) == "COMPLETED", cluster.logs(run)
+    for line in cluster.logs(run).splitlines():
+        if "SLURM" in line or "started again" in line:
+            _log.info("the run told: %s", line.partition("; see the logs")[0])
     assert prefect.asked(f"/flow_runs/{run}")["run_count"] == 2
     assert published(root) == published(f"{ROOT}/whole")
     assert set(published(root)) == {"publish-small", "publish-coarse"}
