@@ -41,7 +41,8 @@ def content(settings: DeploySettings) -> dict[str, Any]:
     if storage.is_local(root) and not Path(root).is_absolute():
         raise UserError(f"root: {root} is relative, but a worker runs elsewhere; give --root, a bucket or a whole path")
     variables = dict(settings.job_variables)
-    variables["env"] = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(settings.heartbeat)} | variables.get("env", {})
+    own = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(settings.heartbeat), "DO_NOT_TRACK": "1"}
+    variables["env"] = own | variables.get("env", {})
     shared: dict[str, Any] = {
         "version": importlib.metadata.version("fovea"),
         "tags": ["fovea", *settings.tags],

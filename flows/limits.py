@@ -1,4 +1,4 @@
-"""What the server says about a run: whether it is being cancelled, and how many GPUs it may take."""
+"""What the server says about a run: whether it is being cancelled, how often it crashed, how many GPUs it may take."""
 
 from __future__ import annotations
 
@@ -6,25 +6,40 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
 from prefect.concurrency.sync import concurrency
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.runtime import flow_run
 
 from infra.errors import UserError
 
+ATTEMPTS = 10
 _ENDING = {StateType.CANCELLING, StateType.CANCELLED}
 
 
 def is_being_cancelled() -> bool:
-    """Whether somebody cancels the run that this process belongs to; False outside of one."""
+    """Whether somebody cancels the run that this process belongs to; False outside of one, or if nobody can tell."""
     run = flow_run.root_flow_run_id
     if run is None:
         return False
-    with get_client(sync_client=True) as client:
-        state = client.read_flow_run(UUID(run)).state
+    try:
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(UUID(run)).state
+    except (httpx.HTTPError, PrefectException):
+        return False
     return state is not None and state.type in _ENDING
+
+
+def require_few_crashes() -> None:
+    """Runs that crash are started again (`flows.automations`), but not for ever.
+
+    Raises:
+        UserError: this one crashed too often.
+    """
+    if (flow_run.run_count or 0) > ATTEMPTS:
+        raise UserError(f"this run crashed {ATTEMPTS} times; look at its logs, then start another")
 
 
 @contextmanager

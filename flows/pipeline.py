@@ -7,20 +7,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from prefect import flow
-from prefect.runtime import flow_run
 
 from distill.config import DistillConfig, PublishConfig
 from eval.config import EvaluateConfig, ReportConfig
 from flows import curating, stages, summary
 from flows.config import FollowConfig, PipelineConfig
 from flows.following import following
+from flows.limits import require_few_crashes
 from flows.running import Run
 from infra import storage
 from infra.artifacts import cache_directory, open_artifact
-from infra.errors import UserError
 from pretrain.config import CheckpointBackbone, PretrainConfig
-
-_ATTEMPTS = 10
 
 
 @flow(name="fovea-pipeline")
@@ -30,7 +27,7 @@ def pipeline(config: PipelineConfig) -> dict[str, Any]:
     Returns:
         The summary that is also written to `summary.json` below the root.
     """
-    _require_few_crashes()
+    require_few_crashes()
     run = Run(config)
     sources, truth = curating.sources(config)
     corpora = curating.ingest(run, sources)
@@ -47,12 +44,6 @@ def pipeline(config: PipelineConfig) -> dict[str, Any]:
     facts = summary.curation_scores(config, run.urls, truth)
     _report(run, facts)
     return summary.write(config, run.urls, run.seconds, facts)
-
-
-def _require_few_crashes() -> None:
-    """Runs that crash are started again (`flows.automations`), but not for ever."""
-    if (flow_run.run_count or 0) > _ATTEMPTS:
-        raise UserError(f"this run crashed {_ATTEMPTS} times; look at its logs, then start another")
 
 
 def _pretrain_config(run: Run, corpora: list[str]) -> PretrainConfig:

@@ -11,6 +11,7 @@ from prefect.logging import get_run_logger
 from flows import curating
 from flows.config import PipelineConfig
 from flows.growing import changed_share
+from flows.limits import require_few_crashes
 from flows.running import Run
 from flows.summary import SUMMARY
 from infra import storage
@@ -30,6 +31,7 @@ def curation(config: PipelineConfig, changed: float = 0.05) -> float:
     Returns:
         That share.
     """
+    require_few_crashes()
     run = Run(config)
     sources, _ = curating.sources(config)
     corpora = curating.ingest(run, sources)

@@ -45,7 +45,7 @@ def test_what_is_deployed_stands_in_a_file(tmp_path: Path) -> None:
     assert first["concurrency_limit"] == 1
     assert {each["entrypoint"].rpartition(":")[2] for each in others} == {*STAGES, "curation", "follow"}
     variables = first["work_pool"]["job_variables"]["env"]
-    assert variables == {"A": "b", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60"}
+    assert variables == {"A": "b", "DO_NOT_TRACK": "1", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60"}
     assert all(each["tags"] == ["fovea", "weekly"] for each in told["deployments"])
     assert not any("schedules" in each for each in others)
     write(asked)  # its own file may be written again
