@@ -16,9 +16,13 @@ from prefect.exceptions import ObjectNotFound
 from flows.config import DeploySettings
 from infra.errors import UserError
 
+ATTEMPTS = 10
+"""How often a run that crashed is started again."""
 SILENCES = 3
 """Signs of life that may be missing before a run is taken for dead."""
+_ONCE = timedelta(days=365)  # of a reactive trigger: it does not fire again in that time for the same labels
 _ENDED = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+_TOLD = "failures are told"
 _BODY = """{{ flow.name }} {{ flow_run.name }} is {{ flow_run.state.name }}: {{ flow_run.state.message }}
 {{ flow_run|ui_url }}"""
 
@@ -44,7 +48,10 @@ def apply(settings: DeploySettings, client: SyncPrefectClient) -> None:
     ours = DeploymentFilter(name=DeploymentFilterName(any_=[settings.name]))
     deployments = [each.id for each in client.read_deployments(deployment_filter=ours)]
     known = {each.name: each.id for each in client.read_automations()}
-    for each in automations(settings, deployments, block):
+    made = automations(settings, deployments, block)
+    if block is None and (told := known.get(_name(settings, _TOLD))) is not None:
+        client.delete_automation(told)
+    for each in made:
         if each.name in known:
             client.update_automation(known[each.name], each)
         else:
@@ -64,24 +71,28 @@ def _died(settings: DeploySettings, deployments: Sequence[UUID]) -> AutomationCo
         within=timedelta(seconds=SILENCES * settings.heartbeat),
     )
     action = ChangeFlowRunState(state=StateType.CRASHED, message="no sign of life: its worker or machine is gone")
-    return AutomationCore(name=f"{settings.name}: silent runs are dead", trigger=trigger, actions=[action])
+    return AutomationCore(name=_name(settings, "silent runs are dead"), trigger=trigger, actions=[action])
 
 
 def _goes_on(settings: DeploySettings, deployments: Sequence[UUID]) -> AutomationCore:
-    """What a crashed run has made is found by its id: the same run, started again, goes on from there."""
+    """What a crashed run has made is found by its id: the same run, started again, goes on from there.
+
+    Once for each attempt that began: one whose process never came up would crash again at once, and for ever.
+    """
+    attempts = [str(number) for number in range(1, ATTEMPTS + 1)]
     trigger = EventTrigger(
         posture=Posture.Reactive,
         expect={"prefect.flow-run.Crashed"},
-        match={"prefect.resource.id": "prefect.flow-run.*"},
+        match={"prefect.resource.id": "prefect.flow-run.*", "prefect.run-count": attempts},
         match_related=_of(deployments),
-        for_each={"prefect.resource.id"},
+        for_each={"prefect.resource.id", "prefect.run-count"},
         threshold=1,
-        within=timedelta(0),
+        within=_ONCE,
     )
     action = ChangeFlowRunState(
         state=StateType.SCHEDULED, name="AwaitingRetry", message="goes on from what is made", force=True
     )
-    return AutomationCore(name=f"{settings.name}: crashed runs go on", trigger=trigger, actions=[action])
+    return AutomationCore(name=_name(settings, "crashed runs go on"), trigger=trigger, actions=[action])
 
 
 def _told(settings: DeploySettings, deployments: Sequence[UUID], block: UUID) -> AutomationCore:
@@ -95,7 +106,11 @@ def _told(settings: DeploySettings, deployments: Sequence[UUID], block: UUID) ->
         within=timedelta(0),
     )
     action = SendNotification(block_document_id=block, subject="{{ flow.name }} {{ flow_run.state.name }}", body=_BODY)
-    return AutomationCore(name=f"{settings.name}: failures are told", trigger=trigger, actions=[action])
+    return AutomationCore(name=_name(settings, _TOLD), trigger=trigger, actions=[action])
+
+
+def _name(settings: DeploySettings, what: str) -> str:
+    return f"{settings.name}: {what}"
 
 
 def _of(deployments: Sequence[UUID]) -> dict[str, str | list[str]]:

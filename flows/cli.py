@@ -20,8 +20,9 @@ from distill.config import DistillConfig, ImportConfig, PublishConfig
 from eval.config import EvaluateConfig, ReportConfig
 from flows.config import AblateConfig, DeploySettings, FollowConfig, PipelineConfig
 from flows.overriding import merged
+from infra.claims import BUSY
 from infra.config import Config, describe, load_yaml
-from infra.errors import Preempted, Regression, UserError
+from infra.errors import Busy, Preempted, Regression, UserError
 from infra.launch.job import TRY_AGAIN, USER_MISTAKE
 from pretrain.config import PlanConfig, PretrainConfig
 
@@ -264,18 +265,19 @@ def deploy(file: File = None, /, *, config: Annotated[DeploySettings, Flags]) ->
 
 
 @app.command(sort_key=11)
-def ui(root: str = "runs", /, *, host: str = "127.0.0.1", port: int = 4300) -> None:
+def ui(root: str = "runs", /, *, host: str = "127.0.0.1", port: int = 4300, names: list[str] | None = None) -> None:
     """Look at all runs under a root in a browser: scores, pages, lineage, images, search by image or text. Read-only.
 
     Args:
         root: URL of the folder, ROOT of the pipelines.
         host: address to listen at; whoever reaches it sees everything under the root.
         port: port to listen at.
+        names: further names that browsers may call it by, a proxy's say.
     """
     from eval.browse.server import serve
 
     print(f"http://{host}:{port}", file=sys.stderr)
-    serve(root, host, port)
+    serve(root, host, port, names or [])
 
 
 @app.command(sort_key=11)
@@ -377,6 +379,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _skip_class_docstrings()
     try:
         app.meta(arguments, exit_on_error=False, print_error=False)
+    except Busy as error:
+        print(f"fovea: {error}", file=sys.stderr)
+        sys.exit(BUSY)
     except UserError as error:
         _fail(str(error))
     except CycloptsError as error:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+from prefect.runtime import deployment, flow_run
 
 from curation.config import CurateConfig, EmbedConfig, EmbedSettings, IngestConfig, MaterializeConfig
 from curation.steps.config import Decontaminate
@@ -11,6 +14,7 @@ from flows.config import PipelineConfig, Sources
 from flows.growing import Grown
 from flows.running import Run
 from infra import storage
+from infra.artifacts import find
 from infra.errors import UserError
 
 
@@ -29,7 +33,25 @@ def sources(config: PipelineConfig) -> tuple[Sources, Path | None]:
 
 
 def ingest(run: Run, sources: Sources) -> dict[str, str]:
-    """Corpora by role; one source in two roles is one corpus."""
+    """Corpora by role; one source in two roles is one corpus.
+
+    A run that goes on after a crash keeps those it began with, though its sources may have grown since.
+    """
+    if deployment.id is None:
+        return _ingested(run, sources)
+    record = storage.join(run.config.root, "runs", f"{flow_run.id}.json")
+    before = json.loads(storage.read_bytes(record)) if storage.exists(record) else {}
+    if before and all(find(url) is not None for url in before.values()):
+        for role, url in before.items():
+            if url not in run.urls.values():
+                run.done(f"ingest-{role}", url)
+        return dict(before)
+    corpora = _ingested(run, sources)
+    storage.write_atomic(record, json.dumps(corpora, indent=2).encode())
+    return corpora
+
+
+def _ingested(run: Run, sources: Sources) -> dict[str, str]:
     corpora: dict[str, str] = {}
     ingested: dict[str, str] = {}
     named = sources.model_dump(exclude_none=True)

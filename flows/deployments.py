@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
@@ -25,6 +25,7 @@ from infra.files import appearing
 
 FILE = "prefect.yaml"
 _HEADER = "# Written by `fovea deploy`; a change here is lost when that runs again.\n"
+_SCHEDULED = {"flows.pipeline:pipeline": "fovea-pipeline", "flows.recuration:curation": "fovea-curation"}
 STAGES = ("ingest", "embed", "curate", "materialize", "pretrain", "distill", "evaluate", "compare", "publish", "report")
 
 
@@ -90,6 +91,15 @@ def write(settings: DeploySettings) -> Path:
     return path
 
 
+def _forget_schedules(settings: DeploySettings, client: SyncPrefectClient) -> None:
+    """Take away schedules that an earlier file gave to flows which have none now: Prefect leaves them."""
+    for each in content(settings)["deployments"]:
+        if "schedules" not in each and each["entrypoint"] in _SCHEDULED:
+            found = client.read_deployment_by_name(f"{_SCHEDULED[each['entrypoint']]}/{settings.name}")
+            for schedule in found.schedules:
+                client.delete_deployment_schedule(found.id, schedule.id)
+
+
 def _template(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}  # the worker brings its own
@@ -121,4 +131,5 @@ def apply(settings: DeploySettings, path: Path) -> None:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         raise UserError(f"deploy: prefect refuses: {(lines or ['no reason given'])[-1].strip()}")
     with get_client(sync_client=True) as client:
+        _forget_schedules(settings, client)
         automations.apply(settings, client)

@@ -22,6 +22,7 @@ from flows.config import FollowConfig
 from infra import storage
 from infra.artifacts import find
 from infra.errors import UserError
+from infra.hashing import hash_json
 from infra.launch.job import Job, module_main, tie
 from pretrain import dumps
 from pretrain.config import CheckpointBackbone
@@ -86,7 +87,9 @@ def following(config: FollowConfig, folder: Path, deployment: str | None) -> Ite
     if deployment is not None:
         from prefect.deployments import run_deployment
 
-        run_deployment(deployment, parameters={"config": config.settings()}, timeout=0, as_subflow=False)
+        key = hash_json([config.training, config.settings()])  # a run that goes on has its follower already
+        parameters = {"config": config.settings()}
+        run_deployment(deployment, parameters=parameters, timeout=0, as_subflow=False, idempotency_key=key)
         yield found
         return
     job = Job(folder)

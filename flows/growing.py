@@ -6,16 +6,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation import curate, embed
 from flows.config import PipelineConfig
 from infra import storage
 from infra.artifacts import find, open_artifact
+from infra.columns import places
 from infra.hashing import hash_json
 from infra.selections import Selection
 
-RECORD = "curated.json"
+RECORD, TRAINED = "curated.json", "trained.json"
 _STAGES = ("embed-pool-copies", "embed-pool-likeness", "deduplicate", "retrieve")
 
 
@@ -53,8 +55,8 @@ class Grown:
         earlier = {}
         if record.get("settings") == settings:
             earlier = record["earlier"] if record["pool"] == current else record["made"]
-        there = {stage: url for stage, url in earlier.items() if find(url) is not None}
-        return cls(config.root, current, settings, there, config.grows)
+        whole = all(_is_whole(url) for url in earlier.values())
+        return cls(config.root, current, settings, earlier if whole else {}, config.grows)
 
     def before(self, stage: str) -> str | None:
         """What the earlier curation made at a stage."""
@@ -73,20 +75,38 @@ class Grown:
         storage.write_atomic(storage.join(self.root, RECORD), json.dumps(record, indent=2).encode())
 
 
-def changed_share(before: str | None, now: str) -> float:
-    """How much of what is kept differs between two selections: images in one alone over images in either; 1 without an
-    earlier one.
+def _is_whole(url: str) -> bool:
+    """Whether an artifact is there, with the corpus and embeddings that it was made from."""
+    artifact = find(url)
+    if artifact is None:
+        return False
+    needed = [each for role, each in artifact.manifest.inputs.items() if role in ("corpus", "embeddings")]
+    found = [find(each.url) for each in needed]
+    return all(there is not None and there.id == each.id for there, each in zip(found, needed, strict=True))
+
+
+def note_training(root: str, selection: str) -> None:
+    """Write down that a selection is, or is about to be, trained on."""
+    storage.write_atomic(storage.join(root, TRAINED), json.dumps({"selection": selection}).encode())
+
+
+def changed_share(root: str, selection: str) -> float:
+    """How much of what is kept differs from the selection that was last trained on: images in one alone over images in
+    either; 1 where nothing was.
 
     Args:
-        before: URL of the earlier selection.
+        selection: URL of the new one.
     """
+    place = storage.join(root, TRAINED)
+    before = json.loads(storage.read_bytes(place))["selection"] if storage.exists(place) else None
     if before is None or find(before) is None:
         return 1.0
-    old, new = (_kept(url) for url in (before, now))
-    either = len(old | new)
-    return len(old ^ new) / either if either else 0.0
+    old, new = (_kept(url) for url in (before, selection))
+    both = int((places(old, new) >= 0).sum())
+    either = len(old) + len(new) - both
+    return (either - both) / either if either else 0.0
 
 
-def _kept(url: str) -> set[str]:
+def _kept(url: str) -> pa.ChunkedArray:
     ledger = Selection.open(url).ledger
-    return set(ledger["key"].filter(pc.fill_null(ledger["keep"], False)).to_pylist())
+    return ledger["key"].filter(pc.fill_null(ledger["keep"], False))

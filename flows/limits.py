@@ -1,4 +1,4 @@
-"""What the server says about a run: whether it is being cancelled, how often it crashed, how many GPUs it may take."""
+"""What the server says about a run: whether it is being cancelled, and how many GPUs it may take."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from prefect.runtime import flow_run
 
 from infra.errors import UserError
 
-ATTEMPTS = 10
 _ENDING = {StateType.CANCELLING, StateType.CANCELLED}
 
 
@@ -30,16 +29,6 @@ def is_being_cancelled() -> bool:
     except (httpx.HTTPError, PrefectException):
         return False
     return state is not None and state.type in _ENDING
-
-
-def require_few_crashes() -> None:
-    """Runs that crash are started again (`flows.automations`), but not for ever.
-
-    Raises:
-        UserError: this one crashed too often.
-    """
-    if (flow_run.run_count or 0) > ATTEMPTS:
-        raise UserError(f"this run crashed {ATTEMPTS} times; look at its logs, then start another")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from eval.config import EvaluateConfig, ReportConfig
 from flows import curating, stages, summary
 from flows.config import FollowConfig, PipelineConfig
 from flows.following import following
-from flows.limits import require_few_crashes
+from flows.growing import note_training
 from flows.running import Run
 from infra import storage
 from infra.artifacts import cache_directory, open_artifact
@@ -27,11 +27,12 @@ def pipeline(config: PipelineConfig) -> dict[str, Any]:
     Returns:
         The summary that is also written to `summary.json` below the root.
     """
-    require_few_crashes()
     run = Run(config)
     sources, truth = curating.sources(config)
     corpora = curating.ingest(run, sources)
-    curated = curating.materialize(run, corpora, curating.curate(run, corpora))
+    selection = curating.curate(run, corpora)
+    curated = curating.materialize(run, corpora, selection)
+    note_training(config.root, selection)
     training = [curated, *([corpora["seed"]] if "seed" in corpora else [])]
     leaks = curating.leaks(run, corpora, training)
     with _following(run, corpora, training, leaks):

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-
 from prefect import flow
 from prefect.events import emit_event
 from prefect.logging import get_run_logger
 
 from flows import curating
 from flows.config import PipelineConfig
-from flows.growing import changed_share
-from flows.limits import require_few_crashes
+from flows.growing import changed_share, note_training
 from flows.running import Run
-from flows.summary import SUMMARY
-from infra import storage
 from infra.hashing import hash_json
 
 CHANGED = "fovea.selection.changed"
@@ -31,13 +26,14 @@ def curation(config: PipelineConfig, changed: float = 0.05) -> float:
     Returns:
         That share.
     """
-    require_few_crashes()
     run = Run(config)
     sources, _ = curating.sources(config)
     corpora = curating.ingest(run, sources)
-    share = changed_share(_trained_on(config), curating.curate(run, corpora))
+    selection = curating.curate(run, corpora)
+    share = changed_share(config.root, selection)
     get_run_logger().info("%.1f %% of the selection differ from what was last trained on", 100 * share)
     if share >= changed:
+        note_training(config.root, selection)  # now: the run that this starts may have to wait for another
         emit_event(CHANGED, resource=resource(config.root), payload={"share": share})
     return share
 
@@ -45,12 +41,3 @@ def curation(config: PipelineConfig, changed: float = 0.05) -> float:
 def resource(root: str) -> dict[str, str]:
     """How the event names what it is about."""
     return {"prefect.resource.id": f"fovea.root.{hash_json(root)[:16]}", "prefect.resource.name": root}
-
-
-def _trained_on(config: PipelineConfig) -> str | None:
-    """URL of the selection that the last whole run under this root trained on."""
-    place = storage.join(config.root, SUMMARY)
-    if not storage.exists(place):
-        return None
-    artifacts = json.loads(storage.read_bytes(place))["artifacts"]
-    return str(artifacts.get("retrieve", artifacts["deduplicate"])["url"])

@@ -53,7 +53,7 @@ def shown_if_possible() -> Iterator[None]:
     """Say that the server does not answer, instead of failing."""
     try:
         yield
-    except (httpx.HTTPError, PrefectException, OSError) as error:
+    except (httpx.HTTPError, PrefectException, OSError, ValueError) as error:
         get_run_logger().warning("not shown on the server: %s: %s", type(error).__name__, error)
 
 

@@ -12,7 +12,6 @@ from prefect.logging import get_run_logger
 from curation.config import CurateConfig, EmbedConfig, IngestConfig, MaterializeConfig
 from distill.config import DistillConfig, PublishConfig
 from eval.config import CompareConfig, EvaluateConfig, ReportConfig
-from flows.limits import require_few_crashes
 from flows.showing import show
 from flows.trainings import Room, train_apart
 from infra.artifacts import open_artifact
@@ -69,7 +68,6 @@ def distill(config: DistillConfig) -> str:
 
 def _patiently(make: Callable[[], T]) -> T:
     """What a stage makes; where another run is making the same, that of the other."""
-    require_few_crashes()
     while True:
         try:
             return make()

@@ -55,24 +55,22 @@ class RunWatcher(Watcher):
         if now - self._moved < _BAR_SECONDS:
             return
         self._moved = now
-        row = last_row(self._progress)
-        if row is None or row["step"] == self._step:
-            return
-        self._step = row["step"]
-        self._move(100 * min((row["step"] + 1) / self._steps, 1.0))
-        if now - self._wrote >= _LINE_SECONDS:
-            self._wrote = now
-            self._logger.info(sentence(self._title, row, self._steps))
+        with shown_if_possible():  # a look must not end what it looks at
+            row = last_row(self._progress)
+            if row is None or row["step"] == self._step:
+                return
+            self._step = row["step"]
+            self._move(100 * min((row["step"] + 1) / self._steps, 1.0))
+            if now - self._wrote >= _LINE_SECONDS:
+                self._wrote = now
+                self._logger.info(sentence(self._title, row, self._steps))
 
     def _move(self, percent: float) -> None:
-        with shown_if_possible():
-            if self._bar is None:
-                made = create_progress_artifact(
-                    percent, key=f"fovea-{self._title}", description=f"{self._title}: steps"
-                )
-                self._bar = made if isinstance(made, UUID) else None
-            else:
-                update_progress_artifact(self._bar, progress=percent)
+        if self._bar is None:
+            made = create_progress_artifact(percent, key=f"fovea-{self._title}", description=f"{self._title}: steps")
+            self._bar = made if isinstance(made, UUID) else None
+        else:
+            update_progress_artifact(self._bar, progress=percent)
 
 
 def last_row(path: Path) -> dict[str, Any] | None:

@@ -241,9 +241,7 @@ def produce(plan: Plan, out: str, write: Callable[[Path], Mapping[str, Any]], ke
         if not keep_work:
             _discard_debris(work)
         metrics = write(work)
-        if claim is not None:
-            claim.require()
-        artifact = _commit(plan, url, work, metrics)
+        artifact = _commit(plan, url, work, metrics, claim)
         _forget_hidden(work)
     if not storage.is_local(url):
         shutil.rmtree(work)
@@ -326,11 +324,11 @@ def _discard_debris(work: Path) -> None:
     for path in work.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != _MARK:
+        elif path.name not in (_MARK, claims.OWNER):
             path.unlink()
 
 
-def _commit(plan: Plan, url: str, work: Path, metrics: Mapping[str, Any]) -> Artifact:
+def _commit(plan: Plan, url: str, work: Path, metrics: Mapping[str, Any], claim: Claim | None) -> Artifact:
     hidden = [path for path in work.iterdir() if path.name.startswith(".")]  # what only the making needed
     paths = sorted(
         path for path in work.rglob("*") if path.is_file() and not any(path.is_relative_to(each) for each in hidden)
@@ -354,6 +352,8 @@ def _commit(plan: Plan, url: str, work: Path, metrics: Mapping[str, Any]) -> Art
             flush(path)
         else:
             storage.upload(path, storage.join(url, file.path))
+    if claim is not None:
+        claim.require()
     storage.write_atomic(storage.join(url, MANIFEST), manifest.model_dump_json(indent=2, by_alias=True).encode())
     return Artifact(url, manifest)
 

@@ -8,8 +8,10 @@ the next number takes over, and who was only slow finds that out before it commi
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +22,8 @@ from pathlib import Path
 from infra import storage
 from infra.errors import Busy, UserError
 
-FOLDER = ".claims"
+FOLDER, OWNER = ".claims", ".owner"
+BUSY = 73  # exit code: another process is making the same
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 """How long a claim may stand still; each machine measures it by its own clock."""
@@ -57,12 +60,14 @@ class Claim:
         return _read(self._place()).get("token") == self.token
 
     def _take(self) -> bool:
-        return storage.create(self._place(), self._content()) or self._is_ours()
+        storage.create(self._place(), self._content())
+        return self._is_ours()
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_SECONDS):
             with suppress(UserError):  # the network is down: others will see that too
                 if not self._is_ours():
+                    _end_process(f"{self.url}: this process was cut off for a while and another one has taken over")
                     return
                 storage.write_atomic(self._place(), self._content())
 
@@ -75,25 +80,39 @@ class Claim:
                     storage.remove(storage.join(self.url, FOLDER, f"{number:06d}.json"))
 
 
+def _end_process(message: str) -> None:
+    """End at once: whatever this process still wrote would lie among what the other one writes."""
+    print(f"fovea: {message}", file=sys.stderr, flush=True)
+    os._exit(BUSY)
+
+
 @contextmanager
 def claimed(url: str, work: Path) -> Iterator[Claim]:
     """Hold the claim on a remote artifact.
 
     Args:
-        work: the local folder it is made in, which this process has locked: a claim from the same folder of the same
-            machine is of a process that is gone.
+        work: the local folder it is made in, which this process has locked: a claim from the same folder is of a
+            process that is gone.
 
     Raises:
         Busy: another process is making it.
     """
-    owner = f"{socket.gethostname()}:{work.absolute()}"
-    claim = _taken(url, owner)
+    claim = _taken(url, _owner(work))
     beating = threading.Thread(target=claim._beat, name="claim", daemon=True)
     beating.start()
     try:
         yield claim
     finally:
         claim._release(beating)
+
+
+def _owner(work: Path) -> str:
+    """Who works in a folder, the same after a crash; a name and a path alone are no identity where containers share
+    them."""
+    mark = work / OWNER
+    if not mark.exists():
+        mark.write_text(secrets.token_hex(8))
+    return f"{socket.gethostname()}:{mark.read_text()}"
 
 
 def _taken(url: str, owner: str) -> Claim:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from curation.config import CurateConfig, EmbedConfig, IngestConfig
 from curation.embed import embed
 from curation.ingest import ingest
 from eval import run as evaluate
-from eval.browse.catalogue import Catalogue
+from eval.browse.catalogue import Catalogue, words
 from eval.browse.lineage import drawing
 from eval.browse.search import Searcher
 from eval.browse.server import application
@@ -100,6 +101,7 @@ def test_new_artifacts_appear_and_unreadable_ones_are_named(tmp_path: Path) -> N
     (tmp_path / "b" / "manifest.json").write_text('{"schema": 99}')
     assert catalogue.artifacts() == []  # it does not look at the storage for each page
     catalogue._looked -= 10
+    assert words(dataclasses.replace(made, manifest=made.manifest.model_copy(update={"kind": "selection"}))) == ""
     assert [each.id for each in catalogue.artifacts()] == [made.id]
     assert catalogue.unreadable() == [str(tmp_path / "b")]
 
@@ -136,6 +138,14 @@ def test_only_files_of_manifests_are_shown(runs: Runs, client: TestClient) -> No
     assert client.get("/artifacts/0123").status_code == 404
     assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
     assert client.post("/").status_code == 405
+
+
+def test_images_of_a_corpus_elsewhere_are_shown(runs: Runs, tmp_path: Path) -> None:
+    cut = curation.run(CurateConfig(corpus=runs.corpus.url, steps=[{"kind": "exact"}], out=str(tmp_path / "cut")))
+    client = TestClient(application(str(tmp_path), ["testserver"]))
+    page = client.get(f"/artifacts/{cut.id}/images", params={"from": "²"})
+    assert page.status_code == 200
+    assert client.get(f"/artifacts/{runs.corpus.id}/images/0").status_code == 200
 
 
 def test_damage_is_told_and_not_shown(runs: Runs, tmp_path: Path) -> None:
@@ -200,6 +210,9 @@ def test_an_image_finds_itself_and_a_broken_one_is_refused(runs: Runs, client: T
     assert broken.status_code == 422
     assert "give a JPEG, PNG or WebP file" in broken.text
     assert client.post("/search", data={"image": "text"}).status_code == 400
+    strange = {"Sec-Fetch-Site": "cross-site"}
+    assert client.post("/search", files={"image": ("a.png", data)}, headers=strange).status_code == 403
+    assert client.post("/search", files={"image": ("a.png", bytes(1 << 25))}).status_code == 413
 
 
 def test_a_text_is_compared_with_images_by_a_clip_model(clip: OpenClipBackbone, tmp_path: Path) -> None:

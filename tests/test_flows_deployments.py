@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -155,8 +156,7 @@ def test_a_pool_that_grows_is_curated_on_and_trained_on_when_enough_has_changed(
     selection = find(first["made"]["deduplicate"])
     assert selection is not None
     assert first["earlier"] == {}
-    trained = {"artifacts": {"deduplicate": {"id": selection.id, "url": selection.url}}}
-    (tmp_path / "run" / "summary.json").write_text(json.dumps(trained))
+    assert json.loads((tmp_path / "run" / "trained.json").read_text()) == {"selection": selection.url}
     image_folder(tmp_path / "pool", 3, first=20)
     second, started = curated()
     assert started == 0  # 3 of 23 are new
@@ -170,6 +170,15 @@ def test_a_pool_that_grows_is_curated_on_and_trained_on_when_enough_has_changed(
     image_folder(tmp_path / "pool", 5, first=23)
     _, started = curated()
     assert started == 1  # 8 of 28
+    _, started = curated()
+    assert started == 0  # what is about to be trained on is not changed any more
+    shutil.rmtree(selection.url)
+    image_folder(tmp_path / "pool", 1, first=28)
+    assert curated()[0]["earlier"]  # the one before is whole
+    for each in (tmp_path / "run" / "embed").iterdir():
+        shutil.rmtree(each)
+    image_folder(tmp_path / "pool", 1, first=29)
+    assert curated()[0]["earlier"] == {}  # from the start, for its vectors are gone
 
 
 @pytest.mark.multiprocess
@@ -196,6 +205,35 @@ def test_slots_of_gpus_are_waited_for_and_given_back(server: Server) -> None:
             order.append("this")
         waiting.join(120)
         assert order == ["this", "other"]
+
+
+@pytest.mark.multiprocess
+def test_a_crashed_run_goes_on_once_for_each_attempt_that_began(server: Server, tmp_path: Path) -> None:
+    asked = settings(tmp_path, cron="0 3 * * 1")
+    options = ("--pool", "empty", "--name", "idle", "--file", asked.file)
+    done = server.fovea("deploy", "--pipeline", asked.pipeline, *options, "--cron", "0 3 * * 1")
+    assert done.returncode == 0, done.stderr
+    assert server.asked("/deployments/name/fovea-pipeline/idle")["schedules"]
+    run = server.started("fovea-pipeline", {}, "idle")
+
+    def into(*states: str) -> None:
+        for each in states:
+            server.asked(f"/flow_runs/{run}/set_state", {"state": {"type": each}, "force": True})
+
+    into("PENDING", "CRASHED")
+    time.sleep(5)
+    assert server.state(run) == "CRASHED"  # its process never came up
+    into("RUNNING", "CRASHED")
+    assert server.waited(run, {"SCHEDULED"}, 30) == "SCHEDULED"
+    into("PENDING", "CRASHED")
+    time.sleep(5)
+    assert server.state(run) == "CRASHED"
+    into("RUNNING", "CRASHED")
+    assert server.waited(run, {"SCHEDULED"}, 30) == "SCHEDULED"
+    into("CANCELLED")
+    again = server.fovea("deploy", "--pipeline", asked.pipeline, *options)
+    assert again.returncode == 0, again.stderr
+    assert server.asked("/deployments/name/fovea-pipeline/idle")["schedules"] == []
 
 
 @pytest.mark.slow

@@ -79,7 +79,8 @@ def test_a_jobs_way_through_the_queue_is_told_once(monkeypatch: pytest.MonkeyPat
     assert told("FAILED", 1, ExitCode="1:0") == ["SLURM job 7 ended: failed, exit code 1:0"]
     assert not Look(frozenset({"RUNNING", "COMPLETED"}), {}).ended  # of an array one goes on
     assert Look(frozenset(), {}).ended
-    assert not Look(frozenset(), {}).failed
+    assert Look(frozenset(), {}).failed  # nobody saw how
+    assert not Look(frozenset({"COMPLETED"}), {}).failed
 
 
 def test_a_picture_is_small_enough_for_a_database(tmp_path: Path) -> None:

@@ -21,10 +21,18 @@ from tests.test_infra_storage import bucket
 __all__ = ["bucket"]
 
 
+ended: list[str] = []
+"""Instead of this process: what it would have said."""
+
+
 @pytest.fixture
 def url(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(claims, "BEAT_SECONDS", 0.2)
     monkeypatch.setattr(claims, "STALE_SECONDS", 2.0)
+    monkeypatch.setattr(claims, "_end_process", ended.append)
+    ended.clear()
+    for folder in ("a", "b", *map(str, range(8))):
+        (tmp_path / folder).mkdir()
     monkeypatch.setenv("FOVEA_CACHE", str(tmp_path / "cache"))
     return storage.join(bucket, tmp_path.name)
 
@@ -73,6 +81,8 @@ def test_a_claim_that_stands_still_is_taken_over(url: str, tmp_path: Path) -> No
 def test_a_claim_from_the_same_locked_folder_is_taken_over_at_once(url: str, tmp_path: Path) -> None:
     with claimed(url, tmp_path) as claim:
         owner = claim.owner
+    with claimed(url, tmp_path / "a") as other:
+        assert other.owner != owner  # another folder, though of the same name elsewhere
     dead(url, 1, owner)
     begun = time.monotonic()
     with claimed(url, tmp_path):
@@ -92,6 +102,8 @@ def test_who_was_silent_for_too_long_does_not_commit(url: str, tmp_path: Path) -
         dead(url, 1)
         with pytest.raises(UserError, match="another one has taken over"):
             first.require()
+        time.sleep(0.6)
+        assert len(ended) == 1  # of itself, and once
     assert left(url) == ["000001.json"]  # not ours to remove
 
 

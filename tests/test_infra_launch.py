@@ -213,3 +213,28 @@ def test_ranks_that_died_are_started_again_and_those_that_gave_a_reason_are_not(
     with pytest.raises(UserError, match="nothing here"):
         launch(PROGRAM, told(tmp_path / "b", "mistake"), tmp_path / "job", launcher, settings, heard)
     assert len((tmp_path / "b" / "ranks" / "rank-0.txt").read_text().splitlines()) == 1
+
+
+def test_who_is_asked_to_stop_starts_no_rank_again(tmp_path: Path) -> None:
+    """Also where the ranks die of being asked, and between two attempts."""
+    settings = Launch(processes=1, restarts=5).model_dump_json()
+    script = (
+        "from pathlib import Path; from infra.launch.config import Launch; from infra.launch import run\n"
+        "from infra.errors import Preempted; from tests.rank_program import Told\n"
+        "run._FIRST_PAUSE_SECONDS = 60.0\n"
+        f"told = Told.model_validate_json({told(tmp_path, 'killed', attempts=9).model_dump_json()!r})\n"
+        f"settings = Launch.model_validate_json({settings!r})\n"
+        f"try: run.launch({PROGRAM!r}, told, Path({str(tmp_path / 'job')!r}), 'local', settings)\n"
+        "except Preempted as error: print(error)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    while "started again" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout is not None
+    assert process.stdout.read().startswith("stopped between two attempts")
+    assert process.wait(30) == 0
+    assert len((tmp_path / "ranks" / "rank-0.txt").read_text().splitlines()) == 1

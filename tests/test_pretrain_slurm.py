@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from infra.artifacts import find
 from infra.config import Config
-from infra.errors import UserError
+from infra.errors import Preempted, UserError
 from infra.launch.config import Launch
 from infra.launch.config import Slurm as SlurmSettings
 from infra.launch.run import launch
@@ -106,6 +107,38 @@ def test_jobs_of_a_chain_follow_one_another(cluster: Slurm, tmp_path: Path) -> N
     launch("tests.rank_program", told(tmp_path, "preempted", attempts=3), tmp_path / "my job", "slurm", settings)
     assert len((tmp_path / "ranks" / "rank-1.txt").read_text().splitlines()) == 3
     assert len(list((tmp_path / "my job").glob("slurm-*_[123].log"))) == 3
+
+
+def test_a_job_that_is_cancelled_before_it_runs_is_not_queued_again(cluster: Slurm, tmp_path: Path) -> None:
+    held = SlurmSettings(options=["--hold"])
+    settings = Launch(nodes=2, processes=1, restarts=3, slurm=held)
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            launch("tests.rank_program", told(tmp_path, "well"), tmp_path / "my job", "slurm", settings)
+        except Preempted as error:
+            failures.append(error)
+
+    waiting = threading.Thread(target=run)
+    waiting.start()
+    job = job_of(tmp_path / "my job")
+    until(lambda: field(cluster, job, "JobState") == "PENDING")
+    cluster.run("scancel", job)
+    waiting.join(PATIENCE)
+    (error,) = failures
+    assert str(error).startswith(f"SLURM job {job} was cancelled")
+    assert (tmp_path / "my job" / "slurm.id").read_text() == job
+
+
+def test_what_a_job_was_given_is_not_given_on(cluster: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker within an allocation queues trainings, which get what they ask for."""
+    for name, value in {"SLURM_MEM_PER_NODE": "100", "SLURM_NTASKS": "7", "SLURM_JOB_ID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    setup = [f'echo "mem=$SLURM_MEM_PER_NODE tasks=$SLURM_NTASKS" > {tmp_path}/given.txt']
+    settings = Launch(nodes=2, processes=1, slurm=SlurmSettings(setup=setup))
+    launch("tests.rank_program", told(tmp_path, "well"), tmp_path / "my job", "slurm", settings)
+    assert (tmp_path / "given.txt").read_text() == "mem= tasks=2\n"
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: Slurm, tmp_path: Path) -> None:

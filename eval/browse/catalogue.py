@@ -52,6 +52,15 @@ class Catalogue:
         """The artifact of an id."""
         return next((each for each in self.artifacts() if each.id == id), None)
 
+    def find(self, id: str) -> Artifact | None:
+        """The artifact of an id, also one that lies elsewhere and is an input of one under the root."""
+        if (known := self.get(id)) is not None:
+            return known
+        inputs = (source for each in self.artifacts() for source in each.manifest.inputs.values())
+        place = next((source.url for source in inputs if source.id == id), None)
+        found = None if place is None else find(place)
+        return found if found is not None and found.id == id else None
+
     def made_from(self, id: str) -> list[Artifact]:
         """What has an artifact among its inputs."""
         return [each for each in self.artifacts() if any(source.id == id for source in each.manifest.inputs.values())]
@@ -84,7 +93,14 @@ def size_of(artifact: Artifact) -> int:
 
 
 def words(artifact: Artifact) -> str:
-    """An artifact in a few words: how much there is of it, or how good it is."""
+    """An artifact in a few words: how much there is of it, or how good it is; none for what another version made."""
+    try:
+        return _words(artifact)
+    except (KeyError, TypeError, ValueError):
+        return ""
+
+
+def _words(artifact: Artifact) -> str:
     metrics, kind = artifact.metrics, artifact.manifest.kind
     if kind == "selection":
         return f"{metrics['kept']:,} of {metrics['images']:,} images kept"

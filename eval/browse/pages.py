@@ -222,7 +222,7 @@ def _time(artifact: Artifact) -> str:
 
 
 def _number(text: str | None) -> int:
-    return int(text) if text is not None and text.isdigit() else 0
+    return int(text) if text is not None and text.isdecimal() else 0
 
 
 def _more(asked: Mapping[str, str], start: int, count: int) -> str | None:

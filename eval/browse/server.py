@@ -4,7 +4,8 @@ root or was an input of that."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Awaitable, Callable
+import socket
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -113,7 +114,7 @@ class Browser:
         return self._known(request.path_params["id"], *kinds)
 
     def _known(self, id: str, *kinds: str) -> Artifact:
-        artifact = self.catalogue.get(id)
+        artifact = self.catalogue.find(id)
         if artifact is None or (kinds and artifact.manifest.kind not in kinds):
             raise HTTPException(
                 404, f"{id}: no {' or '.join(kinds) or 'artifact'} of this id under {self.catalogue.root}"
@@ -177,14 +178,24 @@ def _answered(answer: Answer) -> Callable[[Request], Awaitable[Response]]:
 
 def _uploaded(browser: Browser) -> Callable[[Request], Awaitable[Response]]:
     async def handle(request: Request) -> Response:
+        _refuse_strangers(request)
         async with request.form(max_files=1, max_fields=4, max_part_size=_LARGEST_IMAGE) as form:
             file = form.get("image")
-            if not isinstance(file, UploadFile) or (file.size or 0) > _LARGEST_IMAGE:
-                raise HTTPException(400, "give an image of at most 32 MB")
+            if not isinstance(file, UploadFile):
+                raise HTTPException(400, "give an image")
             data = await file.read()
         return await _answered(lambda asked: browser.search(asked, data))(request)
 
     return handle
+
+
+def _refuse_strangers(request: Request) -> None:
+    """Before anything is read: what is too large, and what another site's page sends."""
+    length = request.headers.get("content-length", "")
+    if not length.isdecimal() or int(length) > _LARGEST_IMAGE:
+        raise HTTPException(413, "give an image of at most 32 MB")
+    if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+        raise HTTPException(403, "searches are asked from this site's own page")
 
 
 async def _to_page(request: Request) -> Response:
@@ -199,8 +210,11 @@ def _mistaken(request: Request, error: UserError) -> Response:
     return HTMLResponse(rendered("ui_message", message=str(error)), status_code=422, headers=_HEADERS)
 
 
-def serve(root: str, host: str, port: int) -> None:
+def serve(root: str, host: str, port: int, names: Sequence[str]) -> None:
     """Serve until interrupted.
+
+    Args:
+        names: by which it may be called beside its address and this machine's name.
 
     Raises:
         UserError: the root is not there.
@@ -208,6 +222,6 @@ def serve(root: str, host: str, port: int) -> None:
     import uvicorn
 
     Catalogue(root).artifacts()
-    names = [host] if host not in ("0.0.0.0", "::") else ["*"]
-    app = application(root, ["localhost", "127.0.0.1", *names])
+    # The middleware cuts names at the first colon; an address of IPv6 is no name that a page elsewhere could take on.
+    app = application(root, ["localhost", "127.0.0.1", "[", host, socket.gethostname(), *names])
     uvicorn.run(app, host=host, port=port, log_level="warning")

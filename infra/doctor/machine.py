@@ -88,6 +88,8 @@ def reached(url: str) -> Iterator[Finding]:
     found = guarded("storage", lambda: _speed(url, probe), "mend the URL, the endpoint or the credentials")
     yield found
     if found.status != "fail":
+        if not storage.is_local(url):
+            yield guarded("claims", lambda: _claims(url, probe), "use another storage")
         yield guarded("clock", lambda: _skew(probe), "synchronise this machine's clock (chrony, systemd-timesyncd)")
         storage.remove(probe)
 
@@ -103,6 +105,14 @@ def _speed(url: str, probe: str) -> Finding:
     rates = _PROBE / (written - started), _PROBE / (read - written)
     told = f"{url}: {rates[0] / 1e6:,.0f} MB/s written, {rates[1] / 1e6:,.0f} MB/s read, one stream"
     return ok("storage", told) if min(rates) > _SLOW else warn("storage", told, "use a nearer one, or runtime.cache_gb")
+
+
+def _claims(url: str, probe: str) -> Finding:
+    """Whether it refuses to create what is there: by that two machines see that they make the same artifact."""
+    if storage.create(probe, b"again"):
+        remedy = "let one run at a time write there"
+        return warn("claims", f"{url}: a conditional write replaced what was there", remedy)
+    return ok("claims", "a file that is there is not created again")
 
 
 def _skew(probe: str) -> Finding:

@@ -18,11 +18,12 @@ import psutil
 from pydantic import BaseModel, ValidationError
 
 from infra import storage
+from infra.claims import BUSY
 from infra.errors import Busy, Preempted, UserError
 from infra.launch import slurm
 
 M = TypeVar("M", bound=BaseModel)
-USER_MISTAKE, BUSY, TRY_AGAIN = 2, 73, 75  # exit codes
+USER_MISTAKE, TRY_AGAIN = 2, 75  # exit codes
 _VARIABLE, _TIE = "FOVEA_JOB", "FOVEA_TIED_TO"
 _CONFIG = "config.json"
 _PARENT_SECONDS = 1.0  # between looks at whether it still lives

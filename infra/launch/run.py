@@ -9,17 +9,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import psutil
 from pydantic import BaseModel
 
+from infra.claims import BUSY
 from infra.errors import Busy, Died, Preempted, UserError
 from infra.launch import slurm
 from infra.launch.config import Launch, Launcher, Slurm
-from infra.launch.job import BUSY, TRY_AGAIN, USER_MISTAKE, Job, tie
+from infra.launch.job import TRY_AGAIN, USER_MISTAKE, Job, tie
 from infra.launch.logs import Tail
 from infra.launch.watching import Watcher
 
@@ -60,23 +61,45 @@ def launch(
     """
     _check(launcher, settings)
     watcher, job = watcher or Watcher(), Job(folder)
-    for attempt in range(settings.restarts + 1):
-        try:
-            _run_once(module, config, job, launcher, settings, watcher)
-            return
-        except Died as error:
-            if attempt == settings.restarts:
-                raise
-            watcher.tell(f"{error}; started again, {attempt + 1} of at most {settings.restarts} times")
-            time.sleep(min(_FIRST_PAUSE_SECONDS * 2**attempt, _LONGEST_PAUSE_SECONDS))
+    # A SLURM job goes on when who waits for it is asked to stop; ranks of our own are asked in turn.
+    listening: AbstractContextManager[list[int]] = nullcontext([]) if launcher == "slurm" else _asked()
+    with listening as asked:
+        for attempt in range(settings.restarts + 1):
+            try:
+                _run_once(module, config, job, launcher, settings, watcher, asked)
+                return
+            except Died as error:
+                if asked:
+                    raise Preempted(f"{error} when asked to stop; run again to go on") from None
+                if attempt == settings.restarts:
+                    raise
+                watcher.tell(f"{error}; started again, {attempt + 1} of at most {settings.restarts} times")
+                _pause(min(_FIRST_PAUSE_SECONDS * 2**attempt, _LONGEST_PAUSE_SECONDS), asked)
 
 
-def _run_once(module: str, config: BaseModel, job: Job, launcher: Launcher, settings: Launch, watcher: Watcher) -> None:
+def _pause(seconds: float, asked: Sequence[int]) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if asked:
+            raise Preempted("stopped between two attempts, as asked; run again to go on from the last saved state")
+        time.sleep(_POLL_SECONDS)
+
+
+def _run_once(
+    module: str,
+    config: BaseModel,
+    job: Job,
+    launcher: Launcher,
+    settings: Launch,
+    watcher: Watcher,
+    asked: Sequence[int],
+) -> None:
     if launcher == "slurm":
         code = _run_on_slurm(module, config, job, settings, watcher)
     else:
         job.prepare(config)
-        code = _run(_command(module, job, launcher, settings), job, _environment(launcher, settings), watcher)
+        command, environment = _command(module, job, launcher, settings), _environment(launcher, settings)
+        code = _run(command, job, environment, watcher, asked)
     _judge(module, code, job)
 
 
@@ -175,19 +198,18 @@ def _environment(launcher: Launcher, settings: Launch) -> dict[str, str]:
     return environment
 
 
-def _run(command: list[str], job: Job, environment: dict[str, str], watcher: Watcher) -> int:
+def _run(command: list[str], job: Job, environment: dict[str, str], watcher: Watcher, asked: Sequence[int]) -> int:
     """Run a command of this machine to its end, showing the ranks' logs; return its exit code."""
     tail = Tail(job.folder, "rank-*.log")
     process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_deafen)
     try:
-        with _asked() as asked:
-            while True:
-                with suppress(subprocess.TimeoutExpired):
-                    return process.wait(_POLL_SECONDS)
-                tail.show()
-                watcher.look()
-                if asked:  # again and again: a rank may just have started
-                    _ask(process, job)
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(_POLL_SECONDS)
+            tail.show()
+            watcher.look()
+            if asked:  # again and again: a rank may just have started
+                _ask(process, job)
     except BaseException:
         _stop(process, job)
         if (ended := job.ended()) is not None:

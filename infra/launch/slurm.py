@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from infra.errors import Died
+from infra.errors import Died, Preempted
 from infra.launch import slurm_jobs
 from infra.launch.config import Launch
 from infra.launch.logs import Tail
@@ -23,6 +23,7 @@ ENDED = "ended.json"
 """How a job says, in its folder, why it ended."""
 _SCRIPT, _ID = "slurm.sh", "slurm.id"
 _SAVING_SECONDS = 25.0
+_PREEMPTED_LOOKS = 15  # until what made room is taken for ended
 _FIRST_PORT, _PORTS = 20_000, 10_000
 
 
@@ -32,6 +33,7 @@ def run(module: str, folder: Path, settings: Launch, queued: str | None, watcher
 
     Raises:
         UserError: SLURM refuses the job or is not there.
+        Preempted: somebody cancelled the job before its ranks could say so.
         Died: the job ended badly without a word of its own.
     """
     job = queued or _submit(module, folder, settings)
@@ -40,7 +42,9 @@ def run(module: str, folder: Path, settings: Launch, queued: str | None, watcher
     watcher.tell(f"SLURM job {job}; interrupting this leaves it running, scancel {job} ends it")
     followed = slurm_jobs.Followed(job)
     tails = [Tail(folder, "slurm-*.log"), Tail(folder, "rank-*.log")]
-    while not (seen := slurm_jobs.look_by_and_by(job)).ended:
+    waited = 0
+    while not (seen := slurm_jobs.look_by_and_by(job)).ended and waited < _PREEMPTED_LOOKS:
+        waited = waited + 1 if seen.preempted else 0
         for line in followed.news(seen):
             watcher.tell(line)
         time.sleep(slurm_jobs.POLL_SECONDS)
@@ -51,7 +55,11 @@ def run(module: str, folder: Path, settings: Launch, queued: str | None, watcher
         tail.show(to_the_end=True)
     for line in followed.news(seen):
         watcher.tell(line)
-    if seen.failed and not (folder / ENDED).exists():
+    if (folder / ENDED).exists():
+        return
+    if seen.states == {"CANCELLED"}:
+        raise Preempted(f"SLURM job {job} was cancelled; run again to go on from its last saved state")
+    if seen.failed:
         raise Died(f"SLURM job {job}: {', '.join(sorted(seen.states))}; see the logs in {folder}")
 
 
@@ -107,9 +115,15 @@ def _requeue(folder: Path) -> list[str]:
 def _submit(module: str, folder: Path, settings: Launch) -> str:
     path = folder / _SCRIPT
     path.write_text(script(module, folder.absolute(), settings))
-    job = ask(["sbatch", "--parsable", str(path)]).split(";")[0].strip()
+    # Where this process is in a job itself, what that job was given is none of the new one's business.
+    environment = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not _of_job(name)}
+    job = ask(["sbatch", "--parsable", str(path)], environment).split(";")[0].strip()
     (folder / _ID).write_text(job)
     return job
+
+
+def _of_job(variable: str) -> bool:
+    return variable.startswith(("SLURM_", "SRUN_"))
 
 
 def queued(folder: Path) -> str | None:
@@ -117,7 +131,8 @@ def queued(folder: Path) -> str | None:
     if not (folder / _ID).exists():
         return None
     job = (folder / _ID).read_text()
-    return None if slurm_jobs.look(job).ended else job
+    seen = slurm_jobs.look(job)
+    return None if seen.ended or seen.preempted else job
 
 
 def cancel(folder: Path) -> str | None:

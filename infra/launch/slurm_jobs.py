@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from infra.errors import UserError
@@ -30,8 +30,14 @@ class Look:
         return not self.states - _ENDED
 
     @property
+    def preempted(self) -> bool:
+        """Whether it had to make room: for good where it is not queued again within some seconds."""
+        return self.states == {"PREEMPTED"}
+
+    @property
     def failed(self) -> bool:
-        return bool(self.states) and self.ended and "COMPLETED" not in self.states
+        """Whether it has not been seen to end well: one that SLURM has forgotten meanwhile may have failed too."""
+        return (self.ended or self.preempted) and "COMPLETED" not in self.states
 
     @property
     def restarts(self) -> int:
@@ -128,14 +134,14 @@ def cancel(job: str, seconds: float) -> None:
         time.sleep(0.5)
 
 
-def ask(command: Sequence[str]) -> str:
-    """What one of SLURM's commands prints.
+def ask(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
+    """What one of SLURM's commands prints, in this process's environment or another.
 
     Raises:
         UserError: it is not there, or complains.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     except FileNotFoundError:
         raise UserError(
             f"{command[0]}: not found; run this where SLURM's commands are, or choose another --launcher"
