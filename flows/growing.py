@@ -97,14 +97,21 @@ def changed_share(root: str, selection: str) -> float:
     Args:
         selection: URL of the new one.
     """
-    place = storage.join(root, TRAINED)
-    before = json.loads(storage.read_bytes(place))["selection"] if storage.exists(place) else None
-    if before is None or find(before) is None:
+    before = _trained_on(root)
+    if before is None:
         return 1.0
     old, new = (_kept(url) for url in (before, selection))
     both = int((places(old, new) >= 0).sum())
     either = len(old) + len(new) - both
     return (either - both) / either if either else 0.0
+
+
+def _trained_on(root: str) -> str | None:
+    place = storage.join(root, TRAINED)
+    if not storage.exists(place):
+        return None
+    url = str(json.loads(storage.read_bytes(place))["selection"])
+    return url if find(url) is not None else None
 
 
 def _kept(url: str) -> pa.ChunkedArray:
