@@ -235,6 +235,19 @@ def test_a_text_is_compared_with_images_by_a_clip_model(clip: OpenClipBackbone, 
     assert "no text tower" in pixels.text
 
 
+def test_another_backbone_in_the_place_is_noticed(clip: OpenClipBackbone, tmp_path: Path) -> None:
+    import open_clip
+    import torch
+
+    corpus = ingest(IngestConfig(source=str(image_folder(tmp_path / "images", 3)), out=str(tmp_path / "runs" / "a")))
+    embed(EmbedConfig(corpus=corpus.url, backbone=clip, out=str(tmp_path / "runs" / "b")))
+    torch.save(open_clip.create_model("tiny-clip").state_dict(), clip.checkpoint)
+    client = TestClient(application(str(tmp_path / "runs"), ["testserver"]))
+    told = client.get("/search", params={"text": "a blob"})
+    assert told.status_code == 422
+    assert "its backbone is no longer what it was" in told.text
+
+
 def embed_pixels(corpus: Artifact, tmp_path: Path) -> str:
     made = embed(EmbedConfig(corpus=corpus.url, out=str(tmp_path / "runs" / "c")))
     time.sleep(5)  # until it looks again

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from infra.artifacts import Artifact
 from infra.corpora import Corpus, Unusable
-from infra.embeddings import Embeddings
+from infra.embeddings import Embeddings, backbone_of
 from infra.errors import UserError
 from infra.neighbours import nearest
 from infra.vectors import at_unit_length
@@ -109,6 +109,8 @@ class Searcher:
     def _backbone(self) -> Any:
         from pretrain import backbones
 
+        if backbone_of(*backbones.identity(self.config)) != self.embeddings.backbone:
+            raise UserError(f"{self.embeddings.artifact.url}: its backbone is no longer what it was; embed again")
         return backbones.load(self.config)
 
     @cached_property
