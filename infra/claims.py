@@ -2,7 +2,7 @@
 
 A claim is a numbered file beside the artifact that only one process can create (object stores have no locks, but refuse
 to create what is there). Its owner rewrites it every few seconds. One that stands still is of a process that is gone:
-the next number takes over, and who was only slow finds that out before it commits.
+the next number takes over, and who was only slow finds that out with its next beat, or before it commits, and ends.
 """
 
 from __future__ import annotations
@@ -46,8 +46,14 @@ class Claim:
         Raises:
             UserError: this process was silent for so long that another one has taken over.
         """
-        if max(_numbers(self.url), default=0) != self.number or not self._is_ours():
-            raise UserError(f"{self.url}: this process was cut off for a while and another one has taken over")
+        if not self._counts():
+            raise UserError(self._lost())
+
+    def _counts(self) -> bool:
+        return max(_numbers(self.url), default=0) == self.number and self._is_ours()
+
+    def _lost(self) -> str:
+        return f"{self.url}: this process was cut off for a while and another one has taken over"
 
     def _content(self) -> bytes:
         self._beats += 1
@@ -66,8 +72,8 @@ class Claim:
     def _beat(self) -> None:
         while not self._over.wait(BEAT_SECONDS):
             with suppress(UserError):  # the network is down: others will see that too
-                if not self._is_ours():
-                    _end_process(f"{self.url}: this process was cut off for a while and another one has taken over")
+                if not self._counts():
+                    _end_process(self._lost())
                     return
                 storage.write_atomic(self._place(), self._content())
 
@@ -111,7 +117,7 @@ def _owner(work: Path) -> str:
     them."""
     mark = work / OWNER
     if not mark.exists():
-        mark.write_text(secrets.token_hex(8))
+        storage.write_atomic(str(mark), secrets.token_hex(8).encode())
     return f"{socket.gethostname()}:{mark.read_text()}"
 
 

@@ -105,6 +105,13 @@ def test_who_was_silent_for_too_long_does_not_commit(url: str, tmp_path: Path) -
         time.sleep(0.6)
         assert len(ended) == 1  # of itself, and once
     assert left(url) == ["000001.json"]  # not ours to remove
+    storage.remove(storage.join(url, FOLDER))
+    ended.clear()
+    with claimed(url, tmp_path / "a") as first:
+        dead(url, first.number + 1)  # whoever takes over leaves the claim of the slow one where it is
+        time.sleep(0.6)
+        assert len(ended) == 1
+    assert left(url) == ["000002.json"]
 
 
 def test_of_many_at_once_one_wins(url: str, tmp_path: Path) -> None:
