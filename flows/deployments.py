@@ -91,7 +91,7 @@ def write(settings: DeploySettings) -> Path:
     return path
 
 
-def _forget_schedules(settings: DeploySettings, client: SyncPrefectClient) -> None:
+def forget_schedules(settings: DeploySettings, client: SyncPrefectClient) -> None:
     """Take away schedules that an earlier file gave to flows which have none now: Prefect leaves them."""
     for each in content(settings)["deployments"]:
         if "schedules" not in each and each["entrypoint"] in _SCHEDULED:
@@ -131,5 +131,5 @@ def apply(settings: DeploySettings, path: Path) -> None:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         raise UserError(f"deploy: prefect refuses: {(lines or ['no reason given'])[-1].strip()}")
     with get_client(sync_client=True) as client:
-        _forget_schedules(settings, client)
+        forget_schedules(settings, client)
         automations.apply(settings, client)

@@ -87,7 +87,8 @@ def _is_whole(url: str) -> bool:
 
 def note_training(root: str, selection: str) -> None:
     """Write down that a selection is, or is about to be, trained on."""
-    storage.write_atomic(storage.join(root, TRAINED), json.dumps({"selection": selection}).encode())
+    if _trained_on(root) != selection:
+        storage.write_atomic(storage.join(root, TRAINED), json.dumps({"selection": selection}).encode())
 
 
 def changed_share(root: str, selection: str) -> float:

@@ -15,10 +15,12 @@ import psutil
 import pytest
 import yaml
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from flows import automations
 from flows.config import DeploySettings, FollowConfig, PipelineConfig
-from flows.deployments import STAGES, content, write
+from flows.deployments import STAGES, content, forget_schedules, write
 from flows.following import following
 from flows.limits import slots
 from flows.recuration import curation, resource
@@ -137,20 +139,17 @@ def test_a_pool_that_grows_is_curated_on_and_trained_on_when_enough_has_changed(
     done = server.fovea("deploy", "--pipeline", str(file), *options)
     assert done.returncode == 0, done.stderr
 
-    def curated(by_worker: bool = False) -> tuple[dict[str, Any], int]:
+    def curated() -> tuple[dict[str, Any], int]:
         before = len(pipeline_runs(server))
-        if by_worker:
-            assert server.waited(server.started("fovea-curation", {}, "growing"), ENDED) == "COMPLETED"
-        else:
-            with temporary_settings({PREFECT_API_URL: server.environment["PREFECT_API_URL"]}):
-                curation(PipelineConfig.model_validate(told), changed=0.2)
+        with temporary_settings({PREFECT_API_URL: server.environment["PREFECT_API_URL"]}):
+            curation(PipelineConfig.model_validate(told), changed=0.2)
         time.sleep(5)  # for the server to act on the event
         found = pipeline_runs(server)
         for each in found[before:]:
             server.asked(f"/flow_runs/{each['id']}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
         return json.loads((tmp_path / "run" / "curated.json").read_text()), len(found) - before
 
-    first, started = curated(by_worker=True)
+    first, started = curated()
     assert started == 1  # nothing was trained on before
     selection = find(first["made"]["deduplicate"])
     assert selection is not None
@@ -219,31 +218,34 @@ def test_a_crashed_run_goes_on_once_for_each_attempt_that_began(server: Server, 
     into("RUNNING", "CRASHED")
     assert server.waited(run, {"SCHEDULED"}, 30) == "SCHEDULED"
     into("CANCELLED")
-    again = server.fovea("deploy", "--pipeline", asked.pipeline, *options)
-    assert again.returncode == 0, again.stderr
+    there = {PREFECT_API_URL: server.environment["PREFECT_API_URL"]}
+    with temporary_settings(there), get_client(sync_client=True) as client:
+        forget_schedules(settings(tmp_path, name="idle"), client)  # as the next `fovea deploy` without --cron does
     assert server.asked("/deployments/name/fovea-pipeline/idle")["schedules"] == []
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_failures_are_told_to_a_block(server: Server, tmp_path: Path) -> None:
-    asked = settings(tmp_path)
-    options = ("--pool", "machines", "--file", asked.file, "--notify")
-    missing = server.fovea("deploy", "--pipeline", asked.pipeline, *options, "custom-webhook/nobody")
-    assert missing.returncode == 2
-    assert "notify: the server has no block custom-webhook/nobody" in missing.stderr
+    there = {PREFECT_API_URL: server.environment["PREFECT_API_URL"]}
     with heard() as (url, told):
-        with temporary_settings({PREFECT_API_URL: server.environment["PREFECT_API_URL"]}):
+        with temporary_settings(there), get_client(sync_client=True) as client:
+            with pytest.raises(UserError, match="notify: the server has no block custom-webhook/nobody"):
+                automations.apply(settings(tmp_path, notify="custom-webhook/nobody"), client)
             body = {"subject": "{{subject}}", "body": "{{body}}"}
             CustomWebhookNotificationBlock(name="ops", url=url, json_data=body).save("ops")
-        done = server.fovea("deploy", "--pipeline", asked.pipeline, *options, "custom-webhook/ops")
-        assert done.returncode == 0, done.stderr
+            automations.apply(settings(tmp_path, notify="custom-webhook/ops"), client)
+            names = {each.name for each in client.read_automations()}
+        assert "fovea: failures are told" in names
         run = server.started("ingest", {"config": {"source": str(tmp_path / "nowhere"), "out": str(tmp_path / "out")}})
         assert server.waited(run, ENDED) == "FAILED"
         deadline = time.monotonic() + 60
         while not told:
             assert time.monotonic() < deadline
             time.sleep(0.2)
+        with temporary_settings(there), get_client(sync_client=True) as client:
+            automations.apply(settings(tmp_path), client)  # nobody is to be told any more
+            assert {each.name for each in client.read_automations()} == names - {"fovea: failures are told"}
     (message,) = told
     assert message["subject"] == "ingest Failed"
     assert "nowhere: not found" in message["body"]
