@@ -5,7 +5,6 @@ The numbers are the artifact's own; the server only shows them, so a server that
 
 from __future__ import annotations
 
-import base64
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -18,7 +17,8 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 
-from eval.browse.pages import flat
+from eval.browse.pages import flat, has_page
+from eval.gallery import data_uri
 from eval.rendering import PAGE
 from eval.summary import headline_rows
 from flows.outcome import shown as score
@@ -61,8 +61,7 @@ def page_of(artifact: Artifact) -> str:
     """Where an artifact can be looked at: at `fovea ui`, else its page or its place."""
     if base := os.environ.get(UI):
         return f"{base.rstrip('/')}/artifacts/{artifact.id}"
-    has_page = any(file.path == PAGE for file in artifact.manifest.files)
-    place = storage.join(artifact.url, PAGE) if has_page else artifact.url
+    place = storage.join(artifact.url, PAGE) if has_page(artifact) else artifact.url
     return storage.local_path(place).absolute().as_uri() if storage.is_local(place) else place
 
 
@@ -101,4 +100,4 @@ def _picture(artifact: Artifact) -> str | None:
         image.thumbnail((_WIDTH, _WIDTH))
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, "JPEG", quality=_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_uri(buffer.getvalue(), "image/jpeg")

@@ -35,7 +35,6 @@ def index(catalogue: Catalogue, asked: Mapping[str, str]) -> dict[str, Any]:
         "asked": dict(asked),
         "more": _more(asked, first + _ROWS, len(found)),
         "unreadable": catalogue.unreadable(),
-        "searchable": any(each.manifest.stage == "embed" for each in everything),
     }
 
 
@@ -156,7 +155,6 @@ def images(artifact: Artifact, corpus_of: Callable[[str], Corpus], asked: Mappin
         "corpus": corpus.artifact.id,
         "images": [{"row": int(row), **entry, **v} for row, entry, v in zip(some, entries, verdicts, strict=True)],
         "count": len(rows),
-        "first": first,
         "reasons": reasons,
         "asked": dict(asked),
         "more": _more(asked, first + _IMAGES, len(rows)),

@@ -83,8 +83,8 @@ class Browser:
 
     def images(self, request: Request) -> Response:
         """The images of a corpus, or of a selection with their verdicts, some at a time."""
-        found = pages.images(self._asked(request, "corpus", "selection"), self._corpus, dict(request.query_params))
-        return _page("ui_images", catalogue=self.catalogue, **found)
+        artifact = self._asked(request, "corpus", "selection")
+        return _page("ui_images", **pages.images(artifact, self._corpus, dict(request.query_params)))
 
     def thumbnail(self, request: Request) -> Response:
         corpus = self._corpus(self._asked(request, "corpus").id)
@@ -160,9 +160,8 @@ def application(root: str, hosts: list[str]) -> Starlette:
         Route(f"{artifact}/why", _answered(browser.why)),
     ]
     handlers: dict[Any, Any] = {HTTPException: _refused, UserError: _mistaken}
-    app = Starlette(routes=routes, exception_handlers=handlers)
-    app.user_middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), *app.user_middleware]
-    return app
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
 
 def _answered(answer: Answer) -> Callable[[Request], Awaitable[Response]]:
