@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from curation.steps.config import Exact, NearDuplicates, Step, without_files
-from infra.config import Config
+from infra.config import Config, Output
 from pretrain.config import BackboneConfig, PixelDescriptor
 
 
@@ -63,7 +63,7 @@ class IngestSettings(Config):
     """Shards are closed at this size, in MiB."""
 
 
-class IngestConfig(IngestSettings):
+class IngestConfig(IngestSettings, Output):
     """Images in, corpus out."""
 
     workers: int = Field(0, ge=0)
@@ -93,7 +93,7 @@ class EmbedSettings(OnRay):
     """Images a forward pass."""
 
 
-class EmbedConfig(EmbedSettings):
+class EmbedConfig(EmbedSettings, Output):
     """Corpus in, embeddings out."""
 
     corpus: str
@@ -123,7 +123,7 @@ class CurateSettings(OnRay):
     """Threads that compare vectors; 0: one a core. The verdicts do not depend on them."""
 
 
-class CurateConfig(CurateSettings):
+class CurateConfig(CurateSettings, Output):
     """Corpus and embeddings in, a selection out: a verdict for every image."""
 
     def decisive(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class FaceBlur(Config):
     """What is blurred around each face, as a share of its side."""
 
 
-class MaterializeConfig(Config):
+class MaterializeConfig(Output):
     """Corpus and selection in, a corpus of what was kept out. Images keep their bytes unless faces are blurred, and
     always metadata and keys."""
 

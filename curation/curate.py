@@ -68,7 +68,8 @@ def curate(config: CurateConfig) -> Artifact:
     if inputs.previous is not None:
         require_alike(inputs.previous, VERSION, config.decisive()["steps"], inputs.embeddings)
     plan = Plan("selection", "curate", VERSION, config.decisive(), inputs.by_name() | _listed(config))
-    return produce(plan, config.out, lambda directory: _select(config, inputs, directory), keep_work=True)
+    resume_from = [_STATE, f"{SCRATCH}/*"]
+    return produce(plan, config.out, lambda directory: _select(config, inputs, directory), resume_from, config.restart)
 
 
 def _listed(config: CurateConfig) -> dict[str, Input]:
@@ -156,4 +157,4 @@ def materialize(config: MaterializeConfig) -> Artifact:
         told = {"images": len(kept), "classes": corpus.classes}
         return told if redact is None else told | {"blurred": blurred}
 
-    return produce(plan, config.out, write)
+    return produce(plan, config.out, write, restart=config.restart)

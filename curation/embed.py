@@ -56,7 +56,11 @@ def embed(config: EmbedConfig) -> Artifact:
     if previous and (previous.backbone != backbone_of(settings, inputs) or not previous.artifact.made_by(VERSION)):
         raise UserError(f"previous: {config.previous}: of another backbone or by another Fovea; embed without it")
     plan = Plan("embeddings", "embed", VERSION, settings, {"corpus": corpus.artifact.as_input(), **inputs})
-    return produce(plan, config.out, lambda directory: _write(config, corpus, previous, directory), keep_work=True)
+
+    def write(directory: Path) -> Mapping[str, Any]:
+        return _write(config, corpus, previous, directory)
+
+    return produce(plan, config.out, write, ["part-*.npy"], config.restart)
 
 
 def _write(config: EmbedConfig, corpus: Corpus, previous: Embeddings | None, directory: Path) -> Mapping[str, Any]:

@@ -60,7 +60,8 @@ def ingest(config: IngestConfig) -> Artifact:
     facts = work.read()
     inputs = {"source": Input(id=work.identity(facts), url=config.source)}
     plan = Plan("corpus", "ingest", VERSION, settings.model_dump(mode="json"), inputs)
-    artifact = produce(plan, config.out, lambda directory: work.write(directory, facts), keep_work=True)
+    resume_from = [f"{_PLACED}/*.json"]
+    artifact = produce(plan, config.out, lambda directory: work.write(directory, facts), resume_from, config.restart)
     work.scans.forget_unstamped(units)
     _check_places(artifact, units)
     return artifact

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from distill.objectives.config import DistillObjective, PrototypesConfig
-from infra.config import Config
+from infra.config import Config, Output
 from pretrain.config import BackboneConfig, TrainingSettings
 from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD, Views
 from pretrain.models.config import ModelConfig, TimmNetworkConfig, VisionTransformerConfig
@@ -79,7 +79,7 @@ class DistillSettings(TrainingSettings):
         return self
 
 
-class DistillConfig(DistillSettings):
+class DistillConfig(DistillSettings, Output):
     """Teachers and corpora in; out a checkpoint, or with several students one for each, at its URL, - and its name."""
 
     teacher_checkpoint: str | None = None
@@ -119,7 +119,7 @@ class PublishSettings(Config):
         return [each for each in get_args(FormatName) if each in wanted]
 
 
-class PublishConfig(PublishSettings):
+class PublishConfig(PublishSettings, Output):
     """Checkpoint and reports in, backbone out."""
 
     checkpoint: str
@@ -137,7 +137,7 @@ class PublishConfig(PublishSettings):
     """URL of the backbone; {id} stands for its id."""
 
 
-class ImportConfig(Config):
+class ImportConfig(Output):
     """Weights of others in, checkpoint out."""
 
     checkpoint: str

@@ -72,7 +72,7 @@ def distill(config: DistillConfig) -> Artifact:
 
     planned = plan(config)
     _require_students(planned, config)
-    return produce_together(planned, config.out, write)
+    return produce_together(planned, config, write)
 
 
 def _require_students(planned: Plan, config: DistillConfig) -> None:

@@ -35,10 +35,10 @@ def import_weights(config: ImportConfig) -> Artifact:
     path = Path(config.checkpoint)
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the path of weights")
-    settings = config.model_dump(mode="json", exclude={"checkpoint", "out"})
+    settings = config.model_dump(mode="json", exclude={"checkpoint", "out", "restart"})
     source = {"weights": Input(id=hash_file(path), url=config.checkpoint)}
     plan = Plan("checkpoint", "import", VERSION, settings, source)
-    return produce(plan, config.out, lambda directory: _write(config, directory))
+    return produce(plan, config.out, lambda directory: _write(config, directory), restart=config.restart)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from pretrain.checkpoints import Checkpoint
 from pretrain.models.config import TimmNetworkConfig
 
 VERSION = 4
-_PLACES = {"checkpoint", "images", "reports", "hub", "hub_private", "out"}
+_PLACES = {"checkpoint", "images", "reports", "hub", "hub_private", "out", "restart"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def publish(config: PublishConfig) -> Artifact:
     settings = config.model_dump(mode="json", exclude=_PLACES) | {"formats": release.formats}
     plan = Plan("backbone", "publish", VERSION, settings, inputs)
     new = find_planned(plan, config.out) is None
-    artifact = produce(plan, config.out, lambda directory: _write(release, inputs, directory))
+    artifact = produce(plan, config.out, lambda directory: _write(release, inputs, directory), restart=config.restart)
     if config.hub is not None:
         destinations.upload(artifact, config.hub, config.hub_private)
     if new:

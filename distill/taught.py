@@ -89,7 +89,7 @@ def keep(plan: Plan, out: str, dataset: ViewDataset, ask: Callable[[], Ask]) -> 
     Raises:
         UserError: a teacher says what float16 cannot hold.
     """
-    return Kept(produce(plan, out, lambda directory: _write(dataset, ask(), directory), keep_work=True))
+    return Kept(produce(plan, out, lambda directory: _write(dataset, ask(), directory), ["*-*.npy"]))
 
 
 def _write(dataset: ViewDataset, ask: Ask, directory: Path) -> Mapping[str, Any]:

@@ -60,7 +60,7 @@ def compare(config: CompareConfig) -> Artifact:
     groups = {name: [open_artifact(url, "report") for url in urls] for name, urls in config.groups.items()}
     inputs = {f"{name}_{i}": each.as_input() for name, group in groups.items() for i, each in enumerate(group)}
     plan = Plan("report", "compare", VERSION, {"title": config.title, "groups": list(groups)}, inputs)
-    return produce(plan, config.out, lambda directory: _write(config.title, groups, directory))
+    return produce(plan, config.out, lambda directory: _write(config.title, groups, directory), restart=config.restart)
 
 
 def _write(title: str, groups: Mapping[str, Sequence[Artifact]], directory: Path) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from eval.tasks.config import TaskConfig
-from infra.config import Config, load_yaml
+from infra.config import Config, Output, load_yaml
 from pretrain.config import BackboneConfig
 
 SUITES = Path(__file__).with_name("suites")
@@ -90,7 +90,7 @@ def file_name(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name.lower()).strip("-.")
 
 
-class EvaluateConfig(EvaluateSettings):
+class EvaluateConfig(EvaluateSettings, Output):
     """Backbone and datasets in, report out."""
 
     model: BackboneConfig
@@ -137,7 +137,7 @@ class EvaluateConfig(EvaluateSettings):
         return self
 
 
-class CompareConfig(Config):
+class CompareConfig(Output):
     """Reports of evaluations in groups, of several seeds say; one report that holds them side by side out."""
 
     title: str = "Comparison"
@@ -158,7 +158,7 @@ class ReportSettings(Config):
     """Examples in each gallery."""
 
 
-class ReportConfig(ReportSettings):
+class ReportConfig(ReportSettings, Output):
     """Artifacts of a run in, one page out."""
 
     artifacts: dict[str, str]

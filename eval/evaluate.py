@@ -26,7 +26,7 @@ from pretrain.config import BackboneConfig, CheckpointBackbone, PixelDescriptor
 
 VERSION = 3
 _PIXELS = PixelDescriptor(side=32, frequencies=32, whiten=0.0)
-_HOW = {"model", "datasets", "leaks", "features", "out", "batch", "workers", "gate", "suite"}
+_HOW = {"model", "datasets", "leaks", "features", "out", "restart", "batch", "workers", "gate", "suite"}
 _DONE = ".done"
 
 
@@ -41,7 +41,8 @@ def evaluate(config: EvaluateConfig) -> Artifact:
     settings = config.model_dump(mode="json", exclude=_HOW) | {"model": identity, "left_out": config.left_out()}
     files = protocols.files_of(config.runnable(), config.datasets)
     plan = Plan("report", "evaluate", VERSION, settings | {"files": files}, {**inputs, **bench.inputs})
-    return produce(plan, config.out, lambda directory: _write(config, bench, directory), keep_work=True)
+    resume_from = [f"{_DONE}/*.json"]
+    return produce(plan, config.out, lambda directory: _write(config, bench, directory), resume_from, config.restart)
 
 
 def subjects(config: EvaluateConfig) -> dict[str, BackboneConfig]:

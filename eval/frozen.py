@@ -107,7 +107,7 @@ def freeze(backbone: Backbone, config: BackboneConfig, corpus: Corpus, how: Extr
     def write(directory: Path) -> Mapping[str, Any]:
         return _write(backbone, corpus, how, directory, title)
 
-    return Frozen.of(produce(plan, out, write, keep_work=True))
+    return Frozen.of(produce(plan, out, write, ["rows-*.npy"]))
 
 
 class _Views(Dataset[torch.Tensor]):

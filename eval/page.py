@@ -36,7 +36,7 @@ def report(config: ReportConfig) -> Artifact:
         artifacts[name] = artifact
     settings = {"title": config.title, "gallery": config.gallery, "facts": config.facts}
     plan = Plan("report", "report", VERSION, settings, {name: each.as_input() for name, each in artifacts.items()})
-    return produce(plan, config.out, lambda directory: _write(config, artifacts, directory))
+    return produce(plan, config.out, lambda directory: _write(config, artifacts, directory), restart=config.restart)
 
 
 def _write(config: ReportConfig, artifacts: Mapping[str, Artifact], directory: Path) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ from infra.launch import slurm
 from infra.launch.config import Launch
 from infra.launch.run import launch
 from infra.launch.watching import Watcher
+from infra.staging import check_unfinished
 from pretrain.config import PretrainConfig
 
 Room = Literal["pretrain", "distill"]
@@ -46,6 +47,7 @@ def train_apart(room: Room, config: PretrainConfig | DistillConfig) -> str:
     plan = _plan(config)
     url = plan.resolve(config.out)
     if find_planned(plan, config.out) is None:
+        check_unfinished(url, plan.record(), config.restart)  # before ranks are started or a job is queued
         folder = config.launch.job_folder(work_directory(plan, config.out))
         with _slots(config.launch), _cancelled_with_the_flow(config, folder):
             launch(_MODULES[room], config, folder, config.launcher, config.launch, _watcher(room, folder, config))

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from infra import claims, storage
+from infra import claims, staging, storage
 from infra.claims import Claim
 from infra.config import Config
-from infra.errors import Busy, UserError
+from infra.errors import UserError
 from infra.hashing import hash_file, hash_json, hash_url
+from infra.staging import MANIFEST, WorkRecord
 
 Kind = Literal["corpus", "embeddings", "selection", "checkpoint", "backbone", "report"]
-MANIFEST = "manifest.json"
 SCHEMA = 1
 SHORT_ID = 12  # characters of an id that stand in a path
 
@@ -144,6 +142,17 @@ class Plan:
             }
         )
 
+    def record(self, resume_from: Sequence[str] = ()) -> WorkRecord:
+        """What a staging directory is recorded to hold while the artifact is made."""
+        return WorkRecord(
+            id=self.id,
+            stage=self.stage,
+            version=self.version,
+            config=json.loads(json.dumps(dict(self.settings))),
+            inputs={name: each.id for name, each in self.inputs.items()},
+            resume_from=list(resume_from),
+        )
+
     def resolve(self, out: str) -> str:
         """The URL to write to: `{id}` in `out` stands for the first characters of the id."""
         return out.replace("{id}", self.id[:SHORT_ID])
@@ -214,7 +223,13 @@ def verify(artifact: Artifact) -> list[str]:
     ]
 
 
-def produce(plan: Plan, out: str, write: Callable[[Path], Mapping[str, Any]], keep_work: bool = False) -> Artifact:
+def produce(
+    plan: Plan,
+    out: str,
+    write: Callable[[Path], Mapping[str, Any]],
+    resume_from: Sequence[str] = (),
+    restart: bool = False,
+) -> Artifact:
     """Return the planned artifact, making it only if it does not exist yet.
 
     Args:
@@ -222,29 +237,35 @@ def produce(plan: Plan, out: str, write: Callable[[Path], Mapping[str, Any]], ke
         out: the URL to write to; may hold `{id}`.
         write: fills a local directory and returns the artifact's metrics. What it leaves there under a name that begins
             with a dot is not part of the artifact.
-        keep_work: hand `write` what an interrupted attempt left in the directory, so that it can go on from there.
+        resume_from: glob patterns, relative to the directory, of files that `write` resumes from. With any, it gets the
+            directory as an interrupted attempt left it, and such files are never removed because a setting changed.
+        restart: discard unfinished work of other settings.
 
     Raises:
-        UserError: the URL holds an artifact made from other inputs or settings.
+        UserError: the URL holds an artifact made from other inputs or settings, or unfinished work of such a one.
         Busy: another process is making it.
     """
     url = plan.resolve(out)
-    found = find_planned(plan, out)
-    if found is not None:
-        return found
-    work = work_directory(plan, out)
-    with _claimed(work, plan), _claimed_remotely(url, work) as claim:
-        found = find(url)  # another process may have finished it between the first look and the lock
-        if found is not None and found.id == plan.id:
-            (work / _MARK).unlink(missing_ok=True)
-            return found
-        if not keep_work:
-            _discard_debris(work)
+    existing = find_planned(plan, out)
+    if existing is not None:
+        return existing
+    work, record = work_directory(plan, out), plan.record(resume_from)
+    with staging.staged(work, record, restart), _claimed_remotely(url, work) as claim:
+        existing = find(url)  # another process may have finished it between the first look and the lock
+        if existing is not None and existing.id == plan.id:
+            (work / staging.RECORD).unlink(missing_ok=True)
+            return existing
+        if resume_from and not storage.is_local(url):
+            staging.stage_remotely(url, record, restart)
+        if not resume_from:
+            staging.discard(work)
         metrics = write(work)
         artifact = _commit(plan, url, work, metrics, claim)
-        _forget_hidden(work)
+        staging.discard_hidden(work)
     if not storage.is_local(url):
         shutil.rmtree(work)
+        if resume_from:
+            storage.remove(storage.join(url, staging.RECORD))
     return artifact
 
 
@@ -255,10 +276,15 @@ def find_planned(plan: Plan, out: str) -> Artifact | None:
         UserError: the URL holds an artifact made from other inputs or settings.
     """
     url = plan.resolve(out)
-    found = find(url)
-    if found is not None and found.id != plan.id:
-        raise UserError(f"{url}: holds an artifact of other inputs or settings; remove it or choose another --out")
-    return found
+    existing = find(url)
+    if existing is not None and existing.id != plan.id:
+        made = existing.manifest
+        recorded = Plan(made.kind, made.stage, plan.version, made.config, made.inputs).record()
+        raise UserError(
+            f"{url}: holds an artifact of other settings ({staging.difference(recorded, plan.record())}); remove it or "
+            "choose another --out"
+        )
+    return existing
 
 
 def work_directory(plan: Plan, out: str) -> Path:
@@ -267,65 +293,8 @@ def work_directory(plan: Plan, out: str) -> Path:
     return storage.local_path(url) if storage.is_local(url) else cache_directory() / "work" / plan.id
 
 
-_MARK = ".unfinished"
-_LOCK_SECONDS = 10
-
-
-@contextlib.contextmanager
-def _claimed(work: Path, plan: Plan) -> Iterator[None]:
-    """Hold a work directory: marked as Fovea's, and locked against other processes for as long as this one lives.
-
-    What an attempt at another artifact left there is removed.
-    """
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"{work}: {error.strerror}; choose another --out") from None
-    if any(work.iterdir()) and not (work / _MARK).exists() and not (work / MANIFEST).exists():
-        raise UserError(f"{work}: not empty and not written by Fovea; choose another --out")
-    with (work / _MARK).open("a+") as mark:
-        _lock(mark, work)
-        mark.seek(0)
-        if mark.read() != plan.id and not (work / MANIFEST).exists():
-            mark.truncate(0)  # first: half of it gone, it is nobody's
-            mark.flush()
-            _discard_debris(work)
-            mark.write(plan.id)
-            mark.flush()
-        yield
-
-
 def _claimed_remotely(url: str, work: Path) -> contextlib.AbstractContextManager[Claim | None]:
     return contextlib.nullcontext() if storage.is_local(url) else claims.claimed(url, work)
-
-
-def _lock(mark: IO[str], work: Path) -> None:
-    """Lock a directory's mark; loader processes of a trainer that was killed may hold it for some seconds more."""
-    for attempt in range(_LOCK_SECONDS):
-        try:
-            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if attempt + 1 < _LOCK_SECONDS:
-                time.sleep(1)
-    raise Busy(f"{work}: another process is making this artifact; wait for it or stop it")
-
-
-def _forget_hidden(work: Path) -> None:
-    """Remove what only the making needed, the mark last."""
-    for path in work.iterdir():
-        if path.name.startswith(".") and path.name != _MARK:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (work / _MARK).unlink()
-
-
-def _discard_debris(work: Path) -> None:
-    """Remove what an attempt that did not finish left behind."""
-    for path in work.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in (_MARK, claims.OWNER):
-            path.unlink()
 
 
 def _commit(plan: Plan, url: str, work: Path, metrics: Mapping[str, Any], claim: Claim | None) -> Artifact:

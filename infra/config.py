@@ -22,6 +22,15 @@ class Config(BaseModel):
         return self.model_dump(mode="json")
 
 
+class Output(Config):
+    """Where a stage writes its artifact."""
+
+    out: str
+    """URL of the artifact; {id} stands for its id."""
+    restart: bool = False
+    """Discard unfinished work of other settings at `out`. Work of the same settings is always resumed."""
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping from a local file.
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from infra.config import Config
+from infra.config import Config, Output
 from infra.launch.config import Launch, Launcher
 from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD, Sampling, Views
 from pretrain.models.config import Checkpointing, VisionTransformerConfig
@@ -271,7 +271,7 @@ class PretrainSettings(TrainingSettings):
         return self
 
 
-class PretrainConfig(PretrainSettings):
+class PretrainConfig(PretrainSettings, Output):
     """Corpora in, teacher checkpoint out."""
 
     corpora: list[str] = Field(min_length=1)
@@ -429,7 +429,7 @@ BackboneConfig = Annotated[
 ]
 
 
-PLACES = ("corpora", "start", "teacher_checkpoint", "taught", "out")  # inputs are known by their ids
+PLACES = ("corpora", "start", "teacher_checkpoint", "taught", "out", "restart")  # inputs are known by their ids
 LAUNCHING = ("launcher", "launch")
 _SPREADING = {"engine", "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"}
 

@@ -30,6 +30,7 @@ from pretrain.telemetry import METRICS
 TRAINING = "training"  # the last state, part of the artifact
 _STEPS = "steps"
 _TALLY = "tally.json"  # written last: what has none is debris
+RESUME_FROM = (f"{_STEPS}/*/{_TALLY}", f"{TRAINING}/*")
 
 Rows = Sequence[Mapping[str, float]]
 

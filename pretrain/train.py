@@ -12,6 +12,7 @@ from torch import Tensor
 
 from infra.artifacts import Artifact, Input, Plan, cache_directory, find, open_artifact, produce, work_directory
 from infra.cache import BlockCache
+from infra.config import Output
 from infra.errors import UserError
 from pretrain import checkpoints, telemetry
 from pretrain.checkpoints import Checkpoint, Description
@@ -29,7 +30,7 @@ from pretrain.objectives.config import ClipConfig, SiglipConfig
 from pretrain.objectives.image_text import tokenizer
 from pretrain.ranks import barrier, world
 from pretrain.reporting import Probe, Task
-from pretrain.saves import remove_remote
+from pretrain.saves import RESUME_FROM, remove_remote
 
 VERSION = 5
 
@@ -58,7 +59,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Artifact:
         return training_metrics(trained, dataset, "student.")
 
     planned = plan(config)
-    return produce_together(planned, config.out, write)
+    return produce_together(planned, config, write)
 
 
 def train(task: Task, learner: Learner) -> Trained:
@@ -79,13 +80,13 @@ def train(task: Task, learner: Learner) -> Trained:
     return Training(task, learner).run()
 
 
-def produce_together(plan: Plan, out: str, write: Callable[[Path], Mapping[str, Any]]) -> Artifact:
+def produce_together(plan: Plan, output: Output, write: Callable[[Path], Mapping[str, Any]]) -> Artifact:
     """`produce` on all ranks of a training: every rank trains, the first one commits."""
-    url = plan.resolve(out)
+    url = plan.resolve(output.out)
     if world()[0] == 0 or find(url) is not None:
-        produce(plan, out, write, keep_work=True)
+        produce(plan, output.out, write, RESUME_FROM, output.restart)
     else:
-        write(work_directory(plan, out))
+        write(work_directory(plan, output.out))
     if world()[0] == 0:
         remove_remote(url)
     barrier()

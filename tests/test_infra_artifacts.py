@@ -58,7 +58,7 @@ def test_resumable_work_survives_and_other_work_does_not(tmp_path: Path) -> None
 
     with pytest.raises(RuntimeError):
         produce(PLAN, str(tmp_path / "a"), start)
-    produce(PLAN, str(tmp_path / "a"), go_on, keep_work=True)
+    produce(PLAN, str(tmp_path / "a"), go_on, ["state"])
 
 
 def test_a_folder_that_is_not_ours_is_never_emptied(tmp_path: Path) -> None:
@@ -66,14 +66,14 @@ def test_a_folder_that_is_not_ours_is_never_emptied(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not written by Fovea"):
         produce(PLAN, str(tmp_path), write)
     with pytest.raises(UserError, match="not written by Fovea"):
-        produce(PLAN, str(tmp_path), write, keep_work=True)
+        produce(PLAN, str(tmp_path), write, ["state"])
     assert (tmp_path / "holiday.txt").read_text() == "keep me"
 
 
 def test_another_artifact_in_the_place_is_refused(tmp_path: Path) -> None:
     produce(PLAN, str(tmp_path / "a"), write)
     other = Plan("report", "test", 2, PLAN.settings, PLAN.inputs)
-    with pytest.raises(UserError, match="other inputs or settings"):
+    with pytest.raises(UserError, match=r"holds an artifact of other settings \(made by another version"):
         produce(other, str(tmp_path / "a"), write)
 
 

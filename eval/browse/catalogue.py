@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from infra import storage
-from infra.artifacts import MANIFEST, Artifact, find
+from infra.artifacts import Artifact, find
 from infra.errors import UserError
+from infra.staging import MANIFEST
 
 _FRESH_SECONDS = 5.0
 _STAMPS = ("size", "mtime_ns", "ETag", "etag", "LastModified")
