@@ -50,9 +50,18 @@ class IngestSettings(Config):
     every image lies in one, else .cls files where there are any; none: no labels."""
     label_field: str = "label"
     """The field, for `json`."""
+    annotation_suffixes: list[str] = Field(default_factory=list)
+    """Suffixes of image files that annotate the image of the same name, such as png for masks beside jpg files. Without
+    it, two images of one name are two samples. x.seg.png beside x.jpg in a shard needs no setting."""
     check: Literal["pixels", "header"] = "pixels"
     """pixels: decode every image, so that what is kept is known to be whole. header: read its dimensions alone, many
     times faster; training passes over those that then prove damaged."""
+    bit_depth: int | None = Field(None, ge=9, le=32)
+    """Significant bits of grey or color samples of more than 8 bits, such as 12 for sensor data in 16-bit files. null:
+    the depth that a file declares; images that leave it open are rejected as `unknown_depth`."""
+    window: tuple[float, float] | None = None
+    """Sample values that become black and white in images of more than 8 bits, signed and floating-point ones included,
+    such as [-1000, 400] for CT. null: `bit_depth`."""
     max_pixels: int = Field(100_000_000, ge=1, le=100_000_000)
     """Images that claim more are rejected unread."""
     max_file_mb: int = Field(256, ge=1)
@@ -61,6 +70,14 @@ class IngestSettings(Config):
     """Images with a shorter side are rejected."""
     shard_mb: int = Field(256, ge=1)
     """Shards are closed at this size, in MiB."""
+
+    @model_validator(mode="after")
+    def _window_is_open(self) -> IngestSettings:
+        if self.window is not None and self.window[1] <= self.window[0]:
+            raise ValueError(f"window {list(self.window)}: the second value must be larger than the first")
+        if self.window is not None and self.bit_depth is not None:
+            raise ValueError("window and bit_depth both say what is black and white; give one")
+        return self
 
 
 class IngestConfig(IngestSettings, Output):

@@ -135,6 +135,8 @@ class Context:
     def begin(cls, config: CurateConfig, inputs: Inputs, directory: Path) -> Context:
         keys = inputs.corpus.table["key"]
         verdicts = Verdicts.after(inputs.selection) if inputs.selection else Verdicts.initial(keys)
+        if inputs.embeddings is not None:
+            verdicts.drop_undecodable(inputs.embeddings.undecodable)
         threads = config.workers or len(os.sched_getaffinity(0))
         memory = int(config.memory_gb * (1 << 30))
         earlier = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -29,15 +30,16 @@ from curation.steps.score import score
 from curation.steps.semdedup import semdedup
 from infra import memory, selections
 from infra.artifacts import Artifact, Input, Plan, produce
-from infra.corpora import Corpus
+from infra.corpora import DECODING, Corpus
 from infra.errors import UserError
 from infra.hashing import hash_url
 from infra.progress import progress
 from infra.selections import Selection
 from infra.shards import CorpusWriter
+from pretrain.data.images import depth_of
 
 VERSION = 3
-_MATERIALIZE_VERSION = 1
+_MATERIALIZE_VERSION = 2
 _STATE = ".verdicts.npz"  # after the last finished step, while others are to come
 _STEPS: dict[str, Callable[[Context, Any], Mapping[str, Any]]] = {
     "exact": exact,
@@ -138,7 +140,7 @@ def materialize(config: MaterializeConfig) -> Artifact:
     settings: dict[str, Any] = {"shard_mb": config.shard_mb}
     redact = None
     if config.blur_faces is not None:
-        redact = FaceBlurrer(config.blur_faces).blurred
+        redact = FaceBlurrer(config.blur_faces, depth_of(corpus)).blurred
         unread = {"model", "min_score" if config.blur_faces.model is None else "min_share"}
         settings["blur_faces"] = config.blur_faces.model_dump(mode="json", exclude=unread)
         if (model := config.blur_faces.model) is not None:
@@ -154,6 +156,7 @@ def materialize(config: MaterializeConfig) -> Artifact:
                 blurred += writer.copy(corpus, int(row), redact)
                 advance()
         writer.finish()
+        (directory / DECODING).write_text(json.dumps(corpus.decoding))
         told = {"images": len(kept), "classes": corpus.classes}
         return told if redact is None else told | {"blurred": blurred}
 

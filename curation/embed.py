@@ -21,7 +21,7 @@ from infra.progress import progress
 from pretrain import backbones
 from pretrain.backbones import Backbone
 from pretrain.config import BackboneConfig
-from pretrain.features import of_rows
+from pretrain.features import RowFeatures, of_rows
 
 VERSION = 4
 _PART_ROWS = 1 << 14
@@ -69,29 +69,30 @@ def _write(config: EmbedConfig, corpus: Corpus, previous: Embeddings | None, dir
     left = [number for number in range(len(parts)) if not embeddings.part_path(directory, number).exists()]
     done = len(corpus) - sum(len(parts[number]) for number in left)
     with progress("embed", len(corpus), done) as advance:
-        found = _vectors(config, corpus, before, [parts[number] for number in left], advance)
-        for number, vectors in zip(left, found, strict=True):
-            embeddings.write_part(directory, number, vectors)
+        embedded = _embedded(config, corpus, before, [parts[number] for number in left], advance)
+        for number, part in zip(left, embedded, strict=True):
+            embeddings.write_part(directory, number, part.vectors, part.undecodable)
     embeddings.write_keys(directory, corpus.table["key"])
+    undecodable = embeddings.write_undecodable(directory, len(parts))
     dim = np.load(embeddings.part_path(directory, 0), mmap_mode="r", allow_pickle=False).shape[1]
-    return {"images": len(corpus), "dim": dim}
+    return {"images": len(corpus), "dim": dim} | ({"undecodable": undecodable} if undecodable else {})
 
 
-def _vectors(
+def _embedded(
     config: EmbedConfig, corpus: Corpus, before: _Before | None, parts: list[np.ndarray], advance: Callable[..., None]
-) -> Iterator[np.ndarray]:
-    """Of each part, here or on a cluster."""
+) -> Iterator[RowFeatures]:
+    """Vectors of each part, computed here or on a cluster."""
     if config.ray is None:
         backbone = backbones.load(config.backbone)
         yield from (_part(backbone, corpus, rows, before, config.batch, advance) for rows in parts)
         return
 
-    def remote(rows: np.ndarray) -> np.ndarray:
+    def remote(rows: np.ndarray) -> RowFeatures:
         return _part(_loaded(config.backbone), corpus, rows, before, config.batch)
 
-    for vectors in Cluster(config.ray).map(remote, parts, together=1, on_gpus=True):
-        advance(len(vectors))
-        yield vectors
+    for part in Cluster(config.ray).map(remote, parts, together=1, on_gpus=True):
+        advance(len(part.vectors))
+        yield part
 
 
 @cache
@@ -107,18 +108,26 @@ def _part(
     before: _Before | None,
     batch: int,
     advance: Callable[..., None] = lambda count: None,
-) -> np.ndarray:
+) -> RowFeatures:
     """Vectors of some rows, float16: those of images that are still the same from before, the others anew."""
-    known = np.zeros(len(rows), dtype=bool) if before is None else before.place[rows] >= 0
-    found = []
-    for features in of_rows(backbone, corpus, rows[~known].tolist(), batch):
-        found.append(embeddings.stored(features))
-        advance(len(features))
+    reused = np.zeros(len(rows), dtype=bool) if before is None else before.place[rows] >= 0
+    new: list[np.ndarray] = []
+    undecodable: dict[int, str] = {}
+    for features in of_rows(backbone, corpus, rows[~reused].tolist(), batch):
+        new.append(embeddings.stored(features.vectors))
+        undecodable |= features.undecodable
+        advance(len(features.vectors))
     if before is None:
-        return np.concatenate(found)
+        return RowFeatures(np.concatenate(new), undecodable)
     vectors = np.empty((len(rows), before.embeddings.vectors.dim), dtype=np.float16)
-    vectors[known] = before.embeddings.vectors.take(before.place[rows[known]])
-    if found:
-        vectors[~known] = np.concatenate(found)
-    advance(int(known.sum()))
-    return vectors
+    vectors[reused] = before.embeddings.vectors.take(before.place[rows[reused]])
+    if new:
+        vectors[~reused] = np.concatenate(new)
+    earlier = before.embeddings.undecodable
+    undecodable |= {
+        int(row): earlier[place]
+        for row, place in zip(rows[reused], before.place[rows[reused]].tolist(), strict=True)
+        if place in earlier
+    }
+    advance(int(reused.sum()))
+    return RowFeatures(vectors, dict(sorted(undecodable.items())))

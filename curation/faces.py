@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from curation.config import FaceBlur
 from infra.errors import UserError
-from pretrain.data.decode import ImageRejected, decoded, open_image
+from pretrain.data.decode import AS_DECLARED, ImageRejected, decode, open_image
+from pretrain.data.sample_depth import DepthSettings
 
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels"""
@@ -27,7 +28,8 @@ class FaceBlurrer:
         UserError: the detector's model cannot be read.
     """
 
-    def __init__(self, config: FaceBlur) -> None:
+    def __init__(self, config: FaceBlur, depth: DepthSettings = AS_DECLARED) -> None:
+        self._depth = depth
         self._detect = _lbp(config) if config.model is None else _yunet(config, config.model)
         self._margin = config.margin
 
@@ -36,7 +38,7 @@ class FaceBlurrer:
         if it has none or is no image."""
         try:
             opened = open_image(data)
-            image, kind = decoded(opened), opened.format
+            image, kind = decode(opened, depth=self._depth), opened.header.format
         except ImageRejected:
             return None
         boxes = self._detect(np.asarray(image))

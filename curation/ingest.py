@@ -22,20 +22,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curation import scan
 from curation.config import IngestConfig, IngestSettings
+from curation.samples import Sample, stem_of
 from curation.scan import PART_SCHEMA, Facts, Scans
-from curation.sources import BrokenShard, Sample, Unit, find_units
+from curation.sources import BrokenShard, Source, Unit, find_units, is_shard_name
 from curation.tars import SUFFIXES
 from infra import storage
 from infra.artifacts import Artifact, Input, Plan, cache_directory, produce
-from infra.corpora import INDEX_SCHEMA, Corpus, Shard
+from infra.corpora import DECODING, INDEX_SCHEMA, Corpus, Shard
 from infra.errors import UserError
 from infra.hashing import hash_json
+from infra.names import spelled_out
 from infra.progress import progress
 from infra.shards import IndexWriter, ParquetRows, ShardWriter, shard_path
 
-VERSION = 2
+VERSION = 3
 _PLACED = "placed"  # folder of a copying ingest's finished shards' rows, removed at the end
 _ALONE = 8 << 20  # bytes below which starting processes takes longer than reading
 
@@ -49,11 +50,11 @@ def ingest(config: IngestConfig) -> Artifact:
     Raises:
         UserError: the source is missing, or holds no usable image.
     """
-    units = find_units(config.source, config.shard_mb << 20)
+    source = find_units(config.source, config.shard_mb << 20, config.annotation_suffixes)
     settings = IngestSettings(**{name: getattr(config, name) for name in IngestSettings.model_fields})
     work = Work(
         config.source,
-        units,
+        source,
         Scans(cache_directory() / "ingest", settings, uuid.uuid4().hex),
         config.workers or _cores(),
     )
@@ -62,9 +63,20 @@ def ingest(config: IngestConfig) -> Artifact:
     plan = Plan("corpus", "ingest", VERSION, settings.model_dump(mode="json"), inputs)
     resume_from = [f"{_PLACED}/*.json"]
     artifact = produce(plan, config.out, lambda directory: work.write(directory, facts), resume_from, config.restart)
-    work.scans.forget_unstamped(units)
-    _check_places(artifact, units)
+    work.scans.forget_unstamped(source.units)
+    _check_places(artifact, source.units)
     return artifact
+
+
+def notes(corpus: Artifact) -> list[str]:
+    """What a user should know of an ingested corpus, a line each: what was left out, and images without a class."""
+    made = corpus.metrics
+    lines = [f"rejected: {count} {reason} (rejected.parquet lists them)" for reason, count in made["rejected"].items()]
+    if without := made.get("without_class"):
+        first = f" ({made['first_without_class']})" if made["first_without_class"] else ""
+        has = "image has" if made["images"] == 1 else f"images {'has' if without == 1 else 'have'}"
+        lines.append(f"classes: {without} of {made['images']} {has} no class{first}")
+    return lines
 
 
 def _check_places(artifact: Artifact, units: Sequence[Unit]) -> None:
@@ -88,14 +100,19 @@ def _cores() -> int:
 class Work:
     """One ingest: its units, and what was read of them before."""
 
-    source: str
-    units: list[Unit]
+    url: str
+    source: Source
     scans: Scans
     workers: int
 
+    @property
+    def units(self) -> list[Unit]:
+        return self.source.units
+
     def identity(self, facts: Mapping[str, Facts]) -> str:
         """A hash of names and contents, wherever they lie."""
-        return hash_json([[unit.name, facts[unit.name].sha256] for unit in self.units])
+        units = [[unit.name, facts[unit.name].sha256] for unit in self.units]
+        return hash_json([units, [[spelled_out(path), *more] for path, *more in self.source.rejected]])
 
     def read(self) -> dict[str, Facts]:
         """Read the units that were not read before; return the facts of all, by name."""
@@ -113,14 +130,13 @@ class Work:
         return found
 
     def _alone(self, units: Sequence[Unit]) -> bool:
-        return min(self.workers, len(units)) < 2 or sum(unit.bytes for unit in units) < _ALONE
+        return min(self.workers, len(units)) < 2 or sum(unit.total_bytes for unit in units) < _ALONE
 
     def write(self, directory: Path, facts: Mapping[str, Facts]) -> Mapping[str, Any]:
         """Write index and, where samples cannot be read where they are, shards."""
-        images, rejected = sum(each.images for each in facts.values()), _rejected(facts.values())
+        images, rejected = sum(each.images for each in facts.values()), self._rejected(facts)
         if not images:
-            reasons = ", ".join(f"{reason} {count}" for reason, count in rejected.items())
-            raise UserError(f"{self.source}: no usable image among {sum(rejected.values())}; reasons: {reasons}")
+            raise UserError(f"{self.url}: no usable image among {sum(rejected.values())} files: {self._reasons(facts)}")
         labels = Labels.of(self.scans.settings, list(facts.values()))
         used = [unit for unit in self.units if facts[unit.name].images]
         prefixes = self._prefixes(used)
@@ -130,17 +146,47 @@ class Work:
             for batch in pq.ParquetFile(path).iter_batches():
                 index.add_table(_indexed(pa.Table.from_batches([batch]), len(shards), prefixes[unit.name], labels))
             shards.append(shard)
-        for unit in self.units:
-            for row in pq.read_table(self.scans.rejected(unit)).to_pylist():
-                index.reject(row)
+        for row in self._rejected_rows():
+            index.reject(row)
         index.finish(shards)
+        self._write_decoding(directory)
         shutil.rmtree(directory / _PLACED, ignore_errors=True)
         return {
             "images": images,
             "rejected": rejected,
             "classes": labels.names,
+            "without_class": labels.without,
+            "first_without_class": labels.first_without,
             "bytes": sum(each.bytes for each in facts.values()),
         }
+
+    def _write_decoding(self, directory: Path) -> None:
+        """What readers of the corpus need to know of its images."""
+        settings = self.scans.settings
+        depth = {"bit_depth": settings.bit_depth, "window": settings.window}
+        (directory / DECODING).write_text(json.dumps({"decoded": settings.check == "pixels", **depth}))
+
+    def _rejected(self, facts: Mapping[str, Facts]) -> dict[str, int]:
+        """Files that are left out, by reason."""
+        total = Counter(reason for _, reason, _ in self.source.rejected)
+        for each in facts.values():
+            total.update(each.rejected)
+        return dict(sorted(total.items()))
+
+    def _rejected_rows(self) -> Iterator[dict[str, Any]]:
+        for path, reason, size in self.source.rejected:
+            yield {"key": spelled_out(stem_of(path)), "path": spelled_out(path), "reason": reason, "bytes": size}
+        for unit in self.units:
+            yield from pq.read_table(self.scans.rejected(unit)).to_pylist()
+
+    def _reasons(self, facts: Mapping[str, Facts]) -> str:
+        """Reasons with their counts and the first file of each."""
+        examples: dict[str, str] = {}
+        for path, reason, _ in self.source.rejected:
+            examples.setdefault(reason, spelled_out(path))
+        for unit in self.units:
+            examples = facts[unit.name].examples | examples
+        return ", ".join(f"{reason} {count} ({examples[reason]})" for reason, count in self._rejected(facts).items())
 
     def _prefixes(self, units: list[Unit]) -> dict[str, str]:
         """What stands before the keys of each unit: its name, where two shards use the same key; else nothing."""
@@ -153,7 +199,7 @@ class Work:
         nested = any(str(parent) in taken for stem in taken for parent in PurePosixPath(stem).parents)
         if nested or len(set(stems.values())) < len(stems):
             stems = {name: name for name in stems}
-        return {name: f"{scan.text(stem)}/" for name, stem in stems.items()}
+        return {name: f"{spelled_out(stem)}/" for name, stem in stems.items()}
 
     def _placed(
         self, directory: Path, units: list[Unit], facts: Mapping[str, Facts], prefixes: Mapping[str, str]
@@ -161,7 +207,10 @@ class Work:
         """The shard of each unit and the file of its rows."""
         if all(unit.in_place for unit in units):
             for unit in units:
-                yield Shard(_absolute(unit.files[0].url), unit.bytes, facts[unit.name].sha256), self.scans.rows(unit)
+                yield (
+                    Shard(_absolute(unit.files[0].url), unit.total_bytes, facts[unit.name].sha256),
+                    self.scans.rows(unit),
+                )
             return
         most = self.scans.settings.max_file_mb << 20
         copies = [
@@ -199,16 +248,9 @@ def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
 
 def _stem(name: str) -> str:
     """A shard's name without its suffix."""
-    return (
-        name.removesuffix(next(each for each in SUFFIXES if name.endswith(each))) if name.endswith(SUFFIXES) else name
-    )
-
-
-def _rejected(facts: Any) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for each in facts:
-        total.update(each.rejected)
-    return dict(sorted(total.items()))
+    if not is_shard_name(name):
+        return name
+    return name[: -len(next(each for each in SUFFIXES if name.lower().endswith(each)))]
 
 
 @dataclass(frozen=True)
@@ -219,23 +261,32 @@ class Labels:
     """Classes in the order of their numbers; none: the numbers that .cls members give"""
     given: bool
     """Whether .cls members count"""
+    without: int = 0
+    """Images without a class beside others that have one"""
+    first_without: str | None = None
+    """Path of the first of them"""
 
     @classmethod
     def of(cls, settings: IngestSettings, facts: Sequence[Facts]) -> Labels:
-        """By the settings, and by whether every image has a class.
+        """By the settings, and by which images have a class.
 
         Raises:
             UserError: classes were asked for, and some image has none.
         """
-        without, images = sum(each.unclassed for each in facts), sum(each.images for each in facts)
         if settings.labels == "none":
             return cls([], given=False)
+        without, images = sum(each.unclassed for each in facts), sum(each.images for each in facts)
+        first = next((each.first_unclassed for each in facts if each.first_unclassed), None)
         if without and settings.labels in ("folders", "json"):
             raise UserError(
-                f"labels: {settings.labels}, but {without} of {images} images have no class; mend them, or choose auto"
+                f"labels: {settings.labels}, but {without} of {images} images have no class, such as {first}; move or "
+                "remove them, or use --labels auto"
             )
-        names = set() if without else {name for each in facts for name in each.classes}
-        return cls(sorted(names), given=True)
+        unlabeled = sum(each.unlabeled for each in facts)
+        if without and unlabeled < images:
+            return cls([], given=True, without=unlabeled)
+        names = sorted({name for each in facts for name in each.classes})
+        return cls(names, given=True, without=without if names else 0, first_without=first if names else None)
 
     def numbers(self, rows: pa.Table) -> pa.Array:
         if self.names:

@@ -16,9 +16,11 @@ from PIL import Image
 from curation.similarity.tiles import Workers
 from infra.corpora import Corpus, Unusable
 from infra.files import appearing, remove_unused
-from pretrain.data.decode import ImageRejected, decoded, open_image
+from pretrain.data.decode import AS_DECLARED, ImageRejected, decode, open_image, upright_size
+from pretrain.data.images import depth_of
+from pretrain.data.sample_depth import DepthSettings
 
-VERSION = 2
+VERSION = 3
 SIDE = 32  # of the small picture, in pixels
 _FREQUENCIES = 8
 _DECODE_SIDE = 128  # pixels of the shorter side below which no decoder is asked to shrink
@@ -71,16 +73,17 @@ class Looks:
     def _pictures(self, rows: range) -> Iterator[np.ndarray | None]:
         for row, image in zip(rows, self.corpus.read_images(rows), strict=True):
             # What is kept must not hang on a shard that was damaged for a while: this says so and stops.
-            yield grey(self.corpus.read_image(row) if isinstance(image, Unusable) else image)
+            data = self.corpus.read_image(row) if isinstance(image, Unusable) else image
+            yield grey(data, depth_of(self.corpus))
 
 
-def grey(data: bytes) -> np.ndarray | None:
+def grey(data: bytes, depth: DepthSettings = AS_DECLARED) -> np.ndarray | None:
     """An encoded image in grey, uint8 `[height, width]`, at a reduced scale where that is cheaper; None if it cannot
     be decoded."""
     try:
         image = open_image(data)
-        shrink = max(min(image.size) // _DECODE_SIDE, 1)
-        return np.asarray(decoded(image, shrink, grey=True))
+        shrink = max(min(upright_size(image)) // _DECODE_SIDE, 1)
+        return np.asarray(decode(image, shrink, grey=True, depth=depth))
     except ImageRejected:
         return None
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from PIL import Image
 
 from curation.config import IngestSettings
-from curation.sources import BrokenShard, Member, Sample, Unit
+from curation.samples import Member, Sample, stem_of
+from curation.sources import BrokenShard, Unit
 from infra.corpora import INDEX_SCHEMA, REJECTED_SCHEMA
 from infra.files import remove_unused
 from infra.hashing import hash_json
+from infra.names import is_storable, spelled_out
 from infra.shards import ParquetRows
 from pretrain.data.decode import ImageRejected, decode_rgb, open_image, upright_size
+from pretrain.data.sample_depth import DepthSettings
 
-VERSION = 1
+VERSION = 2
 _ROWS, _REJECTED, _FACTS = "rows.parquet", "rejected.parquet", "facts.json"
 PART_SCHEMA = pa.schema(
     [each for each in INDEX_SCHEMA if each.name != "shard"]
@@ -45,7 +48,14 @@ class Facts:
     classes: list[str] = field(default_factory=list)
     unclassed: int = 0
     """Images without a class"""
+    first_unclassed: str | None = None
+    """Path of the first one"""
+    unlabeled: int = 0
+    """Images whose .cls file is missing or holds no label"""
     rejected: dict[str, int] = field(default_factory=dict)
+    """Files by the reason why they are left out"""
+    examples: dict[str, str] = field(default_factory=dict)
+    """Path of the first file of each reason"""
 
 
 class Scans:
@@ -63,7 +73,7 @@ class Scans:
     def _folder(self, unit: Unit) -> Path:
         files = [(file.name, file.url, file.bytes, file.stamp or self.run) for file in unit.files]
         decisive = self.settings.model_dump(mode="json", exclude={"shard_mb"})
-        return self.directory / hash_json([VERSION, decisive, unit.name, unit.classes, files])
+        return self.directory / hash_json([VERSION, decisive, unit.name, unit.classes, unit.annotation_suffixes, files])
 
     def facts(self, unit: Unit) -> Facts | None:
         """What is known of a unit; None if it has not been read."""
@@ -107,7 +117,7 @@ class Scans:
 def _read(unit: Unit, settings: IngestSettings, directory: Path, advance: Callable[[], None]) -> Facts:
     rows, rejected = ParquetRows(directory / _ROWS, PART_SCHEMA), ParquetRows(directory / _REJECTED, REJECTED_SCHEMA)
     digest = hashlib.sha256()
-    intake = Intake(settings, rejected)
+    intake = Intake(settings, unit, rejected)
     classes: set[str] = set()
     facts = Facts("")
     try:
@@ -116,49 +126,44 @@ def _read(unit: Unit, settings: IngestSettings, directory: Path, advance: Callab
             if row is not None:
                 rows.add(row | {"ordinal": ordinal})
                 facts.images, facts.bytes = facts.images + 1, facts.bytes + row["image"]["size"]
-                facts.unclassed += row["class"] is None
+                facts.unlabeled += row["label"] is None
+                if row["class"] is None:
+                    facts.unclassed += 1
+                    facts.first_unclassed = facts.first_unclassed or unit.path_of(row["image"]["name"])
                 classes |= {row["class"]} - {None}
             advance()
-    except BrokenShard:
-        intake.reject(unit.name, "broken_shard", unit.bytes)
+    except BrokenShard as error:
+        intake.reject(unit.name, error.reason, unit.total_bytes)
     rows.close()
     rejected.close()
-    facts.sha256, facts.classes, facts.rejected = (
-        digest.hexdigest(),
-        sorted(classes),
-        dict(sorted(intake.counts.items())),
-    )
+    facts.sha256, facts.classes = digest.hexdigest(), sorted(classes)
+    facts.rejected, facts.examples = dict(sorted(intake.counts.items())), intake.examples
     return facts
 
 
 @dataclass
 class Intake:
-    """Checks samples one by one and notes those it turns away."""
+    """Checks samples one by one. Every file of a sample is in a row of the index, or is rejected with a reason."""
 
     settings: IngestSettings
+    unit: Unit
     rejected: ParquetRows
     counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
     _keys: set[int] = field(default_factory=set)
 
     def accept(self, sample: Sample) -> dict[str, Any] | None:
         """The part's columns of a usable sample, or None, with the reason noted."""
         image = sample.image()
-        if image is None:
-            self.reject(sample.key, "no_image", sum(each.size for each in sample.members))
-            return None
         key_hash = int.from_bytes(hashlib.blake2b(sample.key.encode("utf-8", "replace"), digest_size=8).digest(), "big")
-        reason, size = self._look(sample.key, key_hash, image)
-        if size is None or image.data is None:
-            self.reject(sample.key, reason, image.size)
+        reason, size = ("no_image", None) if image is None else self._check(sample.key, key_hash, image)
+        if image is None or image.data is None or size is None:
+            self._reject_sample(sample, image, reason)
             return None
         self._keys.add(key_hash)
-        others = [each for each in sample.members if each is not image and each.data is not None]
-        for each in sample.members:
-            if each.data is None:
-                self.reject(each.name, "too_many_bytes", each.size)
-        caption = sample.text("txt")
-        if caption is None and any(each.extension == "txt" for each in others):
-            self.reject(f"{sample.key}.txt", "caption_not_utf8", 0)
+        others = [each for each in sample.members if each is not image and self._accept_member(each)]
+        label, caption = _label(sample), sample.text("txt")
+        self._note_unreadable_text(others, label, caption)
         return {
             "key": sample.key,
             "key_hash": key_hash,
@@ -167,19 +172,19 @@ class Intake:
             "width": size[0],
             "height": size[1],
             "sha256": hashlib.sha256(image.data).hexdigest(),
-            "label": _label(sample),
+            "label": label,
             "class": self._class(sample),
             "caption": caption,
         }
 
-    def _look(self, key: str, key_hash: int, image: Member) -> tuple[str, tuple[int, int] | None]:
+    def _check(self, key: str, key_hash: int, image: Member) -> tuple[str, tuple[int, int] | None]:
         """Width and height, or the reason why the image cannot be used."""
         if key_hash in self._keys:
             return "duplicate_key", None
-        if not key.isprintable() or ".." in key.split("/"):
+        if not is_storable(f"{key}.{image.extension}"):
             return "unsafe_key", None
         if image.data is None:
-            return "too_many_bytes", None
+            return image.unreadable or "too_many_bytes", None
         try:
             size = self._size(image.data)
         except ImageRejected as error:
@@ -187,30 +192,52 @@ class Intake:
         return ("too_small", None) if min(size) < self.settings.min_side else ("", size)
 
     def _size(self, data: bytes) -> tuple[int, int]:
-        if self.settings.check == "pixels":
-            return decode_rgb(data, self.settings.max_pixels).size
-        image: Image.Image = open_image(data, self.settings.max_pixels)
-        return upright_size(image)
+        if self.settings.check == "header":
+            return upright_size(open_image(data, self.settings.max_pixels))
+        depth = DepthSettings(bit_depth=self.settings.bit_depth, window=self.settings.window)
+        return decode_rgb(data, self.settings.max_pixels, depth).size
+
+    def _accept_member(self, member: Member) -> bool:
+        """Whether a sidecar or an annotation can be stored beside its image."""
+        reason = None if is_storable(member.extension) else "unsafe_key"
+        if member.data is None:
+            reason = member.unreadable or "too_many_bytes"
+        if reason is not None:
+            self.reject(member.name, reason, member.size)
+        return reason is None
+
+    def _note_unreadable_text(self, members: Sequence[Member], label: int | None, caption: str | None) -> None:
+        """Note captions and labels that are left out although their files are stored."""
+        for each in members:
+            if each.extension.lower() == "txt" and caption is None:
+                self.reject(each.name, "caption_not_utf8", each.size)
+            if each.extension.lower() == "cls" and label is None:
+                self.reject(each.name, "label_not_a_number", each.size)
+
+    def _reject_sample(self, sample: Sample, image: Member | None, reason: str) -> None:
+        for each in sample.members:
+            if image is None or each is image:
+                self.reject(each.name, each.unreadable or reason, each.size, sample.key)
+            else:
+                self.reject(each.name, each.unreadable or "image_rejected", each.size, sample.key)
 
     def _class(self, sample: Sample) -> str | None:
         if self.settings.labels == "json":
             name = _json_field(sample, self.settings.label_field)
         else:
             name = sample.folder_class if self.settings.labels in ("auto", "folders") else None
-        return None if name is None else text(name)
+        return None if name is None else unicodedata.normalize("NFC", spelled_out(name))
 
-    def reject(self, key: str, reason: str, size: int) -> None:
+    def reject(self, name: str, reason: str, size: int, key: str = "") -> None:
+        """Note that a file is left out."""
+        path = spelled_out(self.unit.path_of(name) if name != self.unit.name else name)
         self.counts[reason] += 1
-        self.rejected.add({"key": text(key), "reason": reason, "bytes": size})
-
-
-def text(name: str) -> str:
-    """A name that can be stored: what is no text in it is spelled out."""
-    return name.encode(errors="backslashreplace").decode()
+        self.examples.setdefault(reason, path)
+        self.rejected.add({"key": spelled_out(key or stem_of(name)), "path": path, "reason": reason, "bytes": size})
 
 
 def _place(member: Member) -> dict[str, Any]:
-    return {"name": text(member.name), "offset": member.offset, "size": member.size}
+    return {"name": spelled_out(member.name), "offset": member.offset, "size": member.size}
 
 
 def _label(sample: Sample) -> int | None:

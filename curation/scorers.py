@@ -17,10 +17,11 @@ from curation.similarity.exact import widened
 from curation.steps.config import CaptionScorer, FieldScorer, HeadScorer, PluginScorer, ScorerConfig, TableScorer
 from infra import storage
 from infra.columns import places, taken
+from infra.corpora import Unusable
 from infra.embeddings import backbone_of
 from infra.errors import UserError
 from infra.fields import json_fields, number
-from pretrain.data.decode import ImageRejected, decode_rgb
+from pretrain.data.images import decode_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -173,10 +174,8 @@ def _of_plugin(context: Context, config: PluginScorer, rows: np.ndarray) -> Scor
 
 def _image(context: Context, row: int) -> Image.Image | None:
     """None where it cannot be decoded."""
-    try:
-        return decode_rgb(context.corpus.read_image(row))
-    except ImageRejected:
-        return None
+    image = decode_image(context.corpus, context.corpus.read_image(row))
+    return None if isinstance(image, Unusable) else image
 
 
 def _batches(count: int) -> Iterator[slice]:

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import gzip
+import io
 import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 _BLOCK = tarfile.BLOCKSIZE
 _END = tarfile.NUL * _BLOCK
 _EXTENDED = 1 << 20  # bytes that a header's extension may have
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _ABOUT_OTHERS = (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
 
 
 class Broken(Exception):
-    """The archive cannot be read to its end."""
+    """The archive cannot be read to its end.
+
+    Args:
+        reason: one word for it, as rejections have it.
+    """
+
+    def __init__(self, message: str, reason: str = "broken_shard") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
 class Member:
-    """One regular file of an archive."""
+    """One entry of an archive that is no folder."""
 
     name: str
     offset: int
@@ -30,10 +40,15 @@ class Member:
     size: int
     data: bytes | None
     """Its content; None where it is larger than was asked for."""
+    unreadable: str | None = None
+    """Why its content cannot be read: `link`, `special_file` or `sparse_file`."""
+
+
+_LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 
 
 def members(stream: IO[bytes], most: int) -> Iterator[Member]:
-    """Regular files in order; links, folders and devices are passed over.
+    """Entries in order, also behind the end mark of archives that were joined; folders are passed over.
 
     Args:
         stream: the archive, uncompressed.
@@ -45,31 +60,65 @@ def members(stream: IO[bytes], most: int) -> Iterator[Member]:
     place = 0
     name: str | None = None
     size: int | None = None
-    while (block := stream.read(_BLOCK)) != _END:
-        header = _header(block)
+    sparse = ended = False
+    while block := stream.read(_BLOCK):
+        if block == _END:
+            ended = True
+            place += _BLOCK
+            continue
+        if ended and not block.strip(tarfile.NUL):
+            break  # padding to no whole block
+        header, ended = _header(block), False
         place += _BLOCK
         if header.type == tarfile.GNUTYPE_LONGNAME:
             name = _text(_content(stream, header.size, _EXTENDED)).rstrip("\0")
         elif header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
             records = _pax(_content(stream, header.size, _EXTENDED) or b"")
-            name = _text(records["path"]) if "path" in records else name
+            path = records.get("GNU.sparse.name", records.get("path"))
+            name = name if path is None else _text(path)
             size = _number(records["size"]) if "size" in records else size
+            sparse = any(key.startswith("GNU.sparse.") for key in records)
         elif header.type in _ABOUT_OTHERS:
             _content(stream, header.size, 0)
         else:
+            place += _sparse_map(stream, block) if header.type == tarfile.GNUTYPE_SPARSE else 0
             length = _length(header, size)
-            data = _content(stream, length, most if header.isreg() else 0)
-            if header.isreg():
-                yield Member(name or header.name, place, length, data)
+            unreadable = _unreadable(header.type, sparse)
+            data = _content(stream, length, most if unreadable is None else 0)
+            if not header.is_folder:
+                yield Member(name or header.name, place, length, data if unreadable is None else None, unreadable)
             place += _padded(length)
             name = size = None
+            sparse = False
             continue
         place += _padded(header.size)
+    if not ended:
+        raise Broken("ends without an end mark")
+
+
+def _unreadable(kind: bytes, sparse: bool) -> str | None:
+    """Why the content of an entry is not that of a file."""
+    if kind in _LINKS:
+        return "link"
+    if sparse or kind == tarfile.GNUTYPE_SPARSE:
+        return "sparse_file"
+    return None if kind in tarfile.REGULAR_TYPES else "special_file"
+
+
+def _sparse_map(stream: IO[bytes], header: bytes) -> int:
+    """Read past the further blocks of an old GNU sparse file's map; return their bytes."""
+    more, read = header[482], 0
+    while more:
+        block = stream.read(_BLOCK)
+        if len(block) < _BLOCK:
+            raise Broken("ends within a header")
+        more, read = block[504], read + _BLOCK
+    return read
 
 
 def _length(header: _Header, size: int | None) -> int:
     """Bytes that follow a header: links, folders and devices have none, whatever they say."""
-    if not header.isreg() and header.type in tarfile.SUPPORTED_TYPES:
+    if not header.is_regular and header.type in tarfile.SUPPORTED_TYPES:
         return 0
     return header.size if size is None else size
 
@@ -80,7 +129,12 @@ class _Header:
     size: int
     type: bytes
 
-    def isreg(self) -> bool:
+    @property
+    def is_folder(self) -> bool:
+        return self.type == tarfile.DIRTYPE or (self.type == tarfile.AREGTYPE and self.name.endswith("/"))
+
+    @property
+    def is_regular(self) -> bool:
         return self.type in tarfile.REGULAR_TYPES
 
 
@@ -154,11 +208,14 @@ class Decompressed:
         name: its name, which says how it is compressed.
     """
 
-    def __init__(self, raw: IO[bytes], name: str) -> None:
-        self._stream = _opened(raw, name)
+    def __init__(self, raw: io.BufferedReader[Any], name: str) -> None:
+        self._is_misnamed = name.lower().endswith(".tar") and raw.peek(6)[:6].startswith(_COMPRESSED)
+        self._stream = _opened(raw, name.lower())
 
     def members(self, most: int) -> Iterator[Member]:
         """`members`, with damage to the compression reported as `Broken` too."""
+        if self._is_misnamed:
+            raise Broken("compressed, although its name ends in .tar", "compressed_tar")
         try:
             yield from members(self._stream, most)
             while self._stream.read(1 << 20):  # checksums stand at the end

@@ -142,6 +142,12 @@ class Verdicts:
         self.step[rows], self.reason[rows] = self.steps.number(step), self.reasons.number(reason)
         self.winner[rows], self.source[rows], self.score[rows] = winners, source, scores
 
+    def drop_undecodable(self, reasons: Mapping[int, str]) -> None:
+        """Drop rows whose images could not be decoded when they were embedded, for the reasons of the decoder."""
+        for reason in sorted(set(reasons.values())):
+            rows = np.array([row for row, each in reasons.items() if each == reason and self.keep[row]], dtype=np.int64)
+            self.drop(rows, "embed", reason, _NOBODY, np.nan)
+
     def drop_each(self, step: str, reasons: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, int]:
         """Drop kept rows for reasons, each with whom it meets, bool, and a score of all rows; of several the first.
 

@@ -19,7 +19,7 @@ from distill.formats.material import Material
 from infra.corpora import Corpus
 from infra.errors import UserError
 from pretrain.backbones import Normaliser, center_crop
-from pretrain.data.decode import decode_rgb
+from pretrain.data.images import first_images
 from pretrain.models.official import from_official
 from pretrain.models.vit import VisionTransformer
 
@@ -29,7 +29,7 @@ _IMAGES = 16
 def pixels_of(images: Corpus, material: Material) -> Tensor:
     """The first images of a corpus, preprocessed and normalised, float32 `[n, 3, side, side]`."""
     side, views = material.backbone.config.image_size, material.views
-    crops = [center_crop(decode_rgb(images.read_image(row)), side) for row in range(min(_IMAGES, len(images)))]
+    crops = [center_crop(image, side) for image in first_images(images, _IMAGES)]
     return Normaliser(views.mean, views.std)(torch.from_numpy(np.stack(crops)))
 
 

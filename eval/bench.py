@@ -14,6 +14,7 @@ from infra.artifacts import Input
 from infra.corpora import Corpus
 from infra.errors import UserError
 from infra.selections import Selection
+from pretrain.data.images import decodable
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,14 @@ class Bench:
             UserError: something is missing.
         """
         wanted = config.needed()
-        corpora = {name: Corpus.open(config.datasets[name]) for name in sorted(wanted)}
+        corpora = {name: decodable(Corpus.open(config.datasets[name])) for name in sorted(wanted)}
         inputs = {f"dataset_{name}": corpus.artifact.as_input() for name, corpus in corpora.items()}
         leaked = {}
         for name in sorted(wanted & set(config.leaks)):
             selection = Selection.open(config.leaks[name])
-            selection.require_keys(corpora[name].table["key"], f"datasets.{name}")
-            leaked[name] = ~selection.ledger["keep"].to_numpy()
+            whole, rows = Corpus.of(corpora[name].artifact), corpora[name].rows
+            selection.require_keys(whole.table["key"], f"datasets.{name}")
+            leaked[name] = ~selection.ledger["keep"].to_numpy()[slice(None) if rows is None else rows]
             inputs[f"leaks_{name}"] = selection.artifact.as_input()
         return cls(corpora, leaked, config, inputs)
 
@@ -62,13 +64,39 @@ class Bench:
             UserError: they have not the same, or only one.
         """
         first, second = self.corpora[train], self.corpora[test]
+        for name in (train, test):
+            self._require_labels(name)
         if first.classes != second.classes:
-            raise UserError(f"datasets: {test} has other classes than {train}; ingest both the same way")
-        if not len(first) or not len(second):
-            raise UserError(f"datasets: {train if not len(first) else test} has no images; give one that has")
+            raise UserError(f"datasets: {self._other_class(train, test)}; ingest both the same way")
         if len(np.unique(first.labels)) < 2:
             raise UserError(f"datasets: {train} has one class only; a probe needs two or more")
         return max(self.class_names(train), self.class_names(test), key=len)
+
+    def _require_labels(self, name: str) -> None:
+        """Check that every image of a dataset has a label.
+
+        Raises:
+            UserError: some have none.
+        """
+        corpus = self.corpora[name]
+        without = int(corpus.table["label"].null_count)
+        if not len(corpus):
+            raise UserError(f"datasets: {name} has no images; give one that has")
+        if without:
+            some = "no labels" if without == len(corpus) else f"{without} of {len(corpus)} images without a label"
+            raise UserError(f"datasets: {name} has {some}; give class folders, or shards with .cls members")
+
+    def _other_class(self, train: str, test: str) -> str:
+        """In words a class that one of two datasets has and the other lacks."""
+        first, second = self.corpora[train].classes, self.corpora[test].classes
+        for name, classes, other, others in ((train, first, test, second), (test, second, train, first)):
+            lacking = sorted(set(classes) - set(others))
+            if lacking and not others:
+                return f"{name} has named classes such as {lacking[0]}, and {other} numbers"
+            if lacking:
+                more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+                return f"{other} lacks the class {lacking[0]}{more} of {name}"
+        return f"{test} and {train} have the same classes in another order"
 
     def class_names(self, name: str) -> list[str]:
         """Of each class a name; its number where it has none."""

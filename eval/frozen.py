@@ -18,11 +18,12 @@ from infra.artifacts import Artifact, Plan, produce
 from infra.corpora import Corpus
 from infra.errors import UserError
 from infra.files import appearing
+from infra.hashing import hash_json
 from infra.progress import progress
 from infra.vectors import at_unit_length
 from pretrain.backbones import Backbone, TokenBackbone, identity
 from pretrain.config import BackboneConfig
-from pretrain.data.decode import decode_rgb
+from pretrain.data.images import read_image
 
 VERSION = 2
 _LAYOUT = "layout.json"
@@ -102,6 +103,8 @@ def freeze(backbone: Backbone, config: BackboneConfig, corpus: Corpus, how: Extr
     decisive = {"model": settings, "blocks": how.blocks, "views": how.views}
     if how.views > 1:
         decisive |= {"seed": how.seed}
+    if corpus.rows is not None:
+        decisive |= {"rows": hash_json(corpus.rows.tolist())}
     plan = Plan("embeddings", "freeze", VERSION, decisive, {"corpus": corpus.artifact.as_input(), **inputs})
 
     def write(directory: Path) -> Mapping[str, Any]:
@@ -119,7 +122,7 @@ class _Views(Dataset[torch.Tensor]):
 
     def __getitem__(self, place: int) -> torch.Tensor:
         row = self.rows[place]
-        image = decode_rgb(self.corpus.read_image(row))
+        image = read_image(self.corpus, row)
         return torch.stack([view(self.backbone, image, row, number, self.how.seed) for number in range(self.how.views)])
 
 

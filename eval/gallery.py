@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import pyarrow.compute as pc
 from PIL import Image
 
-from infra.corpora import Corpus
-from pretrain.data.decode import ImageRejected, decode_rgb
+from infra.corpora import Corpus, Unusable
+from pretrain.data.images import read_images
 
 _SIDE = 96
 
@@ -53,9 +53,8 @@ class Shelf:
         return self.picture_of_row(url, self._row(url, key), caption, mark)
 
     def picture_of_row(self, url: str, row: int, caption: str, mark: str) -> Picture:
-        try:
-            image = decode_rgb(self.corpus(url).read_image(row))
-        except ImageRejected:
+        (image,) = read_images(self.corpus(url), [row])
+        if isinstance(image, Unusable):
             image = Image.new("RGB", (_SIDE, _SIDE), "lightgrey")
         return Picture(thumbnail(image), caption, mark)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +15,12 @@ from eval.grids import Grids
 from eval.subject import Subject
 from infra.corpora import Corpus
 from infra.errors import UserError
+from infra.names import extension_of
 from infra.progress import progress
-from infra.shards import extension_of
 from pretrain.backbones import TokenBackbone
-from pretrain.data.decode import ImageRejected, decode_rgb, open_image
+from pretrain.data.decode import ImageRejected, open_image
+from pretrain.data.image_metadata import UPRIGHT
+from pretrain.data.images import read_image
 
 PAIRED = "map.png"  # what `pairs:` datasets call the map beside an image
 _TOGETHER = 8  # images a forward pass: there are many patches
@@ -49,7 +52,7 @@ def grids(subject: Subject, corpus: Corpus, grid: int, task: str) -> Grids:
     with progress(f"patches of {subject.name}", len(corpus)) as advance:
         for start in range(0, len(corpus), _TOGETHER):
             rows = range(start, min(start + _TOGETHER, len(corpus)))
-            images = np.stack([squared(decode_rgb(corpus.read_image(row)), side) for row in rows])
+            images = np.stack([squared(read_image(corpus, row), side) for row in rows])
             found = patch_tokens(backbone, images).numpy()
             if tokens is None:
                 tokens = subject.scratch((len(corpus), *found.shape[1:]))
@@ -75,12 +78,38 @@ def read_map(corpus: Corpus, row: int, extension: str) -> np.ndarray:
         raise UserError(f"{corpus.artifact.url}: {entry['key']} has no {extension} beside it; set the task's member")
     data = corpus.read_range(entry["shard"], member["offset"], member["size"])
     try:
-        values = np.asarray(open_image(data))
+        values = np.asarray(open_image(data).header)
     except (ImageRejected, OSError, ValueError, SyntaxError):  # of its header, or of its pixels
         raise UserError(f"{corpus.artifact.url}: {member['name']} is no readable image; mend it") from None
     if values.ndim != 2:
         raise UserError(f"{corpus.artifact.url}: {member['name']} has {values.shape[-1]} channels; a map has one")
+    _require_same_view(corpus, row, entry, values.shape)
     return values
+
+
+def _require_same_view(corpus: Corpus, row: int, entry: Mapping[str, Any], shape: tuple[int, int]) -> None:
+    """Check that a map, of any scale, and the upright image show the same.
+
+    Raises:
+        UserError: their proportions differ, or EXIF turns the image in a way of which they do not tell.
+    """
+    size, mapped = (entry["width"], entry["height"]), shape[::-1]
+    who = f"{corpus.artifact.url}: {entry['key']}: the map is {mapped[0]}x{mapped[1]}, the image {size[0]}x{size[1]}"
+    if not _same_proportions(size, mapped):
+        turned = " as EXIF turns it" if _same_proportions(size, mapped[::-1]) else ""
+        raise UserError(f"{who}{turned}; store images upright, or give maps that fit them")
+    orientation = open_image(corpus.read_image(row)).orientation
+    if orientation != UPRIGHT and (orientation < 5 or size[0] == size[1]):
+        raise UserError(
+            f"{who} and is turned by EXIF orientation {orientation}; sizes do not show whether the map is turned too, "
+            "so store the image upright"
+        )
+
+
+def _same_proportions(first: tuple[int, int], second: tuple[int, int]) -> bool:
+    """Whether one size is the other one scaled, up to a pixel."""
+    small, large = sorted((first, second))
+    return abs(large[0] * small[1] / large[1] - small[0]) <= 1 or abs(large[1] * small[0] / large[0] - small[1]) <= 1
 
 
 def patch_shares(values: np.ndarray, classes: np.ndarray, shape: tuple[int, int], side: int) -> np.ndarray:

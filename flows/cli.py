@@ -92,11 +92,11 @@ _PREFECT_DEFAULTS = {
 @app.command(sort_key=1)
 def ingest(file: File = None, /, *, config: Annotated[IngestConfig, Flags]) -> None:
     """Images to a corpus: a folder, class folders or tar shards, every unusable file listed with its reason."""
-    from curation.ingest import ingest
+    from curation.ingest import ingest, notes
 
     artifact = ingest(config)
-    for reason, count in artifact.metrics["rejected"].items():
-        print(f"rejected: {count} {reason} (rejected.parquet lists them)", file=sys.stderr)
+    for line in notes(artifact):
+        print(line, file=sys.stderr)
     _made(artifact)
 
 

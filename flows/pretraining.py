@@ -15,6 +15,7 @@ from infra.errors import UserError
 from infra.launch.job import module_main
 from pretrain.config import PretrainConfig
 from pretrain.config import Probe as ProbeSettings
+from pretrain.data.images import decodable
 
 if TYPE_CHECKING:
     from pretrain.models.timm_network import Network
@@ -40,7 +41,7 @@ def knn_probe(config: PretrainConfig, settings: ProbeSettings) -> Probe:
     Raises:
         UserError: they have no labels, or not the same.
     """
-    train, test = Corpus.open(settings.train), Corpus.open(settings.test)
+    train, test = (decodable(Corpus.open(url)) for url in (settings.train, settings.test))
     if train.classes != test.classes or not len(train.labels) or not len(test.labels):
         raise UserError(f"health.probe: {settings.train} and {settings.test} need the same labels")
 

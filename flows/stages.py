@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -26,8 +27,12 @@ _BUSY_SECONDS = 30
 def ingest(config: IngestConfig) -> str:
     """Images to a corpus."""
     from curation.ingest import ingest as run
+    from curation.ingest import notes
 
-    return show("ingest", _patiently(lambda: run(config)))
+    artifact = _patiently(lambda: run(config))
+    for line in notes(artifact):
+        print(line, file=sys.stderr)
+    return show("ingest", artifact)
 
 
 @flow

@@ -27,6 +27,7 @@ from infra.ranges import Range
 INDEX = "index.parquet"
 SHARDS = "shards.json"
 REJECTED = "rejected.parquet"
+DECODING = "decoding.json"
 
 MEMBER = pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 INDEX_SCHEMA = pa.schema(
@@ -42,7 +43,9 @@ INDEX_SCHEMA = pa.schema(
         ("caption", pa.string()),
     ]
 )
-REJECTED_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string()), ("bytes", pa.int64())])
+REJECTED_SCHEMA = pa.schema(
+    [("key", pa.string()), ("path", pa.string()), ("reason", pa.string()), ("bytes", pa.int64())]
+)
 ROWS = 1 << 16  # of a batch of the mapped index
 
 
@@ -76,6 +79,8 @@ class Corpus:
     artifact: Artifact
     shards: list[Shard]
     cache: BlockCache | None = None
+    rows: np.ndarray | None = None
+    """Rows of the artifact's index that it consists of, int64, rising; None: all of them."""
 
     @classmethod
     def open(cls, url: str) -> Corpus:
@@ -93,13 +98,26 @@ class Corpus:
     @cached_property
     def table(self) -> pa.Table:
         """The index, in batches of `ROWS` rows."""
-        return _mapped(self.artifact)
+        whole = _mapped(self.artifact)
+        return whole if self.rows is None else whole.take(pa.array(self.rows))
+
+    def subset(self, rows: np.ndarray) -> Corpus:
+        """Some of its rows, int64, rising, as a corpus of their own."""
+        within = rows if self.rows is None else self.rows[rows]
+        return Corpus(self.artifact, self.shards, self.cache, within)
+
+    @cached_property
+    def decoding(self) -> dict[str, Any]:
+        """How its images are decoded: whether all were `decoded` when it was made, and the `bit_depth` or `window` of
+        samples of more than 8 bits. Empty where it was made of decoded images that need nothing."""
+        there = any(file.path == DECODING for file in self.artifact.manifest.files)
+        return dict(self.artifact.read_json(DECODING)) if there else {}
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"artifact": self.artifact, "shards": self.shards, "cache": self.cache}
+        return {"artifact": self.artifact, "shards": self.shards, "cache": self.cache, "rows": self.rows}
 
     def key(self, row: int) -> str:
         return str(self.table["key"][row].as_py())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,8 @@ from infra.hashing import hash_json
 from infra.vectors import Vectors
 
 KEYS = "keys.parquet"
+UNDECODABLE = "undecodable.json"
+_NONE: Mapping[int, str] = {}
 
 
 def backbone_of(settings: Mapping[str, Any], inputs: Mapping[str, Input]) -> str:
@@ -52,6 +55,13 @@ class Embeddings:
         names = sorted(file.path for file in self.artifact.manifest.files if file.path.endswith(".npy"))
         return Vectors([self.artifact.local_file(name) for name in names])
 
+    @cached_property
+    def undecodable(self) -> dict[int, str]:
+        """Rows of images that could not be decoded, whose vectors are 0, and why."""
+        there = any(file.path == UNDECODABLE for file in self.artifact.manifest.files)
+        content = self.artifact.read_json(UNDECODABLE) if there else {}
+        return {int(row): reason for row, reason in content.items()}
+
     def require_keys(self, keys: pa.ChunkedArray, owner: str) -> None:
         """Check that the rows are those of a corpus.
 
@@ -83,7 +93,29 @@ def stored(vectors: np.ndarray) -> np.ndarray:
     return (vectors / np.maximum(norms, 1e-12)).astype(np.float16)
 
 
-def write_part(directory: Path, number: int, vectors: np.ndarray) -> None:
-    """Write vectors of unit length, float16 `[n, dim]`, as one part; it is there when it is whole."""
+def write_undecodable(directory: Path, parts: int) -> int:
+    """Collect what `write_part` noted of images that could not be decoded; return their number."""
+    rows: dict[str, str] = {}
+    for number in range(parts):
+        note = _note_path(directory, number)
+        rows |= json.loads(note.read_text()) if note.exists() else {}
+    if rows:
+        (directory / UNDECODABLE).write_text(json.dumps(rows))
+    return len(rows)
+
+
+def _note_path(directory: Path, number: int) -> Path:
+    return directory / f".undecodable-{number:05d}.json"
+
+
+def write_part(directory: Path, number: int, vectors: np.ndarray, undecodable: Mapping[int, str] = _NONE) -> None:
+    """Write vectors of unit length, float16 `[n, dim]`, as one part; it is there when it is whole.
+
+    Args:
+        undecodable: rows of the corpus in this part whose images could not be decoded, and why.
+    """
+    if undecodable:
+        with appearing(_note_path(directory, number)) as note:
+            note.write_text(json.dumps({str(row): reason for row, reason in undecodable.items()}))
     with appearing(part_path(directory, number), 0o644) as partial, partial.open("wb") as file:
         np.save(file, vectors)

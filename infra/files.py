@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
+T = TypeVar("T")
 _MONTH = 30 * 24 * 3600  # seconds
 
 
@@ -26,6 +29,17 @@ def appearing(path: Path, mode: int = 0o600) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def cached_json(path: Path, make: Callable[[], T]) -> T:
+    """The content of a JSON file, which is made where it is not there yet."""
+    if path.exists():
+        return json.loads(path.read_text())
+    content = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with appearing(path) as partial:
+        partial.write_text(json.dumps(content))
+    return content
 
 
 def remove_unused(folder: Path) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from collections.abc import Callable, Iterable, Mapping
+import tarfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from infra.corpora import INDEX, INDEX_SCHEMA, REJECTED, REJECTED_SCHEMA, SHARDS, Corpus, Shard
 from infra.errors import UserError
+from infra.names import extension_of, is_storable
 
 _GROUP = 1 << 14  # rows of a row group
 
@@ -73,53 +74,59 @@ class IndexWriter:
 
 
 class ShardWriter:
-    """One tar shard, byte for byte the same for the same samples, hashed while it is written."""
+    """One tar shard (WebDataset), byte for byte the same for the same samples, hashed while it is written."""
 
     def __init__(self, path: Path) -> None:
-        import webdataset as wds
-
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._file = _HashedFile(path)
-        self._tar = wds.TarWriter(self._file, encoder=False, mtime=0.0, user="fovea", group="fovea")
-
-    @property
-    def size(self) -> int:
-        """Size so far."""
-        return int(self._tar.tarstream.offset)
+        self.size = 0
+        """Bytes so far."""
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+        self._names: set[str] = set()
 
     def add(self, key: str, members: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-        """Append a sample's members, {extension: bytes}; return where each lies: its name, offset and size."""
+        """Append a sample's members, {extension: bytes}; return where each lies: its name, offset and size.
+
+        Raises:
+            ValueError: readers would not find a member by its key and extension again.
+        """
         places = {}
         for extension, data in members.items():
-            self._tar.write({"__key__": key, extension: data})
-            offset = self.size - (-(-len(data) // 512) * 512)
-            places[extension] = {"name": f"{key}.{extension}", "offset": offset, "size": len(data)}
+            name = f"{key}.{extension}"
+            self._require_readable(key, extension, name)
+            self._write(_header(name, len(data)))
+            places[extension] = {"name": name, "offset": self.size, "size": len(data)}
+            self._write(data)
+            self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
         return places
+
+    def _require_readable(self, key: str, extension: str, name: str) -> None:
+        if not is_storable(key) or "." in PurePosixPath(key).name:
+            raise ValueError(f"{self.path}: {key!r} is no key that a shard can hold")
+        if not is_storable(name) or extension.startswith("_") or extension_of(name) != extension:
+            raise ValueError(f"{self.path}: {extension!r} is no extension that readers of shards find")
+        if name in self._names:
+            raise ValueError(f"{self.path}: {name!r} is in the shard already")
+        self._names.add(name)
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self.size += len(data)
 
     def finish(self, root: Path) -> Shard:
         """Close the shard; its URL is relative to `root`."""
-        self._tar.close()
+        self._write(bytes(2 * tarfile.BLOCKSIZE))
+        self._write(bytes(-self.size % tarfile.RECORDSIZE))
         self._file.close()
-        return Shard(self.path.relative_to(root).as_posix(), self._file.size, self._file.digest.hexdigest())
+        return Shard(self.path.relative_to(root).as_posix(), self.size, self._digest.hexdigest())
 
 
-class _HashedFile(io.RawIOBase):
-    def __init__(self, path: Path) -> None:
-        self.digest, self.size = hashlib.sha256(), 0
-        self._file = path.open("wb")
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        self.size += len(data)
-        return self._file.write(data)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+def _header(name: str, size: int) -> bytes:
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mode, entry.uname, entry.gname = size, 0o444, "fovea", "fovea"
+    return entry.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
 
 
 Redact = Callable[[str, bytes], tuple[str, bytes] | None]
@@ -139,6 +146,23 @@ def _redacted(members: dict[str, bytes], redact: Redact) -> tuple[dict[str, str]
             taken = {*members, *renamed.values()}
             renamed[extension] = new if new not in taken else f"{extension}.{new}"
     return renamed, changed
+
+
+def _extensions(members: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Members of a sample of any corpus, the image first, by an extension for each that no other one has.
+
+    Of a shard of others, members may share a longer name before their extensions (`img.0001.jpg`, `img.0001.txt`), or
+    differ by nothing but capital letters.
+    """
+    image = extension_of(members[0]["name"])
+    shared = image[: image.rfind(".") + 1]
+    by_extension: dict[str, Mapping[str, Any]] = {}
+    for each in members:
+        extension = extension_of(each["name"]).removeprefix(shared).lstrip("_") or "bin"
+        while extension in by_extension:
+            extension = f"other.{extension}"
+        by_extension[extension] = each
+    return by_extension
 
 
 class CorpusWriter:
@@ -180,12 +204,12 @@ class CorpusWriter:
             redact: gives a member anew, as extension and bytes, or None to keep it as it is.
         """
         entry = corpus.entry(row)
-        places = {extension_of(each["name"]): each for each in (entry["image"], *entry["members"])}
+        places = _extensions([entry["image"], *entry["members"]])
         members = {
             extension: corpus.read_range(entry["shard"], place["offset"], place["size"])
             for extension, place in places.items()
         }
-        image = extension_of(entry["image"]["name"])
+        image = next(iter(places))
         if hashlib.sha256(members[image]).hexdigest() != entry["sha256"]:
             raise UserError(f"{corpus.shard_url(entry['shard'])}: sample {entry['key']} changed; ingest it again")
         renamed, changed = _redacted(members, redact) if redact is not None else ({}, False)
@@ -208,8 +232,3 @@ class CorpusWriter:
 
 def shard_path(directory: Path, number: int) -> Path:
     return directory / "shards" / f"{number:06d}.tar"
-
-
-def extension_of(name: str) -> str:
-    """What follows the first dot of a member's base name, as in WebDataset."""
-    return PurePosixPath(name).name.partition(".")[2] or "bin"

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import fsspec
-from fsspec.core import url_to_fs
 
 from infra.errors import UserError
 from infra.files import appearing
@@ -23,7 +22,7 @@ from infra.files import appearing
 _S3_OPTIONS: dict[str, Any] = {
     "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 3}}
 }
-_OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3_OPTIONS, "s3a": _S3_OPTIONS, "local": {"auto_mkdir": True}}
+_OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3_OPTIONS, "s3a": _S3_OPTIONS}
 
 ATTEMPTS = 6  # above those of the back ends, which repeat some failures and not others
 _CONNECT_ATTEMPTS = 3  # where nobody answers at all: a wrong address is soon reported
@@ -32,12 +31,16 @@ _BACK_ENDS = ("aiohttp", "botocore", "gcsfs", "google", "azure", "requests", "ur
 
 _SECRET = re.compile(r"^[a-z0-9+]+://[^/]*:[^/]*@|[?&](x-amz-signature|x-goog-signature|signature|sig)=", re.IGNORECASE)
 
+_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
+_OBJECT_STORES = ("s3", "s3a")
+_VERSION_QUERY = "?versionId="  # s3fs takes what follows in a key for a version
+
 T = TypeVar("T")
 
 
 def is_local(url: str) -> bool:
     """Whether `url` names a file of this machine."""
-    return "://" not in url or url.startswith("file://")
+    return _SCHEME.match(url) is None or url.startswith("file://")
 
 
 def local_path(url: str) -> Path:
@@ -46,10 +49,18 @@ def local_path(url: str) -> Path:
 
 
 def join(url: str, *parts: str) -> str:
-    """Append path parts to a URL. An absolute part (a path or another URL) replaces what is before it."""
+    """Append path parts to a URL. An absolute part (a path or another URL) replaces what is before it.
+
+    For parts that Fovea wrote itself. The names that `list_files` gives belong to `child`.
+    """
     for part in parts:
-        url = part if "://" in part or part.startswith("/") else f"{url.rstrip('/')}/{part}"
+        url = part if _SCHEME.match(part) or part.startswith("/") else f"{url.rstrip('/')}/{part}"
     return url
+
+
+def child(url: str, name: str) -> str:
+    """The URL of a file that `list_files` found under a URL. Whatever the name holds, it stays below that URL."""
+    return f"{url.rstrip('/')}/{name}"
 
 
 def parent(url: str) -> str:
@@ -66,12 +77,17 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if _SECRET.search(url):
         shown = url.split("://")[0] + "://..."
         raise UserError(f"{shown}: the URL holds a credential; leave it to the storage's own chain of credentials")
-    options = _OPTIONS.get(url.partition("://")[0], {})
+    protocol = "file" if is_local(url) else url.partition("://")[0]
     try:
-        filesystem, path = url_to_fs(url, **options)
+        opened = fsspec.get_filesystem_class(protocol)
+        if protocol == "file":
+            return opened(auto_mkdir=True), str(local_path(url).absolute())
+        # Not through url_to_fs, for which :: in a name begins another URL and ? may hold options.
+        hosts = {} if protocol in _OBJECT_STORES else opened._get_kwargs_from_urls(url)
+        path = opened._strip_protocol(url)
+        return opened(**{**_OPTIONS.get(protocol, {}), **hosts}), path
     except (ValueError, ImportError) as error:
         raise UserError(f"{url}: {error}; use a path, s3://bucket/key or another fsspec URL") from None
-    return filesystem, path
 
 
 @contextlib.contextmanager
@@ -190,7 +206,10 @@ def is_folder(url: str) -> bool:
 
 
 def list_files(url: str) -> dict[str, dict[str, Any]]:
-    """All files under a folder by their path relative to it, sorted, with what fsspec knows of each (`size` at least).
+    """All files under a folder by their path relative to it, sorted, with what fsspec reports of each.
+
+    Each has a `size` and a `type`: `file`, or why it cannot be read (`broken_link`, `special_file`, `unsafe_key`).
+    Markers of empty folders in object stores are left out.
 
     Raises:
         UserError: there is no such folder.
@@ -203,8 +222,27 @@ def list_files(url: str) -> dict[str, dict[str, Any]]:
         raise UserError(f"{url}: not found; check the path or the bucket's name")
     files, path = filesystem(url)
     root = path.rstrip("/") + "/"
-    found = persistently(url, lambda: files.find(path, detail=True))
-    return {name.removeprefix(root): info for name, info in sorted(found.items())}
+    listed = persistently(url, lambda: files.find(path, detail=True))
+    inside = {name.removeprefix(root): info for name, info in sorted(listed.items()) if name.startswith(root)}
+    return {name: _remote_details(name, info) for name, info in inside.items() if not _is_marker(name, info)}
+
+
+def _is_marker(name: str, info: dict[str, Any]) -> bool:
+    """Whether an object only marks a folder, as "Create folder" of S3 consoles writes it."""
+    return (not name or name.endswith("/")) and not info.get("size")
+
+
+def _remote_details(name: str, info: dict[str, Any]) -> dict[str, Any]:
+    """What fsspec reports of an object; of a name that would be read as another one, that it cannot be read."""
+    is_readable = bool(name) and not name.endswith("/") and _VERSION_QUERY not in name
+    return {**info, "type": "file" if is_readable else "unsafe_key"}
+
+
+def glob(url: str) -> list[str]:
+    """URLs of the files that match a pattern with `*`."""
+    files, path = filesystem(url)
+    with readable_errors(url):
+        return [str(files.unstrip_protocol(each)) for each in files.glob(path)]
 
 
 def _walk(folder: Path, prefix: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -221,13 +259,15 @@ def _walk(folder: Path, prefix: str, seen: set[tuple[int, int]]) -> Iterator[tup
 
 
 def _local_details(path: Path) -> dict[str, Any]:
-    """Of a file or what a link leads to; a pipe, a device or a link to nowhere is of type `other`, with no bytes."""
+    """Of a file or what a link leads to; pipes, devices and links to nowhere have no bytes."""
     try:
         status = path.stat()
-    except FileNotFoundError:
-        return {"type": "other", "size": 0}
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
+            raise
+        return {"type": "broken_link", "size": 0}
     if not stat.S_ISREG(status.st_mode):
-        return {"type": "directory" if stat.S_ISDIR(status.st_mode) else "other", "size": 0}
+        return {"type": "directory" if stat.S_ISDIR(status.st_mode) else "special_file", "size": 0}
     times = {"mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns, "ino": status.st_ino}
     return {"type": "file", "size": status.st_size, **times}
 

@@ -144,6 +144,7 @@ def default_device() -> torch.device:
     return device_of_rank()
 
 
+_MOST_ASPECT = 16
 _FLOOR = 1e-3  # below it a vector is rounding noise: an image of one colour is like nothing
 
 
@@ -294,7 +295,7 @@ class OpenClip:
         self._normalise = Normaliser(visual.image_mean or IMAGENET_MEAN, visual.image_std or IMAGENET_STD)
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        return self._preprocess(image)
+        return self._preprocess(without_ends(image))
 
     @torch.inference_mode()
     def features(self, batch: Tensor) -> Tensor:
@@ -339,12 +340,28 @@ def tokens_of(grid: Tensor, prefix: Tensor | None) -> Tokens:
     return Tokens(patches.mean((1, 2)) if prefix is None else prefix[:, 0].float(), patches)
 
 
+def without_ends(image: Image.Image) -> Image.Image:
+    """The middle of an image of more than `_MOST_ASPECT` times its shorter side; any other one as it is.
+
+    Resizing the shorter side of a strip first, as the transforms of all libraries do, would take gigabytes for pixels
+    that the center crop cuts off.
+    """
+    shorter, longer = sorted(image.size)
+    if longer <= _MOST_ASPECT * shorter:
+        return image
+    start = (longer - _MOST_ASPECT * shorter) // 2
+    ends = (start, start + _MOST_ASPECT * shorter)
+    box = (0, ends[0], shorter, ends[1]) if image.height > image.width else (ends[0], 0, ends[1], shorter)
+    return image.crop(box)
+
+
 def center_crop(image: Image.Image, side: int) -> np.ndarray:
     """The middle square of an image at a given side, uint8 `[side, side, 3]`.
 
     Larger sides keep a border of one eighth, as in ImageNet's 256 to 224; small ones, where it would be a few pixels,
     keep none.
     """
+    image = without_ends(image)
     resize = round(side * 256 / 224) if side >= 64 else side
     # The longer side is rounded down and the middle to even, as torchvision, and so timm, does.
     width, height = (resize if each == min(image.size) else int(each * resize / min(image.size)) for each in image.size)

@@ -3,49 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from infra.corpora import Corpus
+from infra.corpora import Corpus, Unusable
+from infra.errors import UserError
 from infra.progress import progress
 from infra.vectors import at_unit_length
 from pretrain.backbones import Backbone
-from pretrain.data.decode import decode_rgb
+from pretrain.data.images import decode_image
+
+_BLANK = 32  # side in pixels of what stands in the place of an image that cannot be decoded
 
 
-class _Images(Dataset[torch.Tensor]):
+class _Images(Dataset[tuple[torch.Tensor, str]]):
     def __init__(self, corpus: Corpus, backbone: Backbone, rows: Sequence[int]) -> None:
         self.corpus, self.backbone, self.rows = corpus, backbone, rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, place: int) -> torch.Tensor:
-        image = decode_rgb(self.corpus.read_image(self.rows[place]))
-        return torch.as_tensor(np.array(self.backbone.preprocess(image)))
+    def __getitem__(self, place: int) -> tuple[torch.Tensor, str]:
+        """A preprocessed image; where it cannot be decoded, a blank one and the reason."""
+        image = decode_image(self.corpus, self.corpus.read_image(self.rows[place]))
+        reason = image.reason if isinstance(image, Unusable) else ""
+        pixels = Image.new("RGB", (_BLANK, _BLANK)) if isinstance(image, Unusable) else image
+        return torch.as_tensor(np.array(self.backbone.preprocess(pixels))), reason
 
 
-def images_of(
-    backbone: Backbone, corpus: Corpus, rows: Sequence[int], batch: int, workers: int = 0
-) -> Iterator[torch.Tensor]:
-    """Preprocessed images of some rows, a stack at a time; loaded in `workers` processes, or here."""
-    yield from DataLoader(_Images(corpus, backbone, rows), batch_size=batch, num_workers=workers)
+@dataclass(frozen=True)
+class RowFeatures:
+    """Features of some rows of a corpus."""
+
+    vectors: np.ndarray
+    """float32 `[n, dim]`; 0 for images that cannot be decoded"""
+    undecodable: dict[int, str]
+    """Rows of such images, and why"""
 
 
-def of_rows(backbone: Backbone, corpus: Corpus, rows: Sequence[int], batch: int) -> Iterator[np.ndarray]:
-    """Features of some rows, float32 `[<= batch, dim]` at a time."""
-    for images in images_of(backbone, corpus, rows, batch):
-        yield backbone.features(images).numpy()
+def of_rows(backbone: Backbone, corpus: Corpus, rows: Sequence[int], batch: int) -> Iterator[RowFeatures]:
+    """Features of some rows, at most `batch` at a time."""
+    start = 0
+    for images, reasons in DataLoader(_Images(corpus, backbone, rows), batch_size=batch):
+        vectors = backbone.features(images).numpy()
+        bad = {place: reason for place, reason in enumerate(reasons) if reason}
+        vectors[list(bad)] = 0
+        yield RowFeatures(vectors, {rows[start + place]: reason for place, reason in bad.items()})
+        start += len(vectors)
 
 
 def extract(backbone: Backbone, corpus: Corpus, batch: int, title: str, shown: bool = True) -> np.ndarray:
-    """Features of a whole corpus, float32 `[n, dim]`, each vector set to unit length."""
+    """Features of a whole corpus, float32 `[n, dim]`, each vector set to unit length.
+
+    Raises:
+        UserError: an image cannot be decoded.
+    """
     found = []
     with progress(title, len(corpus), shown=shown) as advance:
         for features in of_rows(backbone, corpus, range(len(corpus)), batch):
-            found.append(features)
-            advance(len(features))
-    features = np.concatenate(found)
-    return at_unit_length(features)
+            for row, reason in features.undecodable.items():
+                raise UserError(f"{corpus.artifact.url}: the image {corpus.key(row)} cannot be decoded ({reason})")
+            found.append(features.vectors)
+            advance(len(features.vectors))
+    return at_unit_length(np.concatenate(found))

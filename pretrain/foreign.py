@@ -16,7 +16,7 @@ from torch import Tensor
 
 from infra.errors import UserError
 from pretrain import published, weights
-from pretrain.backbones import Backbone, Normaliser, Tokens, center_crop, default_device, tokens_of
+from pretrain.backbones import Backbone, Normaliser, Tokens, center_crop, default_device, tokens_of, without_ends
 from pretrain.config import (
     TimmBackbone,
     TorchHubBackbone,
@@ -65,7 +65,7 @@ class Timm:
         self.any_size = bool(getattr(model, "dynamic_img_size", not hasattr(model, "patch_embed")))
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        return self._preprocess(image)
+        return self._preprocess(without_ends(image))
 
     @torch.inference_mode()
     def features(self, batch: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class Transformers:
         )
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        return self._processor(image, return_tensors="pt")["pixel_values"][0]
+        return self._processor(without_ends(image), return_tensors="pt")["pixel_values"][0]
 
     @torch.inference_mode()
     def features(self, batch: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def test_links_pipes_and_odd_names_in_a_folder(tmp_path: Path) -> None:
     (folder / "x.tar" / "in.png").write_bytes(encoded(picture(8)))
     corpus = ingested(folder, tmp_path / "corpus")
     assert corpus.keys == ["0000", "0001", "linked/0005", "x.tar/in"]
-    assert rejected(corpus) == {"gone": "empty", "pipe": "empty", r"caf\udce9": "unsafe_key"}
+    assert rejected(corpus) == {"gone.png": "broken_link", "pipe.png": "special_file", r"caf\udce9.png": "unsafe_key"}
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_odd_members_are_listed_or_copied_whole(tmp_path: Path, suffix: str) -> 
     (tmp_path / f"x{suffix}").write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
     corpus = ingested(tmp_path / f"x{suffix}", tmp_path / "corpus")
     assert corpus.keys == ["a", "b"]
-    assert rejected(corpus) == {"a": "duplicate_key", "c": "not_an_image"}
+    assert rejected(corpus) == {f"x{suffix}/a.png": "duplicate_key", f"x{suffix}/c.": "not_an_image"}
     assert corpus.read_images([0, 1]) == [first, lone]
     (meta,) = corpus.entry(1)["members"]
     assert corpus.read_range(0, meta["offset"], meta["size"]) == b"1234"
@@ -106,7 +106,7 @@ def test_odd_members_are_listed_or_copied_whole(tmp_path: Path, suffix: str) -> 
 def test_large_sidecars_are_left_behind(tmp_path: Path) -> None:
     tar(tmp_path / "x.tar.gz", {"a.png": encoded(picture(1)), "a.json": b" " * (2 << 20)})
     corpus = ingested(tmp_path / "x.tar.gz", tmp_path / "corpus", max_file_mb=1)
-    assert rejected(corpus) == {"a.json": "too_many_bytes"}
+    assert rejected(corpus) == {"x.tar.gz/a.json": "too_many_bytes"}
     assert corpus.entry(0)["members"] == []
     assert corpus.shards[0].bytes < 1 << 20
 
@@ -119,7 +119,7 @@ def test_folders_of_img2dataset_are_no_classes(tmp_path: Path) -> None:
     corpus = ingested(tmp_path / "files", tmp_path / "corpus")
     assert corpus.classes == []
     assert corpus.table["label"].null_count == len(corpus) == 4
-    assert not rejected(corpus)
+    assert set(rejected(corpus).values()) == {"img2dataset_record"}
 
 
 def test_leftovers_of_another_source_are_not_taken_for_this_ones(tmp_path: Path) -> None:
@@ -140,7 +140,9 @@ def test_leftovers_of_another_source_are_not_taken_for_this_ones(tmp_path: Path)
     for path in source.iterdir():
         path.unlink()
     tar(source / "new.tar.gz", {"new.png": encoded(picture(1))})
-    corpus = ingested(source, tmp_path / "corpus")
+    with pytest.raises(UserError, match=r"unfinished work of other settings \(another source\)"):
+        ingested(source, tmp_path / "corpus")
+    corpus = ingested(source, tmp_path / "corpus", restart=True)
     assert corpus.keys == ["new"]
     assert [file.path for file in corpus.artifact.manifest.files if file.path.endswith(".tar")] == ["shards/000000.tar"]
 

@@ -27,6 +27,10 @@ def archive(files: list[tuple[str, bytes]], kind: int) -> bytes:
     return buffer.getvalue()
 
 
+def buffered(data: bytes) -> io.BufferedReader:
+    return io.BufferedReader(io.BytesIO(data))  # type: ignore[arg-type]
+
+
 def read(data: bytes, most: int = 1 << 20) -> list[Member]:
     return list(members(io.BytesIO(data), most))
 
@@ -44,7 +48,7 @@ def test_files_are_those_tarfile_finds(files: list[tuple[str, bytes]], kind: int
     assert all(data[each.offset : each.offset + each.size] == each.data for each in found)
 
 
-def test_links_folders_and_devices_are_passed_over() -> None:
+def test_links_and_devices_are_named_and_folders_passed_over() -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
@@ -54,7 +58,47 @@ def test_links_folders_and_devices_are_passed_over() -> None:
         entry = tarfile.TarInfo("file")
         entry.size = 3
         tar.addfile(entry, io.BytesIO(b"abc"))
-    assert [(each.name, each.data) for each in read(buffer.getvalue())] == [("file", b"abc")]
+    reasons = ["link", "link", "special_file", "special_file"]
+    found = read(buffer.getvalue())
+    assert [(each.name, each.unreadable, each.data) for each in found] == [
+        *(("a" * 150, reason, None) for reason in reasons),
+        ("file", None, b"abc"),
+    ]
+
+
+def test_sparse_files_are_named_and_what_follows_is_found() -> None:
+    """GNU's old form, with a map that goes on in further blocks, and that of PAX."""
+    entry = tarfile.TarInfo("holes")
+    entry.type, entry.size = tarfile.GNUTYPE_SPARSE, 700
+    header = bytearray(entry.tobuf(tarfile.GNU_FORMAT))
+    header[482] = 1
+    header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 256)
+    more = bytearray(512)
+    more[504] = 1
+    pax = tarfile.TarInfo("GNUSparseFile.0/other")
+    pax.pax_headers, pax.size = {"GNU.sparse.major": "1", "GNU.sparse.name": "other"}, 600
+    data = bytes(header) + bytes(more) + bytes(512) + bytes(1024)
+    data += pax.tobuf(tarfile.PAX_FORMAT) + bytes(1024) + archive([("after", b"abc")], tarfile.GNU_FORMAT)
+    found = read(data)
+    assert [(each.name, each.unreadable) for each in found] == [
+        ("holes", "sparse_file"),
+        ("other", "sparse_file"),
+        ("after", None),
+    ]
+    assert data[found[2].offset :][:3] == b"abc"
+
+
+def test_joined_archives_are_read_to_the_last_end_mark() -> None:
+    """As `cat a.tar b.tar` makes them; an archive that is cut short behind the first is broken."""
+    first, second = (archive([(name, name.encode() * 300)], tarfile.GNU_FORMAT) for name in ("a", "b"))
+    assert [(each.name, (first + second)[each.offset :][:2]) for each in read(first + second)] == [
+        ("a", b"aa"),
+        ("b", b"bb"),
+    ]
+    with pytest.raises(Broken):
+        read(first + second[:700])
+    with pytest.raises(Broken):
+        read(first + b"no header at all" * 32)
 
 
 def test_a_large_file_is_named_but_not_held() -> None:
@@ -103,14 +147,14 @@ def test_damage_to_a_compressed_archive_is_noticed(suffix: str, data: st.DataObj
     packed = gzip.compress(whole) if suffix == ".gz" else pa.compress(whole, codec="zstd", asbytes=True)
     cut = packed[: data.draw(st.integers(0, len(packed) - 1))]
     with pytest.raises(Broken):
-        list(Decompressed(io.BytesIO(cut), "x.tar" + suffix).members(1 << 20))
+        list(Decompressed(buffered(cut), "x.tar" + suffix).members(1 << 20))
 
 
 def test_a_flipped_bit_in_a_gzip_is_noticed() -> None:
     packed = bytearray(gzip.compress(archive(FILES, tarfile.GNU_FORMAT)))
     packed[-6] ^= 1  # of the checksum at the end
     with pytest.raises(Broken):
-        list(Decompressed(io.BytesIO(bytes(packed)), "x.tar.gz").members(1 << 20))
+        list(Decompressed(buffered(bytes(packed)), "x.tar.gz").members(1 << 20))
 
 
 @pytest.mark.parametrize(

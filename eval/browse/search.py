@@ -20,7 +20,7 @@ from infra.errors import UserError
 from infra.neighbours import nearest
 from infra.vectors import at_unit_length
 from pretrain.config import BackboneConfig
-from pretrain.data.decode import ImageRejected, decode_rgb
+from pretrain.data.images import decode_image, read_images
 
 _BLOCK = 1 << 17  # rows compared at once
 
@@ -81,10 +81,9 @@ class Searcher:
         """
         import torch
 
-        try:
-            image = decode_rgb(data)
-        except ImageRejected as error:
-            raise UserError(f"image: {error}; give a JPEG, PNG or WebP file") from None
+        image = decode_image(self.corpus, data)
+        if isinstance(image, Unusable):
+            raise UserError(f"image: {image.reason}; give a JPEG, PNG or WebP file")
         with self._lock:
             vectors = self._backbone.features(torch.as_tensor(np.array(self._backbone.preprocess(image)))[None])
         return self._found(at_unit_length(vectors.numpy()), count)
@@ -145,10 +144,8 @@ class Searcher:
 def thumbnails(corpus: Corpus, rows: Sequence[int], side: int) -> list[bytes]:
     """Images of a corpus at most `side` pixels wide and high, as WebP; grey where one cannot be read."""
     found = []
-    for data in corpus.read_images(rows):
-        try:
-            image = Image.new("RGB", (side, side), "lightgrey") if isinstance(data, Unusable) else decode_rgb(data)
-        except ImageRejected:
+    for image in read_images(corpus, rows):
+        if isinstance(image, Unusable):
             image = Image.new("RGB", (side, side), "lightgrey")
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()

@@ -9,7 +9,7 @@ from PIL import Image
 
 from eval.pictures.sheet import sheet, tile
 from infra.corpora import Corpus
-from pretrain.data.decode import decode_rgb
+from pretrain.data.images import read_image
 
 
 def mask_sheet(corpus: Corpus, shown: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> bytes:
@@ -18,7 +18,7 @@ def mask_sheet(corpus: Corpus, shown: Sequence[tuple[int, np.ndarray, np.ndarray
     Args:
         shown: rows with found and true class of each pixel, `[H, W]`.
     """
-    images = [tile(decode_rgb(corpus.read_image(row))) for row, _, _ in shown]
+    images = [tile(read_image(corpus, row)) for row, _, _ in shown]
     found = [tile(_coloured(each), smooth=False) for _, each, _ in shown]
     truths = [tile(_coloured(each), smooth=False) for _, _, each in shown]
     return sheet([images, truths, found])

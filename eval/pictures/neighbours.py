@@ -7,7 +7,7 @@ import numpy as np
 from eval.pictures.sheet import sheet, spread, tile
 from infra.corpora import Corpus
 from infra.neighbours import nearest
-from pretrain.data.decode import decode_rgb
+from pretrain.data.images import read_image
 
 _SHOWN = 7
 RIGHT, WRONG, ASKED = "#5b8c5a", "#c2703d", "#2f6f8f"
@@ -19,9 +19,9 @@ def neighbour_sheet(train: Corpus, test: Corpus, bank: np.ndarray, queries: np.n
     _, found = nearest(queries[rows], bank, min(_SHOWN, len(bank)))
     lines = []
     for row, near in zip(rows.tolist(), found.tolist(), strict=True):
-        line = [tile(decode_rgb(test.read_image(row)), ASKED)]
+        line = [tile(read_image(test, row), ASKED)]
         for other in near:
             same = train.labels[other] == test.labels[row]
-            line.append(tile(decode_rgb(train.read_image(other)), RIGHT if same else WRONG))
+            line.append(tile(read_image(train, other), RIGHT if same else WRONG))
         lines.append(line)
     return sheet(lines)

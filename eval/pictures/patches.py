@@ -10,7 +10,7 @@ from eval import maps
 from eval.pictures.sheet import TILE, sheet, spread, tile
 from infra.corpora import Corpus
 from pretrain.backbones import CheckpointedViT, TokenBackbone, center_crop, default_device
-from pretrain.data.decode import decode_rgb
+from pretrain.data.images import read_image
 
 _LEAST = 0.1  # share of patches that a foreground has, at least
 _HEADS = 6
@@ -31,7 +31,7 @@ def patch_pca(backbone: TokenBackbone, corpus: Corpus, count: int) -> bytes:
 
 def _crops(backbone: TokenBackbone, corpus: Corpus, count: int) -> np.ndarray:
     side = backbone.side * (2 if backbone.any_size else 1)
-    return np.stack([center_crop(decode_rgb(corpus.read_image(int(row))), side) for row in spread(len(corpus), count)])
+    return np.stack([center_crop(read_image(corpus, int(row)), side) for row in spread(len(corpus), count)])
 
 
 def principal_colours(tokens: np.ndarray) -> np.ndarray:

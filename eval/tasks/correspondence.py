@@ -19,7 +19,7 @@ from infra.corpora import Corpus
 from infra.errors import UserError
 from infra.progress import progress
 from pretrain.backbones import TokenBackbone
-from pretrain.data.decode import decode_rgb
+from pretrain.data.images import read_image
 
 
 class Pair(Config):
@@ -78,7 +78,7 @@ Seen = tuple[Tensor, tuple[int, int]]
 def _tokens(task: Correspondence, backbone: TokenBackbone, corpus: Corpus, rows: dict[str, int], key: str) -> Seen:
     if key not in rows:
         raise UserError(f"{task.pairs}: {key}: no image of {corpus.artifact.url} has this key")
-    image = decode_rgb(corpus.read_image(rows[key]))
+    image = read_image(corpus, rows[key])
     pixels = maps.squared(image, maps.side_for(backbone, task.grid))
     return F.normalize(maps.patch_tokens(backbone, pixels[None])[0], dim=-1), image.size
 

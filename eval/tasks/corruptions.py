@@ -22,7 +22,7 @@ from infra.errors import UserError
 from infra.progress import progress
 from infra.vectors import at_unit_length
 from pretrain.backbones import center_crop
-from pretrain.data.decode import decode_rgb
+from pretrain.data.images import read_image
 
 # Mean errors over severities of AlexNet, in percent, by which the paper divides (table 1).
 _ALEXNET: Mapping[str, float] = {
@@ -75,7 +75,7 @@ def _vectors(subject: Subject, corpus: Corpus, rows: np.ndarray, name: str, seve
     side, batch = getattr(subject.backbone, "side", 224), []
     for row in rows.tolist():
         chance = generator(seed, name, severity, row)
-        image = center_crop(decode_rgb(corpus.read_image(row)), side)
+        image = center_crop(read_image(corpus, row), side)
         batch.append(preprocessed(subject.backbone, Image.fromarray(damaged(image, name, severity, chance))))
     found = subject.backbone.features(torch.stack(batch)).numpy()
     return at_unit_length(found)

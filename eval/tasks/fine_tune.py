@@ -22,7 +22,7 @@ from infra.corpora import Corpus
 from infra.errors import UserError
 from infra.progress import progress
 from pretrain.backbones import Backbone, CheckpointedNetwork, CheckpointedViT, default_device
-from pretrain.data.decode import decode_rgb
+from pretrain.data.images import read_image
 from pretrain.foreign import Timm
 
 
@@ -122,7 +122,7 @@ def _batches(rows: np.ndarray, size: int, steps: int, seed: int) -> Iterator[np.
 
 def _view(subject: Subject, corpus: Corpus, row: int, number: int, seed: int) -> Tensor:
     """A crop of an image; number 0 is its centre."""
-    return view(subject.backbone, decode_rgb(corpus.read_image(row)), row, number, seed)
+    return view(subject.backbone, read_image(corpus, row), row, number, seed)
 
 
 @torch.no_grad()

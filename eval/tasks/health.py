@@ -17,7 +17,7 @@ from infra.progress import progress
 from pretrain.backbones import TokenBackbone
 from pretrain.checkpoints import Checkpoint
 from pretrain.config import CheckpointBackbone
-from pretrain.data.decode import decode_rgb
+from pretrain.data.images import read_image
 from pretrain.health import rankme
 from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.heads import PrototypeHead
@@ -55,7 +55,7 @@ def _views(subject: Subject, corpus: Corpus, rows: np.ndarray, count: int, seed:
     found = []
     with progress(f"crops of {subject.name}", len(rows)) as advance:
         for row in rows.tolist():
-            image = decode_rgb(corpus.read_image(row))
+            image = read_image(corpus, row)
             crops = torch.stack([view(subject.backbone, image, row, 1 + number, seed) for number in range(count)])
             found.append(subject.backbone.features(crops).numpy())
             advance()
@@ -104,7 +104,7 @@ def alpha_req(vectors: np.ndarray) -> float:
 def _norms(backbone: TokenBackbone, corpus: Corpus, rows: np.ndarray, scorer: Scorer) -> Iterator[Score]:
     """Artefacts that registers mend (arXiv 2309.16588): few patch tokens of far greater norm than others, before the
     final norm."""
-    images = [torch.as_tensor(np.array(backbone.preprocess(decode_rgb(corpus.read_image(int(row)))))) for row in rows]
+    images = [torch.as_tensor(np.array(backbone.preprocess(read_image(corpus, int(row))))) for row in rows]
     norms = torch.cat(
         [backbone.layers(each[None], 1, norm=False)[1][-1].patch_tokens.norm(dim=-1).flatten().cpu() for each in images]
     )

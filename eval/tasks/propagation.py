@@ -22,7 +22,7 @@ from infra.corpora import Corpus
 from infra.errors import UserError
 from infra.progress import progress
 from pretrain.backbones import TokenBackbone
-from pretrain.data.decode import decode_rgb
+from pretrain.data.images import read_image
 
 _VOID = 255
 _TOLERANCE = 0.008  # of a frame's diagonal, within which boundaries count as the same
@@ -84,7 +84,7 @@ def _of_video(
 
 def _tokens(task: Propagation, backbone: TokenBackbone, corpus: Corpus, row: int) -> Tensor:
     """Unit patch tokens of a frame `[h, w, dim]`, at the frame's shape where the backbone can."""
-    image = decode_rgb(corpus.read_image(row))
+    image = read_image(corpus, row)
     width = height = backbone.side
     if backbone.any_size:
         scale = task.grid / min(image.size)

@@ -20,7 +20,7 @@ from infra.corpora import Corpus
 from infra.errors import UserError
 from infra.neighbours import nearest
 from infra.vectors import at_unit_length
-from pretrain.data.decode import decode_rgb
+from pretrain.data.images import read_image
 
 Box = tuple[float, float, float, float]
 
@@ -84,7 +84,7 @@ def _mean(bench: Bench, task: Retrieval, subject: Subject, metric: str, values: 
 def _cut(subject: Subject, corpus: Corpus, queries: list[tuple[int, Box | None]]) -> Iterator[np.ndarray]:
     """Unit vectors of queries cut to their boxes."""
     for row, box in queries:
-        image = decode_rgb(corpus.read_image(row))
+        image = read_image(corpus, row)
         image = image if box is None else image.crop((round(box[0]), round(box[1]), round(box[2]), round(box[3])))
         found = subject.backbone.features(torch.as_tensor(np.array(subject.backbone.preprocess(image)))[None]).numpy()
         yield at_unit_length(found)

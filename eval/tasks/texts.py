@@ -20,7 +20,7 @@ from infra.corpora import Corpus
 from infra.errors import UserError
 from infra.progress import progress
 from infra.vectors import at_unit_length
-from pretrain.data.decode import decode_rgb
+from pretrain.data.images import read_image
 from pretrain.image_text import ImageTextModel
 
 _TOGETHER = 256  # texts
@@ -145,7 +145,7 @@ def _written(subject: Subject, corpus: Corpus, words: Sequence[str] | None) -> I
     with progress(f"typographic attack on {subject.name}", len(corpus)) as advance:
         for start in range(0, len(corpus), subject.how.batch):
             rows = range(start, min(start + subject.how.batch, len(corpus)))
-            images = [decode_rgb(corpus.read_image(row)) for row in rows]
+            images = [read_image(corpus, row) for row in rows]
             if words is not None:
                 images = [with_word(image, words[row]) for image, row in zip(images, rows, strict=True)]
             yield subject.backbone.features(torch.stack([preprocessed(subject.backbone, each) for each in images]))

@@ -17,8 +17,9 @@ from infra.corpora import CHANGED, Unusable
 from infra.errors import UserError
 from pretrain.data import order
 from pretrain.data.config import Sampling, Views
-from pretrain.data.decode import REASONS, ImageRejected, decoded, open_image, upright_size
+from pretrain.data.decode import REASONS, ImageRejected, decode, open_image, upright_size
 from pretrain.data.masks import MaskPlan, batch_masks
+from pretrain.data.sample_depth import DepthSettings
 from pretrain.data.samples import Samples
 from pretrain.data.views import Cut, choose, cut, harmless_shrink
 
@@ -150,7 +151,7 @@ class ViewDataset(Dataset[Batch | UserError]):
             try:
                 if isinstance(data, Unusable):
                     raise ImageRejected(data.reason)
-                return row, self._views(data, key)
+                return row, self._views(data, key, self.samples.depth(row))
             except ImageRejected as error:
                 passed_over[error.reason] += 1
                 _log.info("sample %s is passed over: %s", self.samples.key(row), error.reason)
@@ -160,7 +161,7 @@ class ViewDataset(Dataset[Batch | UserError]):
         url = self.samples.place(row)[0].artifact.url
         raise UserError(f"{url}: {_SUBSTITUTES} samples in a row cannot be used ({reasons}); ingest it again")
 
-    def _views(self, data: bytes, key: int) -> tuple[Cut, Cut]:
+    def _views(self, data: bytes, key: int, depth: DepthSettings) -> tuple[Cut, Cut]:
         """Global and local crops, chosen by the image's dimensions before a pixel is decoded.
 
         Raises:
@@ -175,7 +176,7 @@ class ViewDataset(Dataset[Batch | UserError]):
         factor = harmless_shrink(
             [(crop, side) for crops, side in zip((large, small), sizes, strict=True) for crop in crops]
         )
-        pixels = np.array(decoded(image, factor))
+        pixels = np.array(decode(image, factor, depth=depth))
         return (
             cut(pixels, size, large, views.globals.size, views, views.plain_size),
             cut(pixels, size, small, views.locals.size, views),

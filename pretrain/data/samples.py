@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -13,7 +14,9 @@ from infra.errors import UserError
 from infra.hashing import hash_json
 from infra.selections import Selection
 from pretrain.data.config import Sampling
+from pretrain.data.images import depth_of
 from pretrain.data.order import Order
+from pretrain.data.sample_depth import DepthSettings
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,14 @@ class Samples:
             images = corpus.read_images([places[at][1] for at in mine])
             found.update(zip(mine, images, strict=True))
         return [found[at] for at in range(len(places))]
+
+    def depth(self, row: int) -> DepthSettings:
+        """What samples of more than 8 bits mean in the image of a row."""
+        return self._depths[int(np.searchsorted(self.ends, row, side="right"))]
+
+    @cached_property
+    def _depths(self) -> list[DepthSettings]:
+        return [depth_of(part.corpus) for part in self.parts]
 
     def caption(self, row: int) -> str:
         corpus, inside = self.place(row)

@@ -1,0 +1,33 @@
+"""Names of samples and their files: which can be stored, and how they split into key and extension."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+_CONTROLS = {*range(0x20), *range(0x7F, 0xA0)}
+_SURROGATES = range(0xD800, 0xE000)
+_NO_EXTENSION = "bin"
+
+
+def is_storable(name: str) -> bool:
+    """Whether a name can stand in an index, a tar and a path of any system: a relative path of UTF-8 without control
+    characters that stays below its base."""
+    if not name or any(ord(letter) in _CONTROLS or ord(letter) in _SURROGATES for letter in name):
+        return False
+    return not any(part in ("", ".", "..") for part in name.split("/"))
+
+
+def spelled_out(name: str) -> str:
+    """A name as it can be shown and stored: bytes that are no text are written as escapes."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def extension_of(name: str) -> str:
+    """What follows the first dot of a member's base name, as in WebDataset; `bin` where there is none."""
+    return PurePosixPath(name).name.partition(".")[2] or _NO_EXTENSION
+
+
+def suffix_of(name: str) -> str:
+    """What follows the last dot of a file's base name, in small letters, without underscores before it; `bin` where
+    there is none."""
+    return PurePosixPath(name).suffix.removeprefix(".").lstrip("_").lower() or _NO_EXTENSION
