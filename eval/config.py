@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,6 +64,13 @@ class EvaluateSettings(Config):
     """Processes that load images; 0: this one."""
     gate: Gate | None = None
     """Fail where scores fell."""
+
+    def completed(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """A suite or tasks that are given stand in the place of the default's."""
+        whole = super().completed(given)
+        if "suite" in given or "tasks" in given:
+            return {name: value for name, value in whole.items() if name in given or name not in ("suite", "tasks")}
+        return whole
 
     @model_validator(mode="before")
     @classmethod

@@ -20,10 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from infra import storage
-from infra.errors import Busy, UserError
+from infra.errors import EXIT_LOCKED, Busy, UserError
 
 FOLDER, OWNER = ".claims", ".owner"
-BUSY = 73  # exit code: another process is making the same
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 """How long a claim may stand still; each machine measures it by its own clock."""
@@ -89,7 +88,7 @@ class Claim:
 def _end_process(message: str) -> None:
     """End at once: whatever this process still wrote would lie among what the other one writes."""
     print(f"fovea: {message}", file=sys.stderr, flush=True)
-    os._exit(BUSY)
+    os._exit(EXIT_LOCKED)
 
 
 @contextmanager

@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from infra.errors import UserError
+
+_LONGEST_VALUE = 60  # characters of a wrong value that a message repeats
 
 
 class Config(BaseModel):
     """Base of every configuration: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_siblings(cls, values: Any) -> Any:
+        """A mapping for a nested model changes the keys that it names; the others stay as the field's default has them,
+        not as the nested model's own defaults."""
+        if not isinstance(values, dict):
+            return values
+        completed = {}
+        for name, field in cls.model_fields.items():
+            default = field.get_default(call_default_factory=True) if isinstance(values.get(name), dict) else None
+            if isinstance(default, Config):
+                completed[name] = default.completed(values[name])
+        return values | completed if completed else values
+
+    def completed(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Keys that are given, and of the others those that were set when this model was made.
+
+        Of another `kind` than this model's, the keys that are given are all.
+        """
+        kind = getattr(self, "kind", None)
+        if kind is not None and given.get("kind", kind) != kind:
+            return dict(given)
+        kept = {name: getattr(self, name) for name in self.model_fields_set if name not in given}
+        for name, value in given.items():
+            inner = getattr(self, name, None)
+            if isinstance(inner, Config) and isinstance(value, dict):
+                kept[name] = inner.completed(value)
+        return {**({} if kind is None else {"kind": kind}), **given, **kept}
 
     def settings(self) -> dict[str, Any]:
         """The resolved values as plain JSON types."""
@@ -58,19 +90,56 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
     """Put the first problem of a validation error into one line, with the number of others."""
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] == "missing")
     first = problems[0]
-    key = ".".join(str(part) for part in first["loc"]) or model.__name__
+    key = ".".join(str(part) for part in _without_tags(first["loc"], model))
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{key}: {_remedy(first, model)}{more}"
+    return f"{key}: {_remedy(first, model)}{more}" if key else f"{_remedy(first, model)}{more}"
+
+
+def _without_tags(location: tuple[int | str, ...], model: type[BaseModel]) -> list[int | str]:
+    """A problem's place by the keys of a file: without the names of members of unions that pydantic puts between."""
+    schema = model.model_json_schema()
+    definitions = schema.get("$defs", {})
+    nodes, kept = [schema], list[int | str]()
+    for part in location:
+        if not any(part in node.get("discriminator", {}).get("mapping", {}) for node in nodes):
+            kept.append(part)
+        nodes = [child for node in nodes for child in _children(node, part, definitions)]
+    return kept
 
 
 def _remedy(problem: ErrorDetails, model: type[BaseModel]) -> str:
-    if problem["type"] == "extra_forbidden":
+    kind = problem["type"]
+    if kind == "extra_forbidden":
         allowed = ", ".join(sorted(_keys_beside(problem["loc"], model)))
         return f"unknown key; allowed here: {allowed}" if allowed else "unknown key; remove it"
-    if problem["type"] == "missing":
+    if kind == "missing":
         return "required; add it"
+    if kind == "union_tag_not_found":
+        return f"kind is required; give one of {_kinds(problem['loc'], model)}"
+    if kind == "union_tag_invalid":
+        context = problem.get("ctx", {})
+        return f"no kind {context.get('tag')!r}; give one of {context.get('expected_tags', '').replace(chr(39), '')}"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{message[:1].lower()}{message[1:]}, got {problem['input']!r}"
+    message = f"{message[:1].lower()}{message[1:]}"
+    if kind == "value_error":  # raised here, in words that name the values
+        return message
+    given = problem["input"]
+    return message if isinstance(given, Mapping | BaseModel) else f"{message}, got {_shortened(given)}"
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
+
+
+def _kinds(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
+    """The kinds that a union allows, by the model's schema."""
+    schema = model.model_json_schema()
+    definitions = schema.get("$defs", {})
+    nodes = [schema]
+    for part in location:
+        nodes = [child for node in nodes for child in _children(node, part, definitions)]
+    return ", ".join(name for node in nodes for name in node.get("discriminator", {}).get("mapping", {}))
 
 
 def _keys_beside(location: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:

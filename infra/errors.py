@@ -1,4 +1,11 @@
-"""Exceptions that mean something to the command line."""
+"""Exceptions that mean something to the command line, and the exit codes of commands and ranks."""
+
+EXIT_FAILURE = 1
+EXIT_USER_ERROR = 2
+EXIT_LOCKED = 73
+"""Another process is making the same artifact (EX_CANTCREAT)."""
+EXIT_PREEMPTED = 75
+"""Asked to stop, with the state saved (EX_TEMPFAIL); launchers requeue on it."""
 
 
 class UserError(Exception):

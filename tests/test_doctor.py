@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flows import doctor as page
-from flows.cli import main
+from flows.cli.main import main
 from infra.doctor import machine
 from infra.doctor.finding import Finding, guarded, ok
 from pretrain import doctor

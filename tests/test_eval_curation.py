@@ -12,7 +12,7 @@ from eval.config import ReportConfig
 from eval.exhibits import Exhibits
 from eval.page import PAGE, report
 from eval.why import why, write_page
-from flows.cli import main
+from flows.cli.main import main
 from infra.artifacts import Artifact
 from infra.errors import UserError
 from tests.pools import curated, planted, pool

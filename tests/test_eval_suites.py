@@ -20,7 +20,7 @@ from eval.datasets import corpus_of
 from eval.gate import require
 from eval.rendering import PAGE
 from eval.summary import headline_rows
-from flows.cli import main
+from flows.cli.main import main
 from infra.artifacts import Artifact, find, open_artifact
 from infra.corpora import Corpus
 from infra.errors import Regression, UserError

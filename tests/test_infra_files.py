@@ -18,7 +18,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from flows.cli import main
+from flows.cli.main import main
 from pretrain.config import PretrainConfig
 from tests import slurm_cluster
 from tests.daemons import Daemons, free_ports

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flows.cli import main
+from flows.cli.main import main
 from pretrain.config import PretrainSettings
 from pretrain.data.loader import Batch
 from pretrain.planning import memory

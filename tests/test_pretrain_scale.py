@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from infra.artifacts import open_artifact
-from infra.launch.job import TRY_AGAIN
+from infra.errors import EXIT_PREEMPTED
 from infra.launch.run import run_module
 from pretrain.checkpoints import WEIGHTS, Checkpoint
 from pretrain.config import PretrainConfig
@@ -263,7 +263,7 @@ def test_a_preempted_run_saves_its_state_and_ends_as_the_uninterrupted_one(
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(process.pid, number)
-    assert process.wait(60) == TRY_AGAIN
+    assert process.wait(60) == EXIT_PREEMPTED
     assert "stopped after step 4, as asked" in (job / "ended.json").read_text()
     run_module("pretrain", settings)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")

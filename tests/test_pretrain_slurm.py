@@ -59,7 +59,7 @@ def field(cluster: Slurm, job: str, name: str) -> str:
 def command(settings: Config, file: Path) -> list[str]:
     """The command line of a training."""
     file.write_text(settings.model_dump_json())  # JSON is YAML
-    return [sys.executable, "-c", "from flows.cli import main; main()", "pretrain", str(file)]
+    return [sys.executable, "-c", "from flows.cli.main import main; main()", "pretrain", str(file)]
 
 
 def test_a_job_over_two_nodes_is_preempted_and_ends_as_the_uninterrupted_one(

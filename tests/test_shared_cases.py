@@ -16,7 +16,7 @@ from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
 import pretrain
-from flows.cli import main
+from flows.cli.main import main
 from infra.corpora import Corpus
 from infra.embeddings import Embeddings
 from pretrain.data.decode import ImageRejected, decode_rgb, open_image, upright_size
@@ -149,7 +149,7 @@ def test_12_long_strip(case: Case, tmp_path: Path, embedded: Embedded) -> None:
     checkpoint = pretrain.run(settings).url
     corpus = ingested(case(12), tmp_path / "corpus")
     program = (
-        "import resource, sys; from flows.cli import main\n"
+        "import resource, sys; from flows.cli.main import main\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (9 << 30), used + (9 << 30)))\n"
         "main(sys.argv[1:])"

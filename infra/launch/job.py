@@ -18,12 +18,10 @@ import psutil
 from pydantic import BaseModel, ValidationError
 
 from infra import storage
-from infra.claims import BUSY
-from infra.errors import Busy, Preempted, UserError
+from infra.errors import EXIT_LOCKED, EXIT_PREEMPTED, EXIT_USER_ERROR, Busy, Preempted, UserError
 from infra.launch import slurm
 
 M = TypeVar("M", bound=BaseModel)
-USER_MISTAKE, TRY_AGAIN = 2, 75  # exit codes
 _VARIABLE, _TIE = "FOVEA_JOB", "FOVEA_TIED_TO"
 _CONFIG = "config.json"
 _PARENT_SECONDS = 1.0  # between looks at whether it still lives
@@ -99,7 +97,7 @@ def module_main(model: type[M], run: Callable[[M], object]) -> None:
     try:
         run(job.config(model))
     except (UserError, ValidationError, Preempted) as error:
-        code = {Preempted: TRY_AGAIN, Busy: BUSY}.get(type(error), USER_MISTAKE)
+        code = {Preempted: EXIT_PREEMPTED, Busy: EXIT_LOCKED}.get(type(error), EXIT_USER_ERROR)
         job.report(code, str(error))
         if _TIE not in os.environ:  # nobody may be there to tell it
             print(f"fovea: {error}", file=sys.stderr, flush=True)

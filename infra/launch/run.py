@@ -16,11 +16,10 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel
 
-from infra.claims import BUSY
-from infra.errors import Busy, Died, Preempted, UserError
+from infra.errors import EXIT_LOCKED, EXIT_PREEMPTED, EXIT_USER_ERROR, Busy, Died, Preempted, UserError
 from infra.launch import slurm
 from infra.launch.config import Launch, Launcher, Slurm
-from infra.launch.job import TRY_AGAIN, USER_MISTAKE, Job, tie
+from infra.launch.job import Job, tie
 from infra.launch.logs import Tail
 from infra.launch.watching import Watcher
 
@@ -131,11 +130,11 @@ def _judge(module: str, code: int, job: Job) -> None:
         return
     if ended is None:
         raise Died(f"{module}: ended with exit code {code}")
-    if ended.code == USER_MISTAKE:
+    if ended.code == EXIT_USER_ERROR:
         raise UserError(ended.message)
-    if ended.code == BUSY:
+    if ended.code == EXIT_LOCKED:
         raise Busy(ended.message)
-    if ended.code == TRY_AGAIN:
+    if ended.code == EXIT_PREEMPTED:
         raise Preempted(ended.message)
     raise ChildProcessError(f"{module}: {ended.message}")
 
