@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ from curation.earlier import Earlier
 from curation.similarity.tiles import CpuTiles, Workers, workers
 from curation.steps.config import CaptionScorer, HeadScorer, Score, Step
 from curation.verdicts import Verdicts
-from infra.artifacts import Artifact, Input, open_artifact
+from infra.artifacts import Artifact, Input, find, open_artifact
 from infra.cluster import Cluster
 from infra.corpora import Corpus
 from infra.embeddings import Embeddings
@@ -46,6 +46,8 @@ class Reference:
     vectors: Vectors
     number: int
     """Among the verdicts' references"""
+    label: str
+    """What its images are called: the last part of where they came from"""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,13 @@ class Inputs:
         return found if self.curated is None else found | {"curated": self.curated}
 
 
+def _label(embeddings: Embeddings, name: str) -> str:
+    """What the embedded corpus is called."""
+    corpus = find(embeddings.artifact.manifest.inputs["corpus"].url)
+    source = None if corpus is None else corpus.manifest.inputs.get("source")
+    return name if source is None else PurePosixPath(source.url.rstrip("/")).name or name
+
+
 @dataclass
 class Context:
     """One curation: its inputs, its verdicts, and where a step works.
@@ -145,7 +154,7 @@ class Context:
         cluster = Cluster(config.ray) if config.ray else None
         cores = Workers(CpuTiles(), threads)
         references = {
-            name: Reference(name, each.vectors, verdicts.reference(each.keys))
+            name: Reference(name, each.vectors, verdicts.reference(each.keys), _label(each, name))
             for name, each in inputs.references().items()
         }
         return cls(

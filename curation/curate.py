@@ -28,6 +28,7 @@ from curation.steps.retrieve import retrieve
 from curation.steps.retrieve_clusters import retrieve_clusters
 from curation.steps.score import score
 from curation.steps.semdedup import semdedup
+from curation.thresholds import with_thresholds
 from infra import memory, selections
 from infra.artifacts import Artifact, Input, Plan, produce
 from infra.corpora import DECODING, Corpus
@@ -38,7 +39,7 @@ from infra.selections import Selection
 from infra.shards import CorpusWriter
 from pretrain.data.images import depth_of
 
-VERSION = 3
+VERSION = 4
 _MATERIALIZE_VERSION = 2
 _STATE = ".verdicts.npz"  # after the last finished step, while others are to come
 _STEPS: dict[str, Callable[[Context, Any], Mapping[str, Any]]] = {
@@ -67,6 +68,7 @@ def curate(config: CurateConfig) -> Artifact:
         UserError: an input is missing or belongs to another corpus, or a step leaves nothing.
     """
     inputs = Inputs.open(config)
+    config = config.model_copy(update={"steps": with_thresholds(config.steps, inputs.embeddings)})
     if inputs.previous is not None:
         require_alike(inputs.previous, VERSION, config.decisive()["steps"], inputs.embeddings)
     plan = Plan("selection", "curate", VERSION, config.decisive(), inputs.by_name() | _listed(config))

@@ -27,7 +27,7 @@ def model_card(
     release: PublishSettings,
     checkpoint: Checkpoint,
     backbone: Network,
-    rows: Sequence[Mapping[str, Any]],
+    reports: Sequence[Mapping[str, Any]],
     lineage: Sequence[Ancestor],
     differences: Mapping[str, float],
 ) -> str:
@@ -35,7 +35,7 @@ def model_card(
 
     Args:
         backbone: the checkpoint's, released.
-        rows: of the reports of its evaluations.
+        reports: what the reports of its evaluations hold: rows, verdict, what leak checks looked for.
         lineage: all that it was made from.
         differences: by format, between Fovea's features and those of a process without it.
     """
@@ -55,7 +55,9 @@ def model_card(
         parameters=parameters_of(backbone),
         recipe=json.dumps(checkpoint.artifact.manifest.config, indent=1),
         training=checkpoint.artifact.metrics,
-        rows=rows,
+        rows=[row for report in reports for row in report["rows"]],
+        verdicts=[report["verdict"] for report in reports if report.get("verdict")],
+        leak_checks={name: text for report in reports for name, text in report.get("leak_checks", {}).items()},
         provenance=Provenance.of(checkpoint.artifact),
         lineage=lineage,
         differences=differences,
@@ -63,9 +65,9 @@ def model_card(
     )
 
 
-def _cell(text: str) -> str:
+def _cell(text: str, longest: int = _LONGEST) -> str:
     """Words from the web, as plain text in a cell of a Markdown table."""
-    words = " ".join(text.split())[:_LONGEST]
+    words = " ".join(text.split())[:longest]
     return "".join(f"\\{each}" if each in _SPECIAL else each for each in html.escape(words, quote=False))
 
 

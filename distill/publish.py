@@ -87,7 +87,6 @@ def _write(release: Release, inputs: dict[str, Input], directory: Path) -> Mappi
     (directory / FILE).write_text(json.dumps(processor(side, material.views), indent=2))
     lineage = [replace(each, url=public(each.url)) for each in ancestors(inputs.values())]
     (directory / "lineage.json").write_text(json.dumps([each.as_dict() for each in lineage], indent=1))
-    rows = [row for report in told for row in report["rows"]]
-    card = model_card(release.settings, release.checkpoint, material.backbone, rows, lineage, differences)
+    card = model_card(release.settings, release.checkpoint, material.backbone, told, lineage, differences)
     (directory / "README.md").write_text(card)
     return {"max_abs_diff": differences, "parameters": parameters_of(material.backbone)}

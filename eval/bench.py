@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from eval.config import EvaluateConfig
+from eval.leaks import leak_check
 from eval.scores import Scorer
 from eval.tasks.config import Task
 from infra.artifacts import Input
@@ -26,6 +27,8 @@ class Bench:
     """For some of them, bool `[n]`: images that were seen in training, or near-duplicates of such"""
     settings: EvaluateConfig
     inputs: Mapping[str, Input]
+    leak_checks: Mapping[str, str] = field(default_factory=dict)
+    """By dataset, what was looked for in words"""
 
     @classmethod
     def open(cls, config: EvaluateConfig) -> Bench:
@@ -37,14 +40,15 @@ class Bench:
         wanted = config.needed()
         corpora = {name: decodable(Corpus.open(config.datasets[name])) for name in sorted(wanted)}
         inputs = {f"dataset_{name}": corpus.artifact.as_input() for name, corpus in corpora.items()}
-        leaked = {}
+        leaked, checks = {}, {}
         for name in sorted(wanted & set(config.leaks)):
             selection = Selection.open(config.leaks[name])
             whole, rows = Corpus.of(corpora[name].artifact), corpora[name].rows
             selection.require_keys(whole.table["key"], f"datasets.{name}")
             leaked[name] = ~selection.ledger["keep"].to_numpy()[slice(None) if rows is None else rows]
             inputs[f"leaks_{name}"] = selection.artifact.as_input()
-        return cls(corpora, leaked, config, inputs)
+            checks[name] = leak_check(selection.artifact)
+        return cls(corpora, leaked, config, inputs, checks)
 
     def corpus(self, name: str) -> Corpus:
         return self.corpora[name]

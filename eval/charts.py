@@ -15,10 +15,12 @@ _SERIES = ("#2f6f8f", "#c2703d", "#5b8c5a", "#8a5a8c", "#7a7a7a", "#b0903a")
 
 
 def losses(curves: Mapping[str, Sequence[float]]) -> bytes:
-    """One small panel for each loss term over the steps."""
-    figure = _figure(2.9 * len(curves), 2.2)
+    """One small panel for each loss term over the steps, a few in a row."""
+    columns = min(len(curves), 4)
+    rows = -(-len(curves) // columns)
+    figure = _figure(2.9 * columns, 2.2 * rows)
     for number, (name, values) in enumerate(curves.items()):
-        axes = figure.add_subplot(1, len(curves), number + 1)
+        axes = figure.add_subplot(rows, columns, number + 1)
         axes.plot(values, color=MUTED, linewidth=0.7)
         axes.plot(_smooth(values), color=_SERIES[number % len(_SERIES)], linewidth=1.6)
         axes.set_title(name, fontsize=10, color=INK, loc="left")
@@ -31,7 +33,7 @@ def accuracies(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Bars with intervals: one group a protocol, one bar a subject."""
     protocols = list(dict.fromkeys(row["protocol"] for row in rows))
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
-    figure = _figure(1.6 + 0.62 * len(protocols) * (len(subjects) + 1), 2.6)
+    figure = _figure(min(1.6 + 0.62 * len(protocols) * (len(subjects) + 1), 12), 2.6)
     axes = figure.add_subplot(1, 1, 1)
     for row in rows:
         place = protocols.index(row["protocol"]) * (len(subjects) + 1) + subjects.index(row["subject"])

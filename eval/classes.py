@@ -35,9 +35,10 @@ def classified(
     scorer, labels = bench.scorer(task, subject.name), bench.labels(task.test)
     found = classify(bench.corpus(task.test)).argmax(1)
     right = found == labels
-    published = isinstance(task, Learned) and task.select == "published"
-    note = "set to be best on this test set" if published else ""
-    scores = [scorer.accuracy(metric, right, bench.leaked.get(task.test), note)]
+    chosen_here = isinstance(task, Learned) and task.select == "published" and task.candidates() > 1
+    note = "settings chosen on this test set" if chosen_here else ""
+    chance = 1 / len(names)
+    scores = [scorer.accuracy(metric, right, bench.leaked.get(task.test), note, chance)]
     for other in task.also:
         if other.dataset in bench.corpora:
             scores.append(_on(other, scorer, bench, names, classify))

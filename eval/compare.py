@@ -11,18 +11,16 @@ from typing import Any
 import numpy as np
 
 from eval import charts
-from eval.chance import generator
+from eval.bars import bars_of
 from eval.config import CompareConfig
-from eval.gallery import data_uri
 from eval.rendering import PAGE, rendered
-from eval.scores import student
-from eval.summary import answers_file, headline_rows, scored_on
+from eval.scores import headline_rows, paired_interval, student
+from eval.summary import answers_file, scored_on
 from infra.artifacts import Artifact, Plan, find, open_artifact, produce
 from infra.errors import UserError
 
-VERSION = 2
+VERSION = 3
 _SUBJECT = "model"  # of a report: not its baselines
-_RESAMPLES = 10_000
 Headlines = Mapping[str, Mapping[str, Any]]
 
 
@@ -65,11 +63,15 @@ def compare(config: CompareConfig) -> Artifact:
 
 def _write(title: str, groups: Mapping[str, Sequence[Artifact]], directory: Path) -> Mapping[str, Any]:
     told = {name: [headlines(each) for each in group] for name, group in groups.items()}
+    left_out = _left_out(told)
     rows = [_mean(protocol, name, groups, told) for protocol in _common(groups, told) for name in groups]
     picture = charts.accuracies([asdict(row) for row in rows if row.share])
-    (directory / "report.json").write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=1))
+    (directory / "report.json").write_text(
+        json.dumps({"rows": [asdict(row) for row in rows], "left_out": left_out}, indent=1)
+    )
     (directory / "comparison.png").write_bytes(picture)
-    page = rendered("compare", title=title, rows=rows, first=next(iter(groups)), chart=data_uri(picture, "image/png"))
+    bars = bars_of({name: [asdict(row) for row in rows if row.subject == name] for name in groups})
+    page = rendered("compare", title=title, rows=rows, first=next(iter(groups)), groups=bars, left_out=left_out)
     (directory / PAGE).write_text(page, encoding="utf-8")
     return {row.protocol: {each.subject: each.value for each in rows if each.protocol == row.protocol} for row in rows}
 
@@ -83,14 +85,26 @@ def headlines(report: Artifact) -> Headlines:
 
 
 def _common(groups: Mapping[str, Sequence[Artifact]], told: Mapping[str, Sequence[Headlines]]) -> list[str]:
-    """Protocols of the first report, which all others must have."""
+    """Protocols that all reports have.
+
+    Raises:
+        UserError: there is none, or one was scored in other ways or on other datasets.
+    """
     reports = [report for group in groups.values() for report in group]
     rows = [each for group in told.values() for each in group]
-    for report, each in zip(reports, rows, strict=True):
-        if missing := [name for name in rows[0] if name not in each]:
-            raise UserError(f"{report.url}: has no score of a model by {missing[0]}; evaluate all alike")
-        require_alike(reports[0], report, list(rows[0]))
-    return list(rows[0])
+    common = [name for name in rows[0] if all(name in each for each in rows)]
+    if not common:
+        raise UserError(f"compare: {reports[0].url} and the others have no protocol in common; evaluate them alike")
+    for report in reports:
+        require_alike(reports[0], report, common)
+    return common
+
+
+def _left_out(told: Mapping[str, Sequence[Headlines]]) -> dict[str, str]:
+    """Protocols that some report lacks, and the groups of those that do."""
+    every = dict.fromkeys(name for group in told.values() for each in group for name in each)
+    lacking = {name: [who for who, group in told.items() if any(name not in each for each in group)] for name in every}
+    return {name: f"no score for {', '.join(groups)}" for name, groups in lacking.items() if groups}
 
 
 def require_alike(first: Artifact, other: Artifact, protocols: Sequence[str]) -> None:
@@ -128,17 +142,6 @@ def _over_images(
     """The 95 % interval of the difference of two reports, where both keep their answers."""
     ours, theirs = (_answers(protocol, some[0]) for some in (reports, others))
     return (None, None) if ours is None or theirs is None else paired_interval(ours, theirs)
-
-
-def paired_interval(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean difference of answers to the same questions, bool `[n]`: both are resampled together.
-
-    Resampling n differences of -1, 0 and 1 is a multinomial draw, so that is what is drawn.
-    """
-    counts = np.array([(ours & ~theirs).sum(), (~ours & theirs).sum(), (ours == theirs).sum()])
-    drawn = generator(0, "pairs").multinomial(len(ours), counts / len(ours), _RESAMPLES)
-    low, high = np.percentile((drawn[:, 0] - drawn[:, 1]) / len(ours), [2.5, 97.5])
-    return float(low), float(high)
 
 
 def _answers(protocol: str, report: Artifact) -> np.ndarray | None:

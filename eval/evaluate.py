@@ -14,9 +14,10 @@ from eval.bench import Bench
 from eval.config import EvaluateConfig, file_name
 from eval.frozen import Extraction
 from eval.overview import overview
-from eval.scores import Outcome, Score
+from eval.scores import Outcome, Score, headline_rows
 from eval.subject import Subject
 from eval.tasks.config import Linear, TaskConfig
+from eval.verdict import MODEL, gains, verdict
 from infra import storage
 from infra.artifacts import Artifact, Plan, produce
 from infra.errors import UserError
@@ -24,7 +25,7 @@ from infra.files import appearing
 from pretrain import backbones
 from pretrain.config import BackboneConfig, CheckpointBackbone, PixelDescriptor
 
-VERSION = 3
+VERSION = 4
 _PIXELS = PixelDescriptor(side=32, frequencies=32, whiten=0.0)
 _HOW = {"model", "datasets", "leaks", "features", "out", "restart", "batch", "workers", "gate", "suite"}
 _DONE = ".done"
@@ -47,7 +48,7 @@ def evaluate(config: EvaluateConfig) -> Artifact:
 
 def subjects(config: EvaluateConfig) -> dict[str, BackboneConfig]:
     """What is scored: the model and, beside it, the baselines."""
-    found: dict[str, BackboneConfig] = {"model": config.model}
+    found: dict[str, BackboneConfig] = {MODEL: config.model}
     if config.baselines:
         if isinstance(config.model, CheckpointBackbone):
             found["untrained"] = config.model.model_copy(update={"untrained": True})
@@ -63,21 +64,24 @@ def _write(config: EvaluateConfig, bench: Bench, directory: Path) -> Mapping[str
         subject = Subject(name, backbone, _extraction(config), _features(config))
         for task in config.runnable():
             lack = protocols.lack(task, subject)
-            if name == "model" and lack is not None:
+            if name == MODEL and lack is not None:
                 left_out[task.protocol] = f"the backbone lacks {lack}"
-            elif lack is None and (name == "model" or protocols.of_baseline(task, backbone)):
+            elif lack is None and (name == MODEL or protocols.of_baseline(task, backbone)):
                 scores += _scored(task, subject, bench, directory)
         if not scores:
             protocol, reason = next(iter(left_out.items()))
             raise UserError(f"{protocol}: {reason}; there is nothing else to score")
-        if name == "model" and config.pictures:
+        if name == MODEL and config.pictures:
             _draw(overview(subject, bench), directory)
     scores.sort(key=lambda score: [task.protocol for task in config.tasks].index(score.protocol))  # stable
-    told: dict[str, Any] = {"rows": [score.as_dict() for score in scores], "left_out": left_out}
+    rows = [score.as_dict() for score in scores]
+    gained = gains(headline_rows(rows), _answers(config, directory))
+    told: dict[str, Any] = {"rows": rows, "left_out": left_out, "verdict": verdict(gained)}
+    told |= {"gains": [each.as_dict() for each in gained], "leak_checks": dict(bench.leak_checks)}
     (directory / "report.json").write_text(json.dumps(told, indent=1))
     summary.write(config, told, directory)
     metrics: dict[str, dict[str, float]] = {}
-    for row in summary.headline_rows(told["rows"]):
+    for row in headline_rows(told["rows"]):
         metrics.setdefault(row["protocol"], {})[row["subject"]] = row["value"]
     return metrics
 
@@ -100,11 +104,22 @@ def _scored(task: TaskConfig, subject: Subject, bench: Bench, directory: Path) -
         return [Score(**row) for row in json.loads(done.read_text())]
     outcome: Outcome = protocols.run(task, subject, bench)
     _draw({f"{task.protocol} {name}": data for name, data in outcome.pictures.items()}, directory)
-    if outcome.answers is not None and subject.name == "model":
-        np.save(directory / summary.answers_file(task.protocol), outcome.answers)
+    if outcome.answers is not None:
+        np.save(done.with_suffix(".npy"), outcome.answers)
+        if subject.name == MODEL:
+            np.save(directory / summary.answers_file(task.protocol), outcome.answers)
     with appearing(done, 0o644) as partial:
         partial.write_text(json.dumps([score.as_dict() for score in outcome.scores]))
     return outcome.scores
+
+
+def _answers(config: EvaluateConfig, directory: Path) -> dict[tuple[str, str], np.ndarray]:
+    """Which test images each subject had right, by protocol and subject, of the protocols that have such answers."""
+    found = {}
+    for number, task in enumerate(config.tasks):
+        for path in (directory / _DONE).glob(f"{number}-*.npy"):
+            found[task.protocol, path.stem.partition("-")[2]] = np.load(path, allow_pickle=False)
+    return found
 
 
 def _draw(pictures: Mapping[str, bytes], directory: Path) -> None:

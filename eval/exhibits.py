@@ -108,9 +108,10 @@ class Exhibits:
             certain = _spread(order[similar[order] >= threshold], self.count)
             doubtful = np.argsort(np.abs(similar - threshold), kind="stable")[: self.count]
             note = f"{facts['leaks']} pool images too much like an evaluation image, from the most to the least alike."
-            found.append(Gallery(f"Leaks from {name}", note, self._hits(name, near.take(certain), threshold)))
+            shown = facts.get("name", name)
+            found.append(Gallery(f"Leaks from {shown}", note, self._hits(name, near.take(certain), threshold)))
             note = f"Pairs on both sides of {threshold:g}."
-            found.append(Gallery(f"Borderline leaks, {name}", note, self._hits(name, near.take(doubtful), threshold)))
+            found.append(Gallery(f"Borderline leaks, {shown}", note, self._hits(name, near.take(doubtful), threshold)))
         return found
 
     def _hits(self, name: str, near: pa.Table, threshold: float) -> list[list[Picture]]:

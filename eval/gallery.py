@@ -23,6 +23,8 @@ class Picture:
     caption: str
     mark: str = ""
     """kept, dropped or reference: how the frame is drawn."""
+    key: str = ""
+    """Of the image in its corpus."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Shelf:
         (image,) = read_images(self.corpus(url), [row])
         if isinstance(image, Unusable):
             image = Image.new("RGB", (_SIDE, _SIDE), "lightgrey")
-        return Picture(thumbnail(image), caption, mark)
+        return Picture(thumbnail(image), caption, mark, self.corpus(url).key(row))
 
     def _row(self, url: str, key: str) -> int:
         return int(pc.index(self.corpus(url).table["key"], key).as_py())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import charts, summary
+from eval.bars import backbone_name, bars_of
 from eval.config import ReportConfig
 from eval.exhibits import Exhibits
 from eval.gallery import data_uri
@@ -19,7 +20,7 @@ from infra.progress import progress
 from infra.selections import Step, steps_of
 from pretrain import telemetry
 
-VERSION = 3
+VERSION = 4
 
 
 def report(config: ReportConfig) -> Artifact:
@@ -50,29 +51,48 @@ def _write(config: ReportConfig, artifacts: Mapping[str, Artifact], directory: P
             elif kind == "checkpoint":
                 sections["curves"].append(_curves(name, artifact))
             elif artifact.manifest.stage == "evaluate":
-                sections["scores"].append(summary.of_artifact(name, artifact))
+                sections["scores"].append(summary.of_artifact(backbone_name(name), artifact))
             elif artifact.manifest.stage == "compare":
                 picture = data_uri(artifact.read_bytes("comparison.png"), "image/png")
                 sections["curves"].append(summary.Picture(name, "Headline scores of teachers while training.", picture))
             advance(note=name)
+    sections["bars"] = bars_of({each.name: each.rows for each in sections["scores"]})
+    sections["headline"] = _headline(sections)
     lineage = ancestors(each.as_input() for each in artifacts.values())
     html = render(config, sections, lineage, artifacts)
     (directory / PAGE).write_text(html, encoding="utf-8")
     return {"bytes": len(html.encode()), "stages": len(artifacts)}
 
 
+def _headline(sections: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The run in a line: images found and kept, backbones, and the largest gain."""
+    facts = []
+    if sections["funnel"]:
+        facts += [(f"{sections['funnel'][0].kept:,}", "images found"), (f"{sections['funnel'][-1].kept:,}", "kept")]
+    if sections["scores"]:
+        facts.append((str(len(sections["scores"])), "backbones evaluated"))
+    firsts = [(each.name, each.gains[0]) for each in sections["scores"] if each.gains]
+    if firsts:
+        name, best = max(firsts, key=lambda pair: pair[1]["value"] - pair[1]["baseline_value"])
+        points = 100 * (best["value"] - best["baseline_value"])
+        facts.append((f"{points:+.1f}", f"points of {name} over {best['baseline']} by {best['protocol']}"))
+    return facts
+
+
 def funnel(artifacts: Mapping[str, Artifact]) -> list[Step]:
-    """Images found, readable, and left by each curation step of the pool."""
+    """Images found, readable, and left by each step of the pool; selections over other corpora do not count."""
     selections = [each for each in artifacts.values() if each.manifest.kind == "selection"]
     if not selections:
         return []
-    pool = find(selections[0].manifest.inputs["corpus"].url)
-    steps = []
-    if pool is not None:
-        rejected = sum(pool.metrics.get("rejected", {}).values())
-        images = pool.metrics["images"]
-        steps = [Step("found", images + rejected, 0), Step("readable", images, rejected)]
-    return steps + [step for selection in selections for step in steps_of(selection)]
+    pool = selections[0].manifest.inputs["corpus"]
+    corpus = find(pool.url)
+    first = []
+    if corpus is not None:
+        rejected = sum(corpus.metrics.get("rejected", {}).values())
+        images = corpus.metrics["images"]
+        first = [Step("found", images + rejected, 0), Step("readable", images, rejected)]
+    of_pool = [each for each in selections if each.manifest.inputs["corpus"].id == pool.id]
+    return first + [step for selection in of_pool for step in steps_of(selection)]
 
 
 def _curves(name: str, artifact: Artifact) -> summary.Picture:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import numpy as np
 from eval.chance import generator
 
 _PERCENTILES = (2.5, 97.5)
+_RESAMPLES = 10_000  # of answers to the same questions
 Better = Literal["higher", "lower", "neither"]
 
 
@@ -37,6 +38,8 @@ class Score:
     without_leaks: float | None = None
     """The value on the other images"""
     note: str = ""
+    chance: float | None = None
+    """What guessing gets; None where that is not known"""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,17 +66,25 @@ class Scorer:
     """Of the images, for intervals."""
     seed: int
 
-    def accuracy(self, metric: str, correct: np.ndarray, leaked: np.ndarray | None = None, note: str = "") -> Score:
+    def accuracy(
+        self,
+        metric: str,
+        correct: np.ndarray,
+        leaked: np.ndarray | None = None,
+        note: str = "",
+        chance: float | None = None,
+    ) -> Score:
         """Score a bool array of answers.
 
         Resampling n answers with replacement and averaging them is a binomial draw, so that is what is drawn.
 
         Args:
             leaked: bool, for each answer whether its image was seen in training.
+            chance: what guessing gets, 0 to 1.
         """
         n, share = len(correct), float(correct.mean())
         drawn = self._generator().binomial(n, share, self.resamples) / n
-        score = self.plain(metric, share, n, note=note, share=True)
+        score = replace(self.plain(metric, share, n, note=note, share=True), chance=chance)
         return _with(score, drawn, leaked, lambda rows: float(correct[rows].mean()))
 
     def over_images(
@@ -132,6 +143,17 @@ def student(values: np.ndarray) -> tuple[float, float | None, float | None]:
     return mean, mean - half, mean + half
 
 
+def paired_interval(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean difference of answers to the same questions, bool `[n]`: both are resampled together.
+
+    Resampling n differences of -1, 0 and 1 is a multinomial draw, so that is what is drawn.
+    """
+    counts = np.array([(ours & ~theirs).sum(), (~ours & theirs).sum(), (ours == theirs).sum()])
+    drawn = generator(0, "pairs").multinomial(len(ours), counts / len(ours), _RESAMPLES)
+    low, high = np.percentile((drawn[:, 0] - drawn[:, 1]) / len(ours), _PERCENTILES)
+    return float(low), float(high)
+
+
 def _with(score: Score, drawn: np.ndarray, leaked: np.ndarray | None, value: Callable[[np.ndarray], float]) -> Score:
     """A score with its interval, and the value on the images that did not leak."""
     low, high = (float(each) for each in np.nanpercentile(drawn, _PERCENTILES))
@@ -140,3 +162,11 @@ def _with(score: Score, drawn: np.ndarray, leaked: np.ndarray | None, value: Cal
         kept = np.flatnonzero(~leaked)
         found |= {"leaked": int(leaked.sum()), "without_leaks": value(kept) if len(kept) else None}
     return Score(**found)
+
+
+def headline_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The first row of each protocol and subject."""
+    found: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for row in rows:
+        found.setdefault((row["protocol"], row["subject"]), row)
+    return list(found.values())

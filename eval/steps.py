@@ -51,7 +51,9 @@ def _told(step: dict[str, Any]) -> Told:
         kept = f"{100 * level['kept_of_rare']:.0f} % of {level['images_of_rare']:,} images kept"
         details[f"rarest of {level['clusters']:,} clusters"] = f"{kept}, {100 * level['kept_of_all']:.0f} % of all"
     for name, facts in step.get("sets", {}).items():
-        details[name] = f"{facts['leaks']:,} leaks, {facts.get('collateral', 0):,} more in their components"
+        details[facts.get("name", name)] = (
+            f"{facts['leaks']:,} leaks, {facts.get('collateral', 0):,} more in their components"
+        )
     common = (step["seconds"], step["cpu_seconds"], step["peak_gb"])
     return Told(step["step"].replace("_", " "), step["kept"], step.get("dropped", 0), *common, _recall(step), details)
 
@@ -83,7 +85,7 @@ def _charts(step: dict[str, Any], settings: dict[str, Any]) -> list[tuple[str, b
         label, at = _axis(step, settings)
         drawn.append((f"{name}: images dropped at each {label}", charts.curve(step["curve"], label, at)))
     for reference, facts in step.get("sets", {}).items():
-        title = f"{name}: images by their likeness to {reference}"
+        title = f"{name}: images by their similarity to {facts.get('name', reference)}"
         drawn.append((title, charts.histogram(facts["histogram"], "cosine similarity", settings["threshold"])))
     if "levels" in step:
         drawn.append((f"{name}: evenness over clusters", charts.evenness(step["levels"])))

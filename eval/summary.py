@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval import charts
+from eval.bars import Bars, bars_of
 from eval.config import EvaluateConfig, file_name
 from eval.gallery import data_uri
 from eval.rendering import PAGE, rendered
 from infra.artifacts import Artifact
 
 _NOTES = {
-    "pca": "Images above the first three principal components of their patch tokens, all taken together, as colours; "
-    "what lies on the far side of the first component is left white.",
+    "pca": "Images above the first three principal components of their patch tokens, all taken together, as colours: "
+    "patches of one colour are alike to the backbone.",
     "attention": "Where the class token looks in the last block, one column a head.",
     "map": "Images near where their vectors are, coloured by class.",
     "neighbours": "Test images in blue frames before their nearest training images: green has the same class.",
@@ -41,22 +41,36 @@ class Section:
 
     name: str
     rows: list[dict[str, Any]]
-    chart: str | None
+    bars: list[Bars]
     """The headlines that are shares."""
     pictures: list[Picture]
     left_out: dict[str, str]
     """Reasons why tasks were not scored, by name"""
+    gains: list[dict[str, Any]]
+    """By protocol, over the better baseline"""
+    verdict: str
+    """Whether the backbone is better than its baselines; empty where there are none"""
+    leak_checks: dict[str, str]
+    """What was looked for in each dataset"""
 
 
 def section(name: str, told: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Section:
     """A section from what `report.json` tells and pictures by name."""
     rows = told["rows"]
-    shares = [row for row in headline_rows(rows) if row["share"]]
-    chart = data_uri(charts.accuracies(shares), "image/png") if shares else None
     shown = [
         Picture(each.replace("-", " "), _note(each), data_uri(data, "image/png")) for each, data in pictures.items()
     ]
-    return Section(name, rows, chart, shown, told.get("left_out", {}))
+    checks = told.get("leak_checks", {})
+    return Section(
+        name,
+        rows,
+        bars_of({name: rows}),
+        shown,
+        told.get("left_out", {}),
+        told.get("gains", []),
+        told.get("verdict", ""),
+        checks,
+    )
 
 
 def of_artifact(name: str, artifact: Artifact) -> Section:
@@ -78,14 +92,6 @@ def label(model: Mapping[str, Any]) -> str:
     if model.get("kind") == "checkpoint" and "url" in model:
         return f"checkpoint {Path(model['url']).name}"
     return " ".join(str(model[key]) for key in ("kind", "model") if key in model)
-
-
-def headline_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The first row of each protocol and subject."""
-    found: dict[tuple[str, str], Mapping[str, Any]] = {}
-    for row in rows:
-        found.setdefault((row["protocol"], row["subject"]), row)
-    return list(found.values())
 
 
 def _note(name: str) -> str:

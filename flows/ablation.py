@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from prefect import flow
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from curation.config import CurateConfig
 from curation.steps.config import Sample
@@ -73,15 +70,3 @@ def _scored(config: AblateConfig, images: str, seed: int) -> str:
 
 def _out(config: AblateConfig, stage: str) -> str:
     return storage.join(config.root, stage, "{id}")
-
-
-def show(url: str) -> None:
-    """Print a comparison to standard output."""
-    table = Table("protocol", "images of", "images", "accuracy, %", "gain, 95 % interval", box=None)
-    rows = open_artifact(url, "report").read_json("report.json")["rows"]
-    for row in rows:
-        gain = "" if row["subject"] == rows[0]["subject"] else f"{100 * row['gain']:+.2f}"
-        if gain and row["gain_low"] is not None:
-            gain += f" ({100 * row['gain_low']:+.2f} – {100 * row['gain_high']:+.2f})"
-        table.add_row(row["protocol"], escape(row["subject"]), f"{row['images']:,}", f"{100 * row['value']:.2f}", gain)
-    Console(soft_wrap=True, highlight=False).print(table)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,7 +16,7 @@ from eval.config import CompareConfig, EvaluateConfig
 from eval.datasets import corpus_of, is_named
 from eval.gate import require
 from eval.rendering import PAGE
-from eval.summary import headline_rows
+from eval.scores import headline_rows
 from flows.outcome import shown
 from infra import storage
 from infra.artifacts import Artifact, find, open_artifact
@@ -55,22 +56,31 @@ def _corpus(url: str, config: EvaluateConfig) -> str:
 
 
 def show(report: Artifact) -> None:
-    """Print a report's headlines, and where it is."""
+    """Print a report's headlines, its verdict, and where it is."""
     told = report.read_json("report.json")
-    rows = headline_rows(told["rows"])
-    subjects = list(dict.fromkeys(row["subject"] for row in rows))
-    table = Table("protocol", "metric", *subjects, "95 % interval", "without leaks", box=None)
-    for row in (row for row in rows if row["subject"] == subjects[0]):
-        others = {each["subject"]: each for each in rows if each["protocol"] == row["protocol"]}
-        values = [shown(others[name]["value"], row["share"]) if name in others else "" for name in subjects]
-        interval = "" if row["low"] is None else " – ".join(shown(row[end], row["share"]) for end in ("low", "high"))
-        clean = shown(row["without_leaks"], row["share"])
-        table.add_row(escape(row["protocol"]), escape(row["metric"]), *values, interval, clean)
     console = Console(soft_wrap=True, highlight=False, stderr=True)
-    console.print(table)
+    rows = headline_rows(told["rows"])
+    for protocol in dict.fromkeys(row["protocol"] for row in rows):
+        console.print(_scores([row for row in rows if row["protocol"] == protocol]))
     for name, reason in told["left_out"].items():
         console.print(escape(f"{name}: not scored, {reason}"))
-    console.print(f"page: {storage.join(report.url, PAGE)}")
+    if told["verdict"]:
+        console.print(escape(told["verdict"]))
+    console.print(escape(f"page: {storage.join(report.url, PAGE)}"))
+
+
+def _scores(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One protocol: a line a backbone or baseline, with its interval."""
+    title = escape(f"{rows[0]['protocol']}: {rows[0]['metric']}")
+    table = Table(title=title, title_justify="left", box=None, show_header=False)
+    for row in rows:
+        interval = ""
+        if row["low"] is not None:
+            interval = f"{shown(row['low'], row['share'])} to {shown(row['high'], row['share'])}"
+        clean = shown(row["without_leaks"], row["share"])
+        value = shown(row["value"], row["share"])
+        table.add_row(escape(row["subject"]), value, interval, f"without leaks {clean}" if clean else "")
+    return table
 
 
 def compare(reports: Sequence[str], title: str, out: str) -> Artifact:
@@ -103,13 +113,25 @@ def _name(url: str, number: int) -> str:
 
 def show_comparison(comparison: Artifact) -> None:
     """Print a comparison, and where it is."""
-    rows = comparison.read_json("report.json")["rows"]
-    groups = list(dict.fromkeys(row["subject"] for row in rows))
-    table = Table("protocol", "metric", *(escape(name) for name in groups), box=None)
-    for protocol in dict.fromkeys(row["protocol"] for row in rows):
-        of = {row["subject"]: row for row in rows if row["protocol"] == protocol}
-        values = [shown(of[name]["value"], of[name]["share"]) for name in groups]
-        table.add_row(escape(protocol), escape(of[groups[0]]["metric"]), *values)
+    told = comparison.read_json("report.json")
     console = Console(soft_wrap=True, highlight=False, stderr=True)
-    console.print(table)
-    console.print(f"page: {storage.join(comparison.url, PAGE)}")
+    for protocol in dict.fromkeys(row["protocol"] for row in told["rows"]):
+        rows = [row for row in told["rows"] if row["protocol"] == protocol]
+        title = escape(f"{protocol}: {rows[0]['metric']}")
+        table = Table(title=title, title_justify="left", box=None, show_header=False)
+        for row in rows:
+            gain = "" if row["subject"] == rows[0]["subject"] else f"gain {gain_in_words(row)}"
+            table.add_row(escape(row["subject"]), shown(row["value"], row["share"]), gain)
+        console.print(table)
+    for name, reason in told["left_out"].items():
+        console.print(escape(f"{name}: not compared, {reason}"))
+    console.print(escape(f"page: {storage.join(comparison.url, PAGE)}"))
+
+
+def gain_in_words(row: Mapping[str, Any]) -> str:
+    """The difference to the first group with its interval, in points of a percentage or in the metric's own unit."""
+    factor, digits = (100, "+.2f") if row["share"] else (1, "+.4g")
+    text = format(factor * row["gain"], digits)
+    if row["gain_low"] is None:
+        return text
+    return f"{text} ({format(factor * row['gain_low'], digits)} to {format(factor * row['gain_high'], digits)})"

@@ -17,10 +17,13 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 
 from eval.config import CompareConfig, EvaluateConfig, EvaluateSettings
+from eval.scores import headline_rows
+from eval.verdict import MODEL
 from flows import stages
 from flows.config import FollowConfig
+from flows.outcome import shown
 from infra import storage
-from infra.artifacts import find
+from infra.artifacts import find, open_artifact
 from infra.errors import UserError
 from infra.hashing import hash_json
 from infra.launch.job import Job, module_main, tie
@@ -39,8 +42,17 @@ def follow(config: FollowConfig) -> str:
     for step, url in _teachers(config):
         name = f"step {step:,}"
         reports[name] = [stages.evaluate(_evaluation(config, url))]
+        print(f"{name}: {_scores(reports[name][0])}", file=sys.stderr)
     out = storage.join(_out(config), "compare", "{id}")
     return stages.compare(CompareConfig(title="Teachers while training", groups=reports, out=out))
+
+
+def _scores(report: str) -> str:
+    """Headlines of a report's model in a line."""
+    rows = headline_rows(open_artifact(report, "report").read_json("report.json")["rows"])
+    return ", ".join(
+        f"{row['protocol']} {shown(row['value'], row['share'])}" for row in rows if row["subject"] == MODEL
+    )
 
 
 def _teachers(config: FollowConfig) -> Iterator[tuple[int, str]]:

@@ -19,10 +19,14 @@ def show(config: PipelineConfig, summary: dict[str, Any]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     if curation := _curation(summary):
         console.print(curation)
-    console.print(_evaluation(summary))
+    for protocol, scores in summary["evaluation"].items():
+        console.print(_scores(protocol, scores))
+    for name, verdict in summary["verdicts"].items():
+        if verdict:
+            console.print(f"[bold]{escape(name)}[/bold]: {escape(verdict)}")
     for student, differences in summary["publish"].items():
-        told = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
-        console.print(f"features of {student} as published differ by at most: {told}")
+        listed = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+        console.print(f"features of {escape(student)} as published differ by at most: {listed}")
     artifacts = summary["artifacts"]
     places = {
         "report": storage.join(artifacts["report"]["url"], PAGE),
@@ -33,7 +37,7 @@ def show(config: PipelineConfig, summary: dict[str, Any]) -> None:
     }
     console.print()
     for name, place in places.items():
-        console.print(f"[bold]{escape(name):<11}[/bold]{place}")
+        console.print(f"[bold]{escape(name):<11}[/bold]{escape(place)}")
 
 
 def _curation(summary: dict[str, Any]) -> Table | None:
@@ -45,13 +49,16 @@ def _curation(summary: dict[str, Any]) -> Table | None:
     return table if table.row_count else None
 
 
-def _evaluation(summary: dict[str, Any]) -> Table:
-    protocols = summary["evaluation"]
-    subjects = list(dict.fromkeys(name for told in protocols.values() for name in told["values"]))
-    table = Table("protocol", "metric", *subjects, box=None)
-    for protocol, told in protocols.items():
-        values = [told["values"].get(name) for name in subjects]
-        table.add_row(escape(protocol), escape(told["metric"]), *(shown(value, told["share"]) for value in values))
+def _scores(protocol: str, scores: dict[str, Any]) -> Table:
+    """One protocol: a line a backbone, beside its own untrained network, and raw pixels."""
+    table = Table(
+        title=f"{escape(protocol)}: {escape(scores['metric'])}", title_justify="left", box=None, show_header=False
+    )
+    for name, value in scores["values"].items():
+        before = shown(scores["untrained"].get(name), scores["share"])
+        table.add_row(escape(name), shown(value, scores["share"]), f"untrained {before}" if before else "")
+    if scores["pixels"] is not None:
+        table.add_row("pixels", shown(scores["pixels"], scores["share"]), "")
     return table
 
 

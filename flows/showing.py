@@ -20,7 +20,7 @@ from prefect.logging import get_run_logger
 from eval.browse.pages import flat, has_page
 from eval.gallery import data_uri
 from eval.rendering import PAGE
-from eval.summary import headline_rows
+from eval.scores import headline_rows
 from flows.outcome import shown as score
 from infra import storage
 from infra.artifacts import Artifact

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from curation.scoring import score_embedded, score_known_leaks
-from eval.summary import headline_rows
+from eval.scores import headline_rows
+from eval.verdict import MODEL
 from flows.config import PipelineConfig
 from infra import storage
 from infra.artifacts import Artifact, find
@@ -32,9 +33,11 @@ def write(
 ) -> dict[str, Any]:
     """Collect the summary, write it below the root and return it."""
     artifacts, students = {stage: _artifact(url) for stage, url in urls.items()}, list(config.distill.students)
+    reports = {name: artifacts[f"evaluate-{name}"] for name in ("teacher", *students)}
     content = {
         **scores,
-        "evaluation": _evaluation(artifacts["evaluate-teacher"], {n: artifacts[f"evaluate-{n}"] for n in students}),
+        "evaluation": _evaluation(reports),
+        "verdicts": {name: report.read_json("report.json")["verdict"] for name, report in reports.items()},
         "publish": {name: artifacts[f"publish-{name}"].metrics["max_abs_diff"] for name in students},
         "artifacts": {stage: {"id": each.id, "url": each.url} for stage, each in artifacts.items()},
         "seconds": _making(config, artifacts, seconds),
@@ -61,15 +64,20 @@ def _artifact(url: str) -> Artifact:
     return artifact
 
 
-def _evaluation(teacher: Artifact, students: Mapping[str, Artifact]) -> dict[str, dict[str, Any]]:
-    """The headline of each protocol: metric, whether it is a share, and values of all backbones and the baselines."""
+def _evaluation(reports: Mapping[str, Artifact]) -> dict[str, dict[str, Any]]:
+    """The headline of each protocol: metric, whether it is a share, the score of each backbone, that of its untrained
+    network, and that of raw pixels.
+
+    Args:
+        reports: by the backbone's name.
+    """
     found: dict[str, dict[str, Any]] = {}
-    for row in headline_rows(teacher.read_json("report.json")["rows"]):
-        name = "teacher" if row["subject"] == "model" else row["subject"]
-        told = found.setdefault(row["protocol"], {"metric": row["metric"], "share": row["share"], "values": {}})
-        told["values"][name] = row["value"]
-    for protocol, told in found.items():
-        first = told["values"].pop("teacher")
-        taught = {name: each.metrics.get(protocol, {}).get("model") for name, each in students.items()}
-        told["values"] = {"teacher": first, **taught, **told["values"]}
+    for name, report in reports.items():
+        for row in headline_rows(report.read_json("report.json")["rows"]):
+            entry = {"metric": row["metric"], "share": row["share"], "values": {}, "untrained": {}, "pixels": None}
+            scores = found.setdefault(row["protocol"], entry)
+            if row["subject"] == "pixels":
+                scores["pixels"] = row["value"]
+            else:
+                scores["values" if row["subject"] == MODEL else "untrained"][name] = row["value"]
     return found

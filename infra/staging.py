@@ -147,16 +147,21 @@ def require_same_work(
         )
 
 
+def recorded(url: str) -> WorkRecord | None:
+    """What an unfinished place is recorded to hold; None where nothing is, or a manifest commits it."""
+    place = storage.join(url, RECORD)
+    if not storage.exists(place) or storage.exists(storage.join(url, MANIFEST)):
+        return None
+    return _decoded(storage.read_bytes(place).decode())
+
+
 def check_unfinished(url: str, record: WorkRecord, restart: bool = False) -> WorkRecord | None:
     """Check, without holding it, that a place can be worked in; return what it is recorded to hold.
 
     Raises:
         UserError: it holds unfinished work of other settings; see `require_same_work`.
     """
-    place = storage.join(url, RECORD)
-    if not storage.exists(place) or storage.exists(storage.join(url, MANIFEST)):
-        return None
-    before = _decoded(storage.read_bytes(place).decode())
+    before = recorded(url)
     if before is not None and before.id != record.id:
         require_same_work(url, before, record, list(storage.list_files(url)), restart)
     return before

@@ -116,7 +116,10 @@ def identity(config: BackboneConfig) -> tuple[dict[str, Any], dict[str, Input]]:
     if isinstance(config, OpenClipBackbone):
         settings |= {"preprocessing": published.preprocessing(config)}
     if isinstance(config, CheckpointBackbone):
-        return settings, {"backbone": Checkpoint.open(config.url).artifact.as_input()}
+        checkpoint = Checkpoint.open(config.url)
+        if config.untrained:  # the same network, whichever training it is the beginning of
+            return settings | checkpoint.initial_identity(), {}
+        return settings, {"backbone": checkpoint.artifact.as_input()}
     if isinstance(config, PixelDescriptor):
         return settings, {}
     weights = {"backbone": Input(id=_identity(published.path(config)), url=config.checkpoint)}

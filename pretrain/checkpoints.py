@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field, ValidationError
@@ -117,6 +118,11 @@ class Checkpoint:
     def untrained(self) -> Network:
         """The backbone with the initial weights of its settings and seed."""
         return inference(initial_backbone(self.model, self.description.seed).state_dict(), self.model)
+
+    def initial_identity(self) -> dict[str, Any]:
+        """What the backbone before its first step is a function of."""
+        views = self.views.model_dump(mode="json", include={"mean", "std"})
+        return {"model": self.model.model_dump(mode="json"), "seed": self.description.seed, **views}
 
     def start(self, learner: Pretraining) -> None:
         """Load student, teacher and heads into a learner of the same dimensions.

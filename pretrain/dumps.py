@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from infra.artifacts import Artifact, Plan, find, produce
+from infra.artifacts import SHORT_ID, Artifact, Plan, find, produce
 from infra.errors import UserError
-from infra.storage import is_folder, join, list_files, remove
+from infra.staging import recorded
+from infra.storage import is_folder, join, list_files
 from pretrain import checkpoints
 from pretrain.reporting import Task
 
@@ -27,8 +28,13 @@ def folder_of(checkpoint: str) -> str:
 
 
 def written(checkpoint: str) -> list[tuple[int, Artifact]]:
-    """The teachers that a training has written so far, with their steps, in order."""
-    found = [find(join(folder_of(checkpoint), name)) for name in _names(checkpoint)]
+    """The teachers that the training at a URL has written so far, with their steps, in order.
+
+    Those of an earlier training with other settings, which may lie beside them, are passed over.
+    """
+    training = _training_at(checkpoint)
+    names = [name for name in _names(checkpoint) if training is not None and name.startswith(training[:SHORT_ID])]
+    found = [find(join(folder_of(checkpoint), name)) for name in names]
     steps = [(int(each.manifest.config["step"]), each) for each in found if each is not None]
     return sorted(steps, key=lambda pair: pair[0])
 
@@ -39,20 +45,22 @@ def _names(checkpoint: str) -> list[str]:
     return sorted({path.partition("/")[0] for path in list_files(folder)}) if is_folder(folder) else []
 
 
+def _training_at(checkpoint: str) -> str | None:
+    """Id of the training that has ended, or is going on, at a URL."""
+    finished = find(checkpoint)
+    if finished is not None:
+        return finished.id
+    before = recorded(checkpoint)
+    return None if before is None else before.id
+
+
 class Dumps:
     """Writes teachers, one after another, beside the training; used on the first rank."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self._forget_others()
         self._writer = ThreadPoolExecutor(1, "dumps")
         self._writing: list[Future[None]] = []
-
-    def _forget_others(self) -> None:
-        """Remove what an earlier training with other settings left at the same place: two curves would become one."""
-        for name in _names(self.task.url):
-            if not name.startswith(self.task.planned.id[:12]):
-                remove(join(folder_of(self.task.url), name))
 
     def begin(self, weights: Mapping[str, Tensor], step: int) -> None:
         """Start to write what is released after some steps; nobody may change the weights any more."""
@@ -76,6 +84,6 @@ class Dumps:
             return {"images": self.task.dataset.samples.size, "steps": step}
 
         try:
-            produce(plan, join(folder_of(self.task.url), f"{planned.id[:12]}-{step:08d}"), write)
+            produce(plan, join(folder_of(self.task.url), f"{planned.id[:SHORT_ID]}-{step:08d}"), write)
         except (OSError, UserError) as error:  # no reason to end a training
             _log.warning("%s: the teacher after step %d was not written: %s", self.task.title, step, error)

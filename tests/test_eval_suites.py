@@ -19,7 +19,7 @@ from eval.config import SUITES, EvaluateConfig, EvaluateSettings, Gate
 from eval.datasets import corpus_of
 from eval.gate import require
 from eval.rendering import PAGE
-from eval.summary import headline_rows
+from eval.scores import headline_rows
 from flows.cli.main import main
 from infra.artifacts import Artifact, find, open_artifact
 from infra.corpora import Corpus

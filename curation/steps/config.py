@@ -56,11 +56,13 @@ class NearDuplicates(CellSettings):
     """Drop all but one image of every connected component of the similarity graph (DINOv2, appendix A)."""
 
     kind: Literal["near_duplicates"] = "near_duplicates"
-    threshold: float = Field(0.6, gt=0, le=1)
-    """Cosine similarity from which two images are joined."""
+    threshold: float | None = Field(None, gt=0, le=1)
+    """Cosine similarity from which two images are joined. null: what was measured for the backbone of the embeddings; a
+    backbone without a measurement needs a value."""
     representative: Literal["resolution", "bytes", "earliest", "field"] = "resolution"
     """Which image of a component stays: the one with most pixels, the largest file, the one whose key comes first, or
-    the one that a field of the images' .json files prefers. Ties go to the first key."""
+    the one that a field of the images' .json files prefers. Of equal ones a color image stays before a grey one, then
+    the larger file, then the first key."""
     field: str | None = None
     """The field, for `field`: the highest number stays."""
     prefer: list[str] = Field(default_factory=list)
@@ -68,6 +70,9 @@ class NearDuplicates(CellSettings):
     min_to_representative: float = Field(-1.0, ge=-1, le=1)
     """Members less similar than this to the image that stays are no copies of it: they form groups of their own. It
     undoes chains, where each image is like the next and the last is unlike the first. -1 leaves components whole."""
+    allow_chains: bool = False
+    """Accept a component of 50 images or more of which most are unlike the image that stays. false: stop, for the
+    threshold is too low for the backbone. Not read where `min_to_representative` undoes chains."""
 
     @model_validator(mode="after")
     def _has_field(self) -> NearDuplicates:
@@ -82,8 +87,9 @@ class Decontaminate(CellSettings):
     """Drop images too much like one of an evaluation set (DINOv2, appendix A)."""
 
     kind: Literal["decontaminate"] = "decontaminate"
-    threshold: float = Field(0.45, gt=0, le=1)
-    """Cosine similarity from which an image counts as a leak."""
+    threshold: float | None = Field(None, gt=0, le=1)
+    """Cosine similarity from which an image counts as a leak. null: what was measured for the backbone of the
+    embeddings; a backbone without a measurement needs a value."""
     drop: Literal["hits", "components"] = "hits"
     """hits: images that are like an evaluation image. components: also all that hang together with them by pairs of at
     least the threshold. The paper can be read both ways, and both are counted."""

@@ -30,18 +30,20 @@ class Hits:
 
 def decontaminate(context: Context, step: Decontaminate) -> Mapping[str, Any]:
     """Drop images that an evaluation image is like, or that hang together with such."""
+    threshold = step.threshold
+    assert threshold is not None, "resolved before the steps run"
     rows = context.verdicts.kept()
-    near = [_near(context, step, rows, reference) for reference in context.evaluation]
+    near = [_near(context, threshold, rows, reference) for reference in context.evaluation]
     groups = None
     if step.count_components or step.drop == "components":
-        found = joined(context, step, step.threshold)
+        found = joined(context, step, threshold)
         groups = np.full(len(context.verdicts.keep), -1, dtype=np.int32)
         groups[rows] = found.labels
-    sets = {hits.reference.name: _facts(context, hits, step.threshold, groups) for hits in near}
+    sets = {hits.reference.name: _facts(context, hits, threshold, groups) for hits in near}
     told: dict[str, Any] = {"sets": sets}
     if groups is not None:
-        told |= {"components": found.facts(step.threshold)}
-    leaking = _strongest(near, step.threshold)
+        told |= {"components": found.facts(threshold)}
+    leaking = _strongest(near, threshold)
     if step.drop == "components":
         assert groups is not None
         _drop_companions(context, step, rows, groups, leaking)
@@ -51,13 +53,13 @@ def decontaminate(context: Context, step: Decontaminate) -> Mapping[str, Any]:
     return told
 
 
-def _near(context: Context, step: Decontaminate, rows: np.ndarray, reference: Reference) -> Hits:
+def _near(context: Context, threshold: float, rows: np.ndarray, reference: Reference) -> Hits:
     """What is near one set; what an earlier curation has compared with it is not compared again."""
     before, known = None, np.zeros(len(rows), dtype=bool)
     if context.earlier is not None:
         of = context.inputs.references()[reference.name]
         before, known = context.earlier.hits(context.step, reference.name, of, rows)
-    found = best_above(context.vectors, rows[~known], reference.vectors, step.threshold - _MARGIN, context.workers)
+    found = best_above(context.vectors, rows[~known], reference.vectors, threshold - _MARGIN, context.workers)
     near = pa.table({"row": found.rows, "evaluation_row": found.others, "similarity": found.scores})
     near = near if before is None else pa.concat_tables([near, before]).sort_by("row")
     context.evidence(reference.name, near)
@@ -69,6 +71,7 @@ def _facts(context: Context, hits: Hits, threshold: float, groups: np.ndarray | 
     edges = np.round(np.arange(threshold - _MARGIN, 1 + _BINS, _BINS), 4)
     counts = np.histogram(np.minimum(hits.scores, edges[-1]), edges)[0]  # rounded vectors may be a little too long
     told: dict[str, Any] = {
+        "name": hits.reference.label,
         "evaluation_images": len(hits.reference.vectors),
         "leaks": int(leaks.sum()),
         "evaluation_images_leaked": len(np.unique(hits.others[leaks])),

@@ -13,28 +13,54 @@ from curation.similarity.nearest import similarities
 from curation.steps.config import NearDuplicates
 from curation.steps.joined import joined
 from curation.steps.preference import first_of_each, preferred
+from infra.errors import UserError
 from infra.vectors import Vectors
 
 _WORST = 10  # components that the manifest tells of
+_LONG_CHAIN = 50  # images
+_UNLIKE = 0.1  # below the threshold
 _SAMPLED = 2048  # members of a component that are compared with each other to tell its diameter
 
 
 def near_duplicates(context: Context, step: NearDuplicates) -> Mapping[str, Any]:
     """Keep one image of each component; it stands for all of them."""
-    found = joined(context, step, step.threshold)
+    threshold = step.threshold
+    assert threshold is not None, "resolved before the steps run"
+    found = joined(context, step, threshold)
     members = np.flatnonzero(np.bincount(found.labels)[found.labels] > 1)
-    order = preferred(context, step, found.rows[members])
+    order = preferred(context, step, found.rows[members], found.labels[members])
     rows, labels = found.rows[members][order], found.labels[members][order]
     winners, scores = represent(context.vectors, rows, labels, step.min_to_representative)
+    if not step.allow_chains and step.min_to_representative <= -1:
+        _refuse_chains(context, labels, scores, threshold)
     losers = rows != winners
     context.verdicts.merge(rows[losers], winners[losers], step.kind, "near_duplicate", scores[losers])
-    told = found.facts(step.threshold)
+    told = found.facts(threshold)
     return {
         "dropped": int(losers.sum()),
         "groups_split_off": int((~losers).sum()) - told["components"],
         **told,
         "worst": _worst(context, rows, labels, scores),
     }
+
+
+def _refuse_chains(context: Context, labels: np.ndarray, scores: np.ndarray, threshold: float) -> None:
+    """Check that large components are copies of one image, and not chains of images that are each like the next.
+
+    Raises:
+        UserError: one is a chain.
+    """
+    sizes = np.bincount(labels)
+    unlike = np.bincount(labels, scores < threshold - _UNLIKE, len(sizes))
+    chains = np.flatnonzero((sizes >= _LONG_CHAIN) & (unlike > sizes / 2))
+    if len(chains):
+        largest = chains[np.argmax(sizes[chains])]
+        raise UserError(
+            f"near_duplicates: {sizes[largest]:,} of {len(context.corpus):,} images form one chain: "
+            f"{int(unlike[largest]):,} are less similar than {threshold - _UNLIKE:.2f} to the image that stays. "
+            f"The threshold {threshold:g} is too low for this backbone; raise it, set min_to_representative, or set "
+            "allow_chains"
+        )
 
 
 def represent(vectors: Vectors, rows: np.ndarray, labels: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from curation.looks import SIDE, Looks, pca_hash
 from curation.similarity.forest import Forest
 from curation.similarity.hamming import pairs_within
 from curation.steps.config import LooksFilter, Perceptual
-from curation.steps.preference import first_of_each, pixels
+from curation.steps.preference import best_first, first_of_each, pixels
 from infra.artifacts import cache_directory
 from infra.errors import UserError
 
@@ -33,8 +33,9 @@ def perceptual(context: Context, step: Perceptual) -> Mapping[str, Any]:
     forest = Forest(len(different))
     for a, b, bits in pairs_within(different, step.radius):
         forest.add(a, b, 1 - bits.astype(np.float32) / _BITS)
-    order = np.lexsort((verdicts.ranks[rows], -pixels(context, rows)))
-    rows, hashes, component = rows[order], hashes[order], forest.components()[place][order]
+    component = forest.components()[place]
+    order = best_first(context, rows, component, pixels(context, rows))
+    rows, hashes, component = rows[order], hashes[order], component[order]
     winner = first_of_each(component)
     losers = np.flatnonzero(winner != np.arange(len(rows)))
     likeness = 1 - np.bitwise_count(hashes[losers] ^ hashes[winner[losers]]) / _BITS

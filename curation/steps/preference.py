@@ -10,21 +10,60 @@ from curation.context import Context
 from curation.steps.config import NearDuplicates
 from infra.columns import taken
 from infra.fields import json_fields, number
+from pretrain.data.decode import ImageRejected, decode, open_image, upright_size
+from pretrain.data.images import depth_of
+
+_SIDE = 64  # pixels of the thumbnail that shows whether an image has colors
+_SPREAD = 3  # mean range of the channels, of 255, above which it has: JPEG leaves some in grey images
 
 
-def preferred(context: Context, step: NearDuplicates, rows: np.ndarray) -> np.ndarray:
-    """Places in `rows`, the best image first; ties go to the key that comes first."""
-    table, ranks = context.corpus.table, context.verdicts.ranks[rows]
+def preferred(context: Context, step: NearDuplicates, rows: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Places in `rows`, the best image first.
+
+    Args:
+        groups: of each row the number of the group within which one stays.
+    """
     if step.representative == "earliest":
-        return np.argsort(ranks)
+        return np.argsort(context.verdicts.ranks[rows])
     if step.representative == "resolution":
         value = pixels(context, rows)
     elif step.representative == "bytes":
-        value = taken(table["image"], rows).field("size").to_numpy().astype(np.float64)
+        value = file_sizes(context, rows)
     else:
         assert step.field is not None
         value = np.array([_value(each, step.prefer) for each in json_fields(context.corpus, rows, step.field)])
-    return np.lexsort((ranks, -value))
+    return best_first(context, rows, groups, value)
+
+
+def best_first(context: Context, rows: np.ndarray, groups: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Places in `rows` by falling value; of equal ones of a group color before grey, then the larger file, which was
+    compressed less, then the key that comes first."""
+    colors = np.ones(len(rows))
+    tied = _tied(groups, value)
+    colors[tied] = [_is_color(context, row) for row in rows[tied].tolist()]
+    return np.lexsort((context.verdicts.ranks[rows], -file_sizes(context, rows), -colors, -value))
+
+
+def _tied(groups: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Places of rows that share group and value with another one, int64, rising."""
+    _, both, counts = np.unique(np.stack([groups, value]), axis=1, return_inverse=True, return_counts=True)
+    return np.flatnonzero(counts[both.ravel()] > 1)
+
+
+def _is_color(context: Context, row: int) -> bool:
+    """Whether an image has colors; one that cannot be decoded counts as grey."""
+    try:
+        opened = open_image(context.corpus.read_image(row))
+        small = decode(opened, max(min(upright_size(opened)) // _SIDE, 1), depth=depth_of(context.corpus))
+    except ImageRejected:
+        return False
+    small.thumbnail((_SIDE, _SIDE))
+    return bool(np.ptp(np.asarray(small).astype(np.int16), axis=2).mean() > _SPREAD)
+
+
+def file_sizes(context: Context, rows: np.ndarray) -> np.ndarray:
+    """Bytes of the encoded images of some rows, float64 `[m]`."""
+    return taken(context.corpus.table["image"], rows).field("size").to_numpy().astype(np.float64)
 
 
 def pixels(context: Context, rows: np.ndarray) -> np.ndarray:

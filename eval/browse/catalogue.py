@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from eval.scores import headline_rows
 from infra import storage
 from infra.artifacts import Artifact, find
 from infra.errors import UserError
@@ -28,6 +29,8 @@ class Catalogue:
     root: str
     _known: dict[str, tuple[tuple[Any, ...], Artifact | None]] = field(default_factory=dict)
     """By URL: what tells one state of the manifest from another, and the artifact if it can be read"""
+    _reports: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Headline rows by the id of a report: an artifact does not change"""
     _looked: float = -_FRESH_SECONDS
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -65,6 +68,16 @@ class Catalogue:
     def made_from(self, id: str) -> list[Artifact]:
         """What has an artifact among its inputs."""
         return [each for each in self.artifacts() if any(source.id == id for source in each.manifest.inputs.values())]
+
+    def headlines(self, report: Artifact) -> list[dict[str, Any]]:
+        """The first row of each protocol and subject of an evaluation; none of what another version made."""
+        if report.id not in self._reports:
+            try:
+                rows = headline_rows(report.read_json("report.json")["rows"])
+            except (UserError, KeyError, TypeError, ValueError):
+                rows = []
+            self._reports[report.id] = [dict(row) for row in rows]
+        return self._reports[report.id]
 
     def _look(self) -> None:
         listed = storage.list_files(self.root)

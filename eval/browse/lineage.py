@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 
 from eval.browse.catalogue import Catalogue
 from infra.artifacts import Artifact
@@ -64,10 +65,10 @@ def drawing(artifact: Artifact, catalogue: Catalogue) -> Drawing:
 
 
 def _layers(parents: Mapping[str, list[str]]) -> list[list[str]]:
-    """Each one below the lowest of what it was made from; parents come before their children."""
+    """Each one below the lowest of what it was made from, in whatever order they are given."""
     depth: dict[str, int] = {}
-    for id, of in parents.items():
-        depth[id] = 1 + max((depth[each] for each in of), default=-1)
+    for id in TopologicalSorter(parents).static_order():
+        depth[id] = 1 + max((depth[each] for each in parents[id]), default=-1)
     return [[id for id, place in depth.items() if place == number] for number in range(max(depth.values()) + 1)]
 
 

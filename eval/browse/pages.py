@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
 import numpy as np
 import pyarrow.compute as pc
 
-from eval.browse.catalogue import Catalogue, scores_of, size_of, words
+from eval.bars import backbone_name
+from eval.browse.catalogue import Catalogue, size_of, words
 from eval.browse.lineage import HEIGHT, WIDTH, drawing
 from eval.browse.search import Hit, Searcher
 from eval.rendering import PAGE
-from infra.artifacts import Artifact
+from eval.verdict import MODEL
+from infra.artifacts import Artifact, find
 from infra.corpora import SHARDS, Corpus
 from infra.selections import Selection
 
 _ROWS, _IMAGES = 200, 96  # of a page
 _MOST_SHARDS = 500
+_INTERNAL = ("freeze", "teach")  # stages whose artifacts only spare others work
 
 
 def index(catalogue: Catalogue, asked: Mapping[str, str]) -> dict[str, Any]:
     """Runs with their scores, and all artifacts, those that were asked for."""
     everything = catalogue.artifacts()
     found = [each for each in everything if _wanted(each, asked)]
+    hidden = 0
+    if not any(asked.get(name) for name in ("q", "kind", "all")):
+        listed = [each for each in found if each.manifest.stage not in _INTERNAL]
+        hidden, found = len(found) - len(listed), listed
     first = _number(asked.get("from"))
     return {
         "root": catalogue.root,
         "runs": [_run(each, catalogue) for each in everything if each.manifest.stage == "report"],
         "artifacts": [_row(each, catalogue) for each in found[first : first + _ROWS]],
         "count": len(found),
+        "hidden": hidden,
         "kinds": sorted({each.manifest.kind for each in everything}),
         "asked": dict(asked),
         "more": _more(asked, first + _ROWS, len(found)),
@@ -45,12 +54,12 @@ def _wanted(artifact: Artifact, asked: Mapping[str, str]) -> bool:
 
 
 def _run(report: Artifact, catalogue: Catalogue) -> dict[str, Any]:
-    """A run by its report: a row for each backbone that it evaluated."""
-    scored: dict[str, dict[str, float]] = {}
+    """A run by its report: a row for each backbone that it evaluated, beside its baselines."""
+    scored: dict[str, dict[str, Score]] = {}
     for name, source in report.manifest.inputs.items():
         artifact = catalogue.get(source.id) if name.startswith("evaluate-") else None
         if artifact is not None:
-            scored[name.removeprefix("evaluate-")] = {k: v["model"] for k, v in scores_of(artifact).items()}
+            scored[backbone_name(name)] = _scores(catalogue.headlines(artifact))
     protocols = list(dict.fromkeys(protocol for told in scored.values() for protocol in told))
     return {
         "id": report.id,
@@ -60,6 +69,30 @@ def _run(report: Artifact, catalogue: Catalogue) -> dict[str, Any]:
         "protocols": protocols,
         "scored": scored,
     }
+
+
+@dataclass(frozen=True)
+class Score:
+    """A backbone's headline by one protocol, and those of its baselines, as they are shown."""
+
+    value: float
+    shown: str
+    baselines: str
+
+
+def _scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
+    found: dict[str, Score] = {}
+    for protocol in dict.fromkeys(row["protocol"] for row in rows):
+        by_subject = {row["subject"]: row for row in rows if row["protocol"] == protocol}
+        model = by_subject.pop(MODEL, None)
+        if model is not None:
+            baselines = ", ".join(f"{name} {_shown(row)}" for name, row in by_subject.items())
+            found[protocol] = Score(model["value"], _shown(model), baselines)
+    return found
+
+
+def _shown(row: Mapping[str, Any]) -> str:
+    return f"{100 * row['value']:.1f} %" if row["share"] else f"{row['value']:.4g}"
 
 
 def _row(artifact: Artifact, catalogue: Catalogue) -> dict[str, Any]:
@@ -113,7 +146,10 @@ def comparison(catalogue: Catalogue, chosen: Sequence[Artifact]) -> dict[str, An
 
 def _numbers(artifact: Artifact, catalogue: Catalogue) -> dict[str, Any]:
     """Of a run the scores of all its backbones."""
-    return flat(_run(artifact, catalogue)["scored"] if artifact.manifest.stage == "report" else artifact.metrics)
+    if artifact.manifest.stage != "report":
+        return flat(artifact.metrics)
+    scored = _run(artifact, catalogue)["scored"]
+    return flat({name: {protocol: each.value for protocol, each in told.items()} for name, told in scored.items()})
 
 
 def _settings(artifact: Artifact, catalogue: Catalogue) -> dict[str, Any]:
@@ -171,7 +207,7 @@ def search(
 ) -> dict[str, Any]:
     """The search form and what was found."""
     return {
-        "searchable": [{"id": each.id, "words": words(each), "kind": _model(each)} for each in searchable],
+        "searchable": [{"id": each.id, "words": _embedded(each)} for each in searchable],
         "chosen": chosen.id,
         "corpus": searcher.corpus.artifact.id,
         "has_texts": searcher.has_texts,
@@ -180,9 +216,13 @@ def search(
     }
 
 
-def _model(embeddings: Artifact) -> str:
-    config = embeddings.manifest.config
-    return " ".join(str(config[name]) for name in ("kind", "model") if name in config)
+def _embedded(embeddings: Artifact) -> str:
+    """Which images were embedded, and by what."""
+    config, corpus = embeddings.manifest.config, find(embeddings.manifest.inputs["corpus"].url)
+    source = None if corpus is None else corpus.manifest.inputs.get("source", corpus.manifest.inputs.get("corpus"))
+    name = "a corpus" if source is None else source.url.rstrip("/").rpartition("/")[2]
+    model = " ".join(str(config[key]) for key in ("kind", "model") if key in config)
+    return f"{embeddings.metrics['images']:,} images of {name} by {model} ({embeddings.id[:6]})"
 
 
 def has_page(artifact: Artifact) -> bool:

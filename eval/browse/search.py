@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from infra.artifacts import Artifact
 from infra.corpora import Corpus, Unusable
@@ -57,7 +57,12 @@ class Searcher:
             settings[place] = manifest.inputs["backbone"].url
         if "code" in manifest.inputs:
             settings["repository"] = manifest.inputs["code"].url
-        return TypeAdapter(BackboneConfig).validate_python(settings)
+        try:
+            return TypeAdapter(BackboneConfig).validate_python(settings)
+        except ValidationError:
+            raise UserError(
+                f"{self.embeddings.artifact.url}: its backbone cannot be loaded again; embed with a trained one"
+            ) from None
 
     @cached_property
     def has_texts(self) -> bool:

@@ -12,21 +12,24 @@ from infra.corpora import Corpus
 from pretrain.backbones import CheckpointedViT, TokenBackbone, center_crop, default_device
 from pretrain.data.images import read_image
 
-_LEAST = 0.1  # share of patches that a foreground has, at least
+_COLUMNS = 5  # images in a row, so that they can be seen
 _HEADS = 6
 
 
 def patch_pca(backbone: TokenBackbone, corpus: Corpus, count: int) -> bytes:
-    """Images above the first principal components of their patch tokens, as colours (DINOv2, figure 1).
+    """Images above the first principal components of their patch tokens, as colours (after DINOv2, figure 1).
 
-    Images are spread over the corpus and shown at twice the backbone's side where it can, for a finer grid. The first
-    component of all their patches together tells things from background, which is left white where there is one; the
-    colours are the first three components of what is left.
+    Images are spread over the corpus and shown at twice the backbone's side where it can, for a finer grid. The colours
+    are the first three components of all their patches together.
     """
     crops = _crops(backbone, corpus, count)
     tokens = maps.patch_tokens(backbone, crops).numpy()
     colours = principal_colours(tokens.reshape(-1, tokens.shape[-1])).reshape(*tokens.shape[:3], 3)
-    return sheet([[tile(each) for each in crops], [tile(each, smooth=False) for each in colours]])
+    lines = []
+    for start in range(0, len(crops), _COLUMNS):
+        some = slice(start, start + _COLUMNS)
+        lines += [[tile(each) for each in crops[some]], [tile(each, smooth=False) for each in colours[some]]]
+    return sheet(lines)
 
 
 def _crops(backbone: TokenBackbone, corpus: Corpus, count: int) -> np.ndarray:
@@ -35,24 +38,10 @@ def _crops(backbone: TokenBackbone, corpus: Corpus, count: int) -> np.ndarray:
 
 
 def principal_colours(tokens: np.ndarray) -> np.ndarray:
-    """Colours of patches `[n, dim]`, uint8 `[n, 3]`: white for the background, three components for the rest."""
-    front = foreground(_components(tokens, 1)[:, 0])
-    values = _components(tokens[front], 3)
+    """Colours of patches `[n, dim]`, uint8 `[n, 3]`: their first three principal components, from dark to bright."""
+    values = _components(tokens, 3)
     low, high = np.percentile(values, [2, 98], axis=0)
-    colours = np.full((len(tokens), 3), 255, dtype=np.uint8)
-    colours[front] = (np.clip((values - low) / np.maximum(high - low, 1e-9), 0, 1) * 225).astype(np.uint8)
-    return colours
-
-
-def foreground(first: np.ndarray) -> np.ndarray:
-    """Which patches lie on the smaller side of the best cut through the first component; all, where a side is tiny."""
-    from skimage.filters import threshold_otsu
-
-    if np.ptp(first) <= 0:
-        return np.ones(len(first), dtype=bool)
-    above = first > threshold_otsu(first)
-    front = above if above.mean() <= 0.5 else ~above
-    return front if front.mean() >= _LEAST else np.ones(len(first), dtype=bool)
+    return (np.clip((values - low) / np.maximum(high - low, 1e-9), 0, 1) * 255).astype(np.uint8)
 
 
 def _components(tokens: np.ndarray, count: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageOps
 
-TILE = 112
+TILE = 144
 _GAP = 4
 
 

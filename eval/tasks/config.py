@@ -67,6 +67,10 @@ class Learned(Classification):
     """How settings are chosen: by a part of the training set, which says nothing of the test set; or, as published, the
     best on the test set that is reported, a little too good to be true."""
 
+    def candidates(self) -> int:
+        """How many settings it chooses among."""
+        return 1
+
 
 class Knn(Learned):
     """Weighted vote of the nearest neighbours (DINO, arXiv 2104.14294, section 4.1)."""
@@ -80,6 +84,9 @@ class Knn(Learned):
     """Score also with this many training images a class."""
     tries: int = Field(5, ge=1)
     """Draws of them; means over draws are reported."""
+
+    def candidates(self) -> int:
+        return len(self.k)
 
 
 class Linear(Learned):
@@ -104,6 +111,9 @@ class Linear(Learned):
     held_out: float = Field(0.1, gt=0, lt=1)
     """Share of the training images that chooses."""
 
+    def candidates(self) -> int:
+        return len(self.learning_rates) * len(self.blocks) * len(self.average_pool)
+
 
 class Logistic(Learned):
     """Multinomial logistic regression on frozen features (scikit-learn's, by L-BFGS)."""
@@ -117,6 +127,9 @@ class Logistic(Learned):
     """Share of the training images that chooses."""
     iterations: int = Field(1000, ge=1)
     """Of the optimiser, at most."""
+
+    def candidates(self) -> int:
+        return len(self.strengths)
 
 
 class FewShot(Classification):
@@ -149,6 +162,9 @@ class FineTune(Learned):
     """Images a step."""
     held_out: float = Field(0.1, gt=0, lt=1)
     """Share of the training images that chooses."""
+
+    def candidates(self) -> int:
+        return len(self.learning_rates)
 
 
 class ZeroShot(Classification):

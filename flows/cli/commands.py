@@ -62,6 +62,14 @@ def print_url(artifact: Artifact | None) -> None:
         print(artifact.url)
 
 
+def _print_comparison(url: str) -> None:
+    from flows.evaluation import show_comparison
+    from infra.artifacts import open_artifact
+
+    show_comparison(open_artifact(url, "report"))
+    print(url)
+
+
 def _run(config: PipelineConfig) -> None:
     set_up_prefect()
     from flows.outcome import show
@@ -133,16 +141,14 @@ def _follow(config: FollowConfig) -> None:
     set_up_prefect()
     from flows.following import follow
 
-    print(follow(config))
+    _print_comparison(follow(config))
 
 
 def _ablate(config: AblateConfig) -> None:
     set_up_prefect()
-    from flows.ablation import ablate, show
+    from flows.ablation import ablate
 
-    url = ablate(config)
-    show(url)
-    print(url)
+    _print_comparison(ablate(config))
 
 
 def _import(config: ImportConfig) -> None:
