@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import random
@@ -11,13 +12,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import urljoin
 
 import pytest
 import yaml
+from starlette.testclient import TestClient
 
 import curation
 from curation.config import CurateConfig
 from distill.config import DistillConfig
+from eval.browse.server import application
 from eval.rendering import PAGE
 from flows.cli.main import main
 from flows.config import PipelineConfig
@@ -210,6 +214,23 @@ def run_pipeline(root: Path, home: Path) -> subprocess.CompletedProcess[str]:
     return fovea("run", str(file), PREFECT_HOME=str(home))
 
 
+def crawled(root: Path) -> dict[str, int]:
+    """Status codes of all pages and pictures of `fovea ui` that its links lead to."""
+    client = TestClient(application(str(root), ["localhost"]), base_url="http://localhost")
+    answers: dict[str, int] = {}
+    left = ["/"]
+    while left:
+        page = left.pop()
+        if page in answers:
+            continue
+        answer = client.get(page)
+        answers[page] = answer.status_code
+        if answer.headers["content-type"].startswith("text/html") and "/files/" not in page:
+            links = re.findall(r'(?:href|src)="([^"#]+)', answer.text)
+            left += [urljoin(page, html.unescape(link)) for link in links if not link.startswith(("data:", "http"))]
+    return answers
+
+
 def ids(root: Path) -> dict[str, str]:
     summary = json.loads((root / "summary.json").read_text())
     return {stage: each["id"] for stage, each in summary["artifacts"].items()}
@@ -225,11 +246,25 @@ def test_the_pipeline_runs_resumes_and_survives_kill(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert set(summary) == {
-        *("dedup", "decontamination", "retrieval", "evaluation", "publish", "artifacts", "seconds", "config"),
+        *(
+            "dedup",
+            "decontamination",
+            "retrieval",
+            "evaluation",
+            "verdicts",
+            "publish",
+            "artifacts",
+            "seconds",
+            "config",
+        ),
     }
     assert set(summary["evaluation"]) == {"knn", "logistic"}
     for told in summary["evaluation"].values():
-        assert set(told["values"]) == {"teacher", "small", "coarse", "untrained", "pixels"}
+        assert set(told["values"]) == set(told["untrained"]) == {"teacher", "small", "coarse"}
+        assert 0 <= told["pixels"] <= 1
+    for name, verdict in summary["verdicts"].items():
+        assert "etter than its baselines" in verdict
+        assert f"{name}: {verdict[:20]}" in first.stdout
     assert set(summary["publish"]) == {"small", "coarse"}
     for differences in summary["publish"].values():
         assert set(differences) == {"timm", "hub", "official"}
@@ -240,6 +275,10 @@ def test_the_pipeline_runs_resumes_and_survives_kill(tmp_path: Path) -> None:
         assert artifact.id == each["id"]
         assert verify(artifact) == []
         assert each["url"] in first.stdout or not stage.startswith(("report", "publish"))
+
+    answers = crawled(tmp_path / "whole")
+    assert len(answers) > 300
+    assert {page: code for page, code in answers.items() if code != 200} == {}
 
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "whole").rglob("*") if path.name != "summary.json"}
     again = run_pipeline(tmp_path / "whole", home)
