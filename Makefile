@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 UV     := $(BIN)/uv
-INSTALL = $(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt
+# Bytecode is written now: uv leaves that to the first import, and where PYTHONDONTWRITEBYTECODE is set, to every one.
+INSTALL = $(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt
 
 export OMP_NUM_THREADS ?= $(shell nproc)
 export DO_NOT_TRACK = 1
@@ -41,6 +42,7 @@ $(UV):
 $(VENV)/.installed: pyproject.toml constraints.txt | $(UV)
 	@echo "Installing Fovea into $(VENV) (several GB on a new machine) ..."
 	$(INSTALL) --editable .
+	$(BIN)/python -m compileall -q curation distill eval flows infra pretrain
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,28 +18,11 @@ from curation.similarity.tiles import Found
 from infra.artifacts import Artifact, Input, open_input
 from infra.corpora import Corpus, same_images
 from infra.embeddings import Embeddings
-from infra.errors import UserError
 from infra.selections import evidence_name
 from infra.vectors import Vectors
 
 PAIRS, SEEN = "pairs", "seen.npy"
 _BLOCK = 1 << 14
-
-
-def require_alike(artifact: Artifact, version: int, steps: list[dict[str, Any]], embeddings: Embeddings | None) -> None:
-    """Check that an earlier selection was made as one that is to go on from it.
-
-    Raises:
-        UserError: by other steps, another version, or on vectors of another backbone.
-    """
-    again = "curate without it once"
-    if artifact.manifest.config.get("steps") != steps:
-        raise UserError(f"previous: {artifact.url}: made by other steps; {again}")
-    if not artifact.made_by(version):
-        raise UserError(f"previous: {artifact.url}: made by another version of Fovea; {again}")
-    before = artifact.manifest.inputs.get("embeddings")
-    if embeddings is not None and (before is None or _embeddings(before).backbone != embeddings.backbone):
-        raise UserError(f"previous: {artifact.url}: compared vectors of another backbone; {again}")
 
 
 def _embeddings(given: Input) -> Embeddings:

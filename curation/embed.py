@@ -6,22 +6,25 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from curation.config import EmbedConfig
 from infra import embeddings
-from infra.artifacts import Artifact, Plan, open_input, produce
+from infra.artifacts import Artifact, Plan, open_artifact, open_input, produce
 from infra.cluster import Cluster
 from infra.corpora import Corpus, same_images
 from infra.embeddings import Embeddings, backbone_of
 from infra.errors import UserError
+from infra.notices import say_loading
 from infra.progress import progress
-from pretrain import backbones
-from pretrain.backbones import Backbone
 from pretrain.config import BackboneConfig
-from pretrain.features import RowFeatures, of_rows
+from pretrain.identity import identity
+
+if TYPE_CHECKING:
+    from pretrain.backbones import Backbone
+    from pretrain.features import RowFeatures
 
 VERSION = 4
 _PART_ROWS = 1 << 14
@@ -50,21 +53,30 @@ def embed(config: EmbedConfig) -> Artifact:
     Raises:
         UserError: the corpus or the backbone is missing, or `previous` is of another backbone.
     """
-    corpus = Corpus.open(config.corpus)
-    settings, inputs = backbones.identity(config.backbone)
-    previous = Embeddings.open(config.previous) if config.previous else None
-    if previous and (previous.backbone != backbone_of(settings, inputs) or not previous.artifact.made_by(VERSION)):
-        raise UserError(f"previous: {config.previous}: of another backbone or by another Fovea; embed without it")
-    plan = Plan("embeddings", "embed", VERSION, settings, {"corpus": corpus.artifact.as_input(), **inputs})
 
     def write(directory: Path) -> Mapping[str, Any]:
-        return _write(config, corpus, previous, directory)
+        return _write(config, Corpus.open(config.corpus), directory)
 
-    return produce(plan, config.out, write, ["part-*.npy"], config.restart)
+    return produce(embeddings_spec(config), config.out, write, ["part-*.npy"], config.restart)
 
 
-def _write(config: EmbedConfig, corpus: Corpus, previous: Embeddings | None, directory: Path) -> Mapping[str, Any]:
-    before = _Before.open(previous, corpus) if previous is not None else None
+def embeddings_spec(config: EmbedConfig) -> Plan:
+    """The embeddings that a configuration asks for.
+
+    Raises:
+        UserError: the corpus or the backbone is missing, or `previous` is of another backbone.
+    """
+    corpus = open_artifact(config.corpus, "corpus")
+    settings, inputs = identity(config.backbone)
+    if config.previous is not None:
+        previous = Embeddings.open(config.previous)
+        if previous.backbone != backbone_of(settings, inputs) or not previous.artifact.made_by(VERSION):
+            raise UserError(f"previous: {config.previous}: of another backbone or by another Fovea; embed without it")
+    return Plan("embeddings", "embed", VERSION, settings, {"corpus": corpus.as_input(), **inputs})
+
+
+def _write(config: EmbedConfig, corpus: Corpus, directory: Path) -> Mapping[str, Any]:
+    before = _Before.open(Embeddings.open(config.previous), corpus) if config.previous is not None else None
     parts = [np.arange(start, min(start + _PART_ROWS, len(corpus))) for start in range(0, len(corpus), _PART_ROWS)]
     left = [number for number in range(len(parts)) if not embeddings.part_path(directory, number).exists()]
     done = len(corpus) - sum(len(parts[number]) for number in left)
@@ -83,7 +95,7 @@ def _embedded(
 ) -> Iterator[RowFeatures]:
     """Vectors of each part, computed here or on a cluster."""
     if config.ray is None:
-        backbone = backbones.load(config.backbone)
+        backbone = _load(config.backbone)
         yield from (_part(backbone, corpus, rows, before, config.batch, advance) for rows in parts)
         return
 
@@ -95,10 +107,15 @@ def _embedded(
         yield part
 
 
-@cache
-def _loaded(config: BackboneConfig) -> Backbone:
-    """Once in each process that takes parts."""
+def _load(config: BackboneConfig) -> Backbone:
+    say_loading("embed", "torch")
+    from pretrain import backbones  # here, with torch: embeddings that exist are found without it
+
     return backbones.load(config)
+
+
+_loaded = cache(_load)
+"""Once in each process of a cluster."""
 
 
 def _part(
@@ -110,6 +127,8 @@ def _part(
     advance: Callable[..., None] = lambda count: None,
 ) -> RowFeatures:
     """Vectors of some rows, float16: those of images that are still the same from before, the others anew."""
+    from pretrain.features import RowFeatures, of_rows
+
     reused = np.zeros(len(rows), dtype=bool) if before is None else before.place[rows] >= 0
     new: list[np.ndarray] = []
     undecodable: dict[int, str] = {}

@@ -28,7 +28,7 @@ from curation.scan import PART_SCHEMA, Facts, Scans
 from curation.sources import BrokenShard, Source, Unit, find_units, is_shard_name
 from curation.tars import SUFFIXES
 from infra import storage
-from infra.artifacts import Artifact, Input, Plan, cache_directory, produce
+from infra.artifacts import Artifact, Input, Plan, cache_directory, find_planned, produce
 from infra.corpora import DECODING, INDEX_SCHEMA, Corpus, Shard
 from infra.errors import UserError
 from infra.hashing import hash_json
@@ -50,22 +50,44 @@ def ingest(config: IngestConfig) -> Artifact:
     Raises:
         UserError: the source is missing, or holds no usable image.
     """
-    source = find_units(config.source, config.shard_mb << 20, config.annotation_suffixes)
-    settings = IngestSettings(**{name: getattr(config, name) for name in IngestSettings.model_fields})
-    work = Work(
-        config.source,
-        source,
-        Scans(cache_directory() / "ingest", settings, uuid.uuid4().hex),
-        config.workers or _cores(),
-    )
+    work = _work(config)
     facts = work.read()
-    inputs = {"source": Input(id=work.identity(facts), url=config.source)}
-    plan = Plan("corpus", "ingest", VERSION, settings.model_dump(mode="json"), inputs)
-    resume_from = [f"{_PLACED}/*.json"]
-    artifact = produce(plan, config.out, lambda directory: work.write(directory, facts), resume_from, config.restart)
-    work.scans.forget_unstamped(source.units)
-    _check_places(artifact, source.units)
+    spec, resume_from = _spec(config, work, facts), [f"{_PLACED}/*.json"]
+    artifact = produce(spec, config.out, lambda directory: work.write(directory, facts), resume_from, config.restart)
+    work.scans.forget_unstamped(work.units)
+    _check_places(artifact, work.units)
     return artifact
+
+
+def find_ingested(config: IngestConfig) -> Artifact | None:
+    """The corpus of a source, if all of it was read before and the corpus has been made.
+
+    Raises:
+        UserError: the source is missing, or the corpus's place holds another artifact.
+    """
+    work = _work(config)
+    facts = work.known()
+    if len(facts) < len(work.units):
+        return None
+    artifact = find_planned(_spec(config, work, facts), config.out)
+    if artifact is not None:
+        _check_places(artifact, work.units)
+    return artifact
+
+
+def _work(config: IngestConfig) -> Work:
+    source = find_units(config.source, config.shard_mb << 20, config.annotation_suffixes)
+    scans = Scans(cache_directory() / "ingest", _settings(config), uuid.uuid4().hex)
+    return Work(config.source, source, scans, config.workers or _cores())
+
+
+def _settings(config: IngestConfig) -> IngestSettings:
+    return IngestSettings(**{name: getattr(config, name) for name in IngestSettings.model_fields})
+
+
+def _spec(config: IngestConfig, work: Work, facts: Mapping[str, Facts]) -> Plan:
+    inputs = {"source": Input(id=work.identity(facts), url=config.source)}
+    return Plan("corpus", "ingest", VERSION, _settings(config).model_dump(mode="json"), inputs)
 
 
 def notes(corpus: Artifact) -> list[str]:
@@ -114,9 +136,13 @@ class Work:
         units = [[unit.name, facts[unit.name].sha256] for unit in self.units]
         return hash_json([units, [[spelled_out(path), *more] for path, *more in self.source.rejected]])
 
+    def known(self) -> dict[str, Facts]:
+        """The facts of the units that were read before, by name."""
+        return {unit.name: facts for unit in self.units if (facts := self.scans.facts(unit)) is not None}
+
     def read(self) -> dict[str, Facts]:
         """Read the units that were not read before; return the facts of all, by name."""
-        found = {unit.name: facts for unit in self.units if (facts := self.scans.facts(unit)) is not None}
+        found = self.known()
         units = [unit for unit in self.units if unit.name not in found]
         if not units:
             return found

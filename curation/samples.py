@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import posixpath
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
 
 from infra.names import suffix_of
 
@@ -111,8 +111,8 @@ def stem_of(name: str, annotation_suffixes: Iterable[str] = ()) -> str:
     for suffix in annotation_suffixes:
         if name.lower().endswith(f".{suffix}"):
             return name[: -len(suffix) - 1]
-    path = PurePosixPath(name)
-    return name[: -len(path.suffix)] if path.suffix else name
+    stem, suffix = posixpath.splitext(name)
+    return name if suffix == "." else stem
 
 
 def samples_of_stem(stem: str, members: Sequence[Member]) -> Iterator[Sample]:

@@ -134,11 +134,12 @@ def _layer(state: Mapping[str, Any], name: str) -> Layer:
 
 
 def _of_caption(context: Context, config: CaptionScorer, rows: np.ndarray) -> Scores:
-    from pretrain import backbones, image_text
+    from pretrain import image_text
+    from pretrain.identity import identity
 
     embedded = context.inputs.embeddings
     assert embedded is not None
-    if embedded.backbone != backbone_of(*backbones.identity(config.model)):
+    if embedded.backbone != backbone_of(*identity(config.model)):
         raise UserError(f"score: {embedded.artifact.url}: not by {config.model.checkpoint}; embed with that model")
     text, column = image_text.load(config.model), context.corpus.table["caption"]
     found = np.full(len(rows), np.nan)

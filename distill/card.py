@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 
 from distill.config import PublishSettings
-from distill.formats import transformers_folder
+from distill.formats.compatibility import family
 from distill.formats.timm_folder import TRAINING_ONLY
 from distill.provenance import Provenance
 from infra.lineage import Ancestor
@@ -50,7 +50,7 @@ def model_card(
         network=model.name if isinstance(model, TimmNetworkConfig) else None,
         dim=backbone.dim,
         patch=backbone.patch_size,
-        side=model.image_size,
+        side=backbone.image_size,
         stage=checkpoint.artifact.manifest.stage,
         parameters=parameters_of(backbone),
         recipe=json.dumps(checkpoint.artifact.manifest.config, indent=1),
@@ -61,7 +61,7 @@ def model_card(
         provenance=Provenance.of(checkpoint.artifact),
         lineage=lineage,
         differences=differences,
-        transformers_class="" if vit is None else transformers_folder.family(vit),
+        transformers_class="" if vit is None else family(vit),
     )
 
 

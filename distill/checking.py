@@ -28,7 +28,7 @@ _IMAGES = 16
 
 def pixels_of(images: Corpus, material: Material) -> Tensor:
     """The first images of a corpus, preprocessed and normalised, float32 `[n, 3, side, side]`."""
-    side, views = material.backbone.config.image_size, material.views
+    side, views = material.backbone.image_size, material.views
     crops = [center_crop(image, side) for image in first_images(images, _IMAGES)]
     return Normaliser(views.mean, views.std)(torch.from_numpy(np.stack(crops)))
 

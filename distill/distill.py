@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,14 @@ from distill.config import DistillConfig
 from distill.lesson import Lesson
 from distill.objectives.clip import towers
 from distill.objectives.config import ClipLogitsConfig, DeitConfig, FeaturesConfig
+from distill.specs import checkpoint_spec, require_students, student_spec, student_url
 from distill.taught import Kept
-from infra.artifacts import Artifact, Input, Plan, find, find_planned, open_artifact, produce
+from infra.artifacts import Artifact, Plan, open_artifact, produce
 from infra.corpora import Corpus
 from infra.errors import UserError
-from infra.hashing import hash_file
 from infra.storage import join, parent
-from pretrain import backbones, checkpoints, ranks
+from pretrain import checkpoints, ranks
 from pretrain.checkpoints import STUDENTS, Description
-from pretrain.config import decisive
 from pretrain.data.loader import Batch, ViewDataset
 from pretrain.data.samples import Part
 from pretrain.engine import Trained
@@ -31,9 +30,8 @@ from pretrain.learner import Part as LearnerPart
 from pretrain.objectives.image_text import tokenizer
 from pretrain.ranks import barrier, device_of_rank, world
 from pretrain.reporting import Task
-from pretrain.train import corpus_inputs, dataset_of, produce_together, train, training_metrics
+from pretrain.train import dataset_of, produce_together, train, training_metrics
 
-VERSION = 5
 _BATCH = 32  # images that teachers see at a time before the training
 
 
@@ -70,47 +68,13 @@ def distill(config: DistillConfig) -> Artifact:
         urls = {name: student_url(url, name) for name in names}
         return training_metrics(trained, dataset, "students.") | {STUDENTS: urls}
 
-    planned = plan(config)
-    _require_students(planned, config)
+    planned = checkpoint_spec(config)
+    require_students(planned, config)
     return produce_together(planned, config, write)
-
-
-def _require_students(planned: Plan, config: DistillConfig) -> None:
-    """Look at several students' places before the training.
-
-    Raises:
-        UserError: one is taken by another checkpoint, or is gone while what all were trained in is there.
-    """
-    if len(config.students) == 1:
-        return
-    url = planned.resolve(config.out)
-    gone = [name for name in config.students if find_planned(_own_plan(planned, name), student_url(url, name)) is None]
-    if gone and find(url) is not None:
-        raise UserError(f"{student_url(url, gone[0])}: the student is gone; remove {url} too and run again")
 
 
 def _uncounted() -> Learner:
     raise UserError("the work of teachers without heads, or that are not asked, is not counted")
-
-
-def student_url(url: str, name: str) -> str:
-    """Where the checkpoint of one of several students is, given the URL of what was distilled."""
-    return f"{url.rstrip('/')}-{name}"
-
-
-def student_urls(artifact: Artifact, names: Sequence[str]) -> dict[str, str]:
-    """URLs of the students' checkpoints of a distillation: one of a single student is that student's."""
-    if len(names) == 1:
-        return {names[0]: artifact.url}
-    return {name: student_url(artifact.url, name) for name in names}
-
-
-def _own_plan(planned: Plan, name: str) -> Plan:
-    """What one of several students hangs on: not its company."""
-    settings = {**planned.settings, "students": {name: planned.settings["students"][name]}}
-    inputs = {role: each for role, each in planned.inputs.items() if not role.startswith("start_")}
-    start = planned.inputs.get(f"start_{name}")
-    return Plan("checkpoint", "distill", VERSION, settings, inputs | ({f"start_{name}": start} if start else {}))
 
 
 def _write_student(
@@ -126,7 +90,7 @@ def _write_student(
         checkpoints.write(_weights(trained, part), description, directory)
         return training_metrics(trained, dataset, part.prefix + "student.")
 
-    produce(_own_plan(planned, name), student_url(url, name), write)
+    produce(student_spec(planned, name), student_url(url, name), write)
 
 
 def _weights(trained: Trained, part: LearnerPart) -> dict[str, Tensor]:
@@ -143,7 +107,7 @@ def _description(lesson: Lesson, name: str) -> Description:
     clip = lesson.asked(ClipLogitsConfig)
     return Description(
         released="average",
-        model=lesson.config.students[name].network,
+        model=lesson.network(name),
         views=lesson.views,
         seed=lesson.config.schedule.seed,
         objectives=[towers(clip)] if clip else [],
@@ -200,26 +164,3 @@ def _classes(config: DistillConfig) -> list[str]:
         if not corpus.classes or corpus.classes != classes:
             raise UserError(f"{corpus.artifact.url}: objective deit needs the same classes in all corpora")
     return classes
-
-
-def plan(config: DistillConfig) -> Plan:
-    """The checkpoint that a configuration asks for."""
-    settings, inputs = decisive(config), corpus_inputs(config.corpora)
-    if config.teacher_checkpoint is not None:
-        inputs["teacher"] = open_artifact(config.teacher_checkpoint, "checkpoint").as_input()
-    known = {name: backbones.identity(each) for name, each in config.teachers.items()}
-    settings["teachers"] = {name: told for name, (told, _) in known.items()}
-    inputs |= {f"teacher_{name}_{key}": each for name, (_, found) in known.items() for key, each in found.items()}
-    settings["students"] = {
-        name: each.model_dump(mode="json", exclude={"start"}) for name, each in config.students.items()
-    }
-    for name, student in config.students.items():
-        if student.start is not None:
-            inputs[f"start_{name}"] = open_artifact(student.start, "checkpoint").as_input()
-    settings["objectives"] = [each.model_dump(mode="json", exclude={"checkpoint"}) for each in config.objectives]
-    for each in config.objectives:
-        if isinstance(each, DeitConfig):
-            if not Path(each.checkpoint).is_file():
-                raise UserError(f"{each.checkpoint}: no such file; give the path of the classifier's weights")
-            inputs["classifier"] = Input(id=hash_file(Path(each.checkpoint)), url=each.checkpoint)
-    return Plan("checkpoint", "distill", VERSION, settings, inputs)

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from distill import from_open_clip
 from distill.config import ImportConfig
 from infra.artifacts import Artifact, Input, Plan, produce
 from infra.errors import UserError
 from infra.hashing import hash_file
-from pretrain import checkpoints, published, weights
-from pretrain.checkpoints import Description
-from pretrain.config import OpenClipBackbone
-from pretrain.data.config import Views
-from pretrain.models.config import VisionTransformerConfig
-from pretrain.models.official import from_official, require_fitting
-from pretrain.objectives.config import ObjectiveConfig
+from infra.notices import say_loading
 
 VERSION = 2
 
@@ -32,87 +21,25 @@ def import_weights(config: ImportConfig) -> Artifact:
     Raises:
         UserError: the file is missing, or of another model than the settings say.
     """
+
+    def write(directory: Path) -> Mapping[str, Any]:
+        say_loading("import", "torch")
+        from distill.foreign_weights import write_checkpoint
+
+        return write_checkpoint(config, directory)
+
+    return produce(checkpoint_spec(config), config.out, write, restart=config.restart)
+
+
+def checkpoint_spec(config: ImportConfig) -> Plan:
+    """The checkpoint that a configuration asks for.
+
+    Raises:
+        UserError: the file is missing.
+    """
     path = Path(config.checkpoint)
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the path of weights")
     settings = config.model_dump(mode="json", exclude={"checkpoint", "out", "restart"})
     source = {"weights": Input(id=hash_file(path), url=config.checkpoint)}
-    plan = Plan("checkpoint", "import", VERSION, settings, source)
-    return produce(plan, config.out, lambda directory: _write(config, directory), restart=config.restart)
-
-
-@dataclass(frozen=True)
-class _Read:
-    """What a file holds, under our names."""
-
-    model: VisionTransformerConfig
-    mean: Sequence[float]
-    std: Sequence[float]
-    backbone: dict[str, Tensor]
-    objectives: dict[str, Tensor]
-    configs: list[ObjectiveConfig]
-    """Of the objectives whose weights came along."""
-
-
-def _read(config: ImportConfig) -> _Read:
-    state = _state(config.checkpoint)
-    if config.layout == "open_clip":
-        return _read_open_clip(config, state)
-    read = from_official if config.layout == "official" else from_timm
-    return _Read(config.model, config.mean, config.std, read(state, config.model), {}, [])
-
-
-def _read_open_clip(config: ImportConfig, state: Mapping[str, Tensor]) -> _Read:
-    if config.name is None:
-        raise UserError("layout open_clip needs --name, the model's name there")
-    known = from_open_clip.known(config.name)
-    how = published.preprocessing(OpenClipBackbone(model=config.name, checkpoint=config.checkpoint))
-    kind = f"objectives.{known.objective.kind}."
-    backbone = from_open_clip.backbone_of(state, known.model)
-    towers = {kind + name: value for name, value in from_open_clip.towers_of(state).items()}
-    return _Read(known.model, how["mean"], how["std"], backbone, towers, [known.objective])
-
-
-def _write(config: ImportConfig, directory: Path) -> Mapping[str, Any]:
-    try:
-        read = _read(config)
-    except UserError as error:
-        raise UserError(f"{config.checkpoint}: {error}") from None
-    both = {f"{role}.{name}": value for role in ("student", "teacher") for name, value in read.backbone.items()}
-    found = {name: value.float().contiguous().clone() for name, value in (both | read.objectives).items()}
-    for name, value in found.items():
-        if not value.isfinite().all():
-            raise UserError(f"{config.checkpoint}: {name} holds values that are not finite; fetch it again")
-    sides = {"globals": {"size": read.model.image_size}, "local_count": 0}  # that fit any patch
-    views = Views.model_validate(sides | {"mean": read.mean, "std": read.std})
-    described = Description(released="teacher", model=read.model, views=views, seed=0, objectives=read.configs)
-    checkpoints.write(found, described, directory)
-    parameters = sum(value.numel() for value in read.backbone.values())
-    return {"images": 0, "unusable": {}, "skipped": 0, "rewinds": 0, "steps": 0, "parameters": parameters}
-
-
-def _state(path: str) -> dict[str, Tensor]:
-    """The tensors of a file, which may hold them beside other things."""
-    content: Any = weights.read(path)
-    for name in ("teacher", "model", "state_dict"):
-        content = content.get(name, content) if isinstance(content, dict) else {}
-    content = content if isinstance(content, dict) else {}
-    named = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    return {name.removeprefix("module."): value for name, value in named.items()}  # as several ranks save them
-
-
-def from_timm(state: Mapping[str, Tensor], config: VisionTransformerConfig) -> dict[str, Tensor]:
-    """timm's Vision Transformers, of a table of positions, as ours; a classifier is left out.
-
-    Raises:
-        UserError: they have parts that ours lacks, or other dimensions.
-    """
-    if config.position == "rope":
-        raise UserError("timm's rotary models split what official files keep whole; import the official file")
-    out = {name: value for name, value in state.items() if not name.startswith(("head.", "fc_norm."))}
-    table = out.get("pos_embed")
-    if table is not None and table.shape[1] == config.grid**2:  # the class token has no position of its own
-        out["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
-    out.setdefault("mask_token", torch.zeros(1, config.dim))
-    require_fitting(out, config)
-    return out
+    return Plan("checkpoint", "import", VERSION, settings, source)

@@ -15,9 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distill.objectives.clip import ClipLogits
 from distill.objectives.features import MODULE, Features, module_name
 from distill.taught import Kept
-from pretrain import health
+from pretrain.collapse import rankme
 from pretrain.data.config import Views
 from pretrain.data.loader import Batch
+from pretrain.health import PREFIX, RANK
 from pretrain.learner import Learner, Part, recoloured, weighted
 from pretrain.models.timm_network import Network
 from pretrain.models.vit import Features as Said
@@ -126,7 +127,7 @@ class Distillation(Learner):
             outputs = Outputs(student.student, taught, images, local, None, None, self.looking)
             loss, terms = weighted(self.objectives_of(part), outputs, batch, temperature)
             if self.looking:
-                terms |= outputs.health | {health.RANK: health.rankme(outputs.student_globals.class_token)}
+                terms |= outputs.health | {RANK: rankme(outputs.student_globals.class_token)}
             total = total + loss
             named |= terms if len(self.students) == 1 else {_named(term, name): value for term, value in terms.items()}
             if self.training:
@@ -186,8 +187,8 @@ def _everywhere(batch: Batch) -> Batch:
 
 def _named(term: str, student: str) -> str:
     """A term of one of several students; health's keep their beginning, by which they are known."""
-    if term.startswith(health.PREFIX):
-        return f"{health.PREFIX}{student}_{term.removeprefix(health.PREFIX)}"
+    if term.startswith(PREFIX):
+        return f"{PREFIX}{student}_{term.removeprefix(PREFIX)}"
     return f"{student}_{term}"
 
 

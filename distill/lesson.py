@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distill.config import DistillConfig, StudentSettings
+from distill.config import DistillConfig
 from distill.learner import Distillation, Student
 from distill.objectives.clip import ClipLogits, TextTeacher
 from distill.objectives.config import (
@@ -25,12 +25,13 @@ from distill.objectives.relations import Relations
 from distill.taught import Kept
 from distill.teachers import BackboneTeacher, ClassifierTeacher, ClipTeacher
 from infra.errors import UserError
-from pretrain.checkpoints import Checkpoint, initial_backbone
+from pretrain.checkpoints import Checkpoint
 from pretrain.config import OpenClipBackbone
 from pretrain.data.config import Views
-from pretrain.models.config import VisionTransformerConfig
-from pretrain.models.timm_network import Network
+from pretrain.models.config import ModelConfig, TimmNetworkConfig, VisionTransformerConfig
+from pretrain.models.timm_network import Network, sized
 from pretrain.models.vit import VisionTransformer
+from pretrain.networks import initial_backbone
 from pretrain.objectives.base import TEACHER, Objective, Wide
 from pretrain.objectives.build import build as build_objectives
 from pretrain.objectives.config import DinoConfig, IbotConfig, KoleoConfig, ObjectiveConfig
@@ -112,7 +113,7 @@ class Lesson:
         }
         if kept is not None:
             teachers = {name: width for name, width in kept.teachers.items() if name != CLASSIFIER} | teachers
-        students = {name: self._student(each, teachers) for name, each in self.config.students.items()}
+        students = {name: self._student(name, teachers) for name in self.config.students}
         rates = {name: each.lr for name, each in self.config.students.items()}
         prototypes = self.asked(PrototypesConfig)
         everywhere = prototypes is not None and prototypes.patches == "all"
@@ -131,11 +132,16 @@ class Lesson:
             found[CLASSIFIER] = ClassifierTeacher(deit, len(self.classes))
         return found
 
-    def _student(self, settings: StudentSettings, teachers: Mapping[str, Wide]) -> Student:
-        seed = self.config.schedule.seed
-        backbone = initial_backbone(settings.network, seed)
-        if settings.start is not None:
-            _begin(backbone, settings.start)
+    def network(self, name: str) -> ModelConfig:
+        """The backbone of a student, with the side at which it is evaluated and published."""
+        network = self.config.students[name].network
+        return sized(network, self.views.globals.size) if isinstance(network, TimmNetworkConfig) else network
+
+    def _student(self, name: str, teachers: Mapping[str, Wide]) -> Student:
+        seed, start = self.config.schedule.seed, self.config.students[name].start
+        backbone = initial_backbone(self.network(name), seed)
+        if start is not None:
+            _begin(backbone, start)
         torch.manual_seed(seed + 1)
         objectives: dict[str, Objective] = {}
         if self.inherited:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -129,17 +128,3 @@ def per_class(labels: np.ndarray, count: int, chance: np.random.Generator) -> np
     """Rows of `count` images of each class, or all of a class that has fewer, int64 in order."""
     chosen = [chance.permutation(np.flatnonzero(labels == each))[:count] for each in np.unique(labels)]
     return np.sort(np.concatenate(chosen))
-
-
-def prompts(name: str) -> list[str]:
-    """Templates of a file in eval/prompts, or of one at a path: one a line, `{}` for the class."""
-    file = Path(__file__).with_name("prompts") / f"{name}.txt"
-    path = file if file.is_file() else Path(name)
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError):
-        known = ", ".join(sorted(each.stem for each in file.parent.glob("*.txt")))
-        raise UserError(f"prompts: {name}: no such file; there are {known}, or give the path of a text file") from None
-    if not lines or any(line.count("{}") != 1 for line in lines):
-        raise UserError(f"prompts: {name}: every line needs {{}} once, in the place of the class")
-    return lines

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.maps import PAIRED
 from infra.artifacts import Artifact, Plan, cache_directory, produce
 from infra.errors import UserError
 from infra.hashing import hash_file, hash_json
@@ -18,6 +17,7 @@ from infra.shards import CorpusWriter
 from pretrain.data.decode import ImageRejected, decode_rgb
 
 VERSION = 1
+PAIRED = "map.png"  # what `pairs:` datasets call the map beside an image
 _SHARD_BYTES = 256 << 20
 _IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 

@@ -21,9 +21,10 @@ from infra.files import appearing
 from infra.hashing import hash_json
 from infra.progress import progress
 from infra.vectors import at_unit_length
-from pretrain.backbones import Backbone, TokenBackbone, identity
+from pretrain.backbones import Backbone, TokenBackbone
 from pretrain.config import BackboneConfig
 from pretrain.data.images import read_image
+from pretrain.identity import identity
 
 VERSION = 2
 _LAYOUT = "layout.json"

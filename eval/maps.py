@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from eval.datasets import PAIRED
 from eval.grids import Grids
 from eval.subject import Subject
 from infra.corpora import Corpus
@@ -22,7 +23,6 @@ from pretrain.data.decode import ImageRejected, open_image
 from pretrain.data.image_metadata import UPRIGHT
 from pretrain.data.images import read_image
 
-PAIRED = "map.png"  # what `pairs:` datasets call the map beside an image
 _TOGETHER = 8  # images a forward pass: there are many patches
 
 

@@ -29,15 +29,33 @@ def report(config: ReportConfig) -> Artifact:
     Raises:
         UserError: one of the artifacts is missing.
     """
+    artifacts = _opened(config)
+    spec = _spec(config, artifacts)
+    return produce(spec, config.out, lambda directory: _write(config, artifacts, directory), restart=config.restart)
+
+
+def report_spec(config: ReportConfig) -> Plan:
+    """The report that a configuration asks for.
+
+    Raises:
+        UserError: one of the artifacts is missing.
+    """
+    return _spec(config, _opened(config))
+
+
+def _opened(config: ReportConfig) -> dict[str, Artifact]:
     artifacts = {}
     for name, url in config.artifacts.items():
         artifact = find(url)
         if artifact is None:
             raise UserError(f"{name}: no artifact at {url}; run its stage first")
         artifacts[name] = artifact
+    return artifacts
+
+
+def _spec(config: ReportConfig, artifacts: Mapping[str, Artifact]) -> Plan:
     settings = {"title": config.title, "gallery": config.gallery, "facts": config.facts}
-    plan = Plan("report", "report", VERSION, settings, {name: each.as_input() for name, each in artifacts.items()})
-    return produce(plan, config.out, lambda directory: _write(config, artifacts, directory), restart=config.restart)
+    return Plan("report", "report", VERSION, settings, {name: each.as_input() for name, each in artifacts.items()})
 
 
 def _write(config: ReportConfig, artifacts: Mapping[str, Artifact], directory: Path) -> Mapping[str, Any]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 from eval.bench import Bench
-from eval.classes import prompts
 from eval.scores import Outcome
 from eval.subject import Subject
 from eval.tasks import texts
@@ -23,8 +20,6 @@ from eval.tasks.logistic import few_shot, logistic
 from eval.tasks.propagation import propagation
 from eval.tasks.retrieval import copy_detection, retrieval
 from eval.tasks.segmentation import knn_segmentation, segmentation
-from infra.errors import UserError
-from infra.hashing import hash_file, hash_json
 from pretrain import image_text
 from pretrain.backbones import TokenBackbone
 from pretrain.config import BackboneConfig, PixelDescriptor
@@ -74,23 +69,3 @@ def lack(task: TaskConfig, subject: Subject) -> str | None:
 def of_baseline(task: TaskConfig, backbone: BackboneConfig) -> bool:
     """Whether a baseline is worth scoring: by what its vectors say, or, of a network, its patch tokens."""
     return task.kind in (_OF_VECTORS if isinstance(backbone, PixelDescriptor) else _OF_VECTORS | _OF_TOKENS)
-
-
-def files_of(tasks: Sequence[TaskConfig], datasets: Collection[str]) -> dict[str, str]:
-    """Hashes of the files that tasks read, by path: what they hold decides a report, too.
-
-    Raises:
-        UserError: one is missing.
-    """
-    found: dict[str, str] = {}
-    for task in tasks:
-        given: dict[str, Any] = task.model_dump(include={"names", "truth", "pairs"}, exclude_none=True)
-        also = [each.classes for each in getattr(task, "also", []) if each.dataset in datasets]
-        for path in [*given.values(), *(each for each in also if each is not None)]:
-            if not Path(path).is_file():
-                raise UserError(f"{path}: no such file; the task {task.protocol} reads it")
-            found[path] = hash_file(Path(path))
-        templates = getattr(task, "prompts", None)
-        if templates is not None:
-            found[f"prompts {templates}"] = hash_json(prompts(templates))
-    return found

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from cyclopts import Parameter
 from pydantic import Field, field_validator, model_validator
 
 from curation.config import CurateSettings, EmbeddedSettings, EmbedSettings, IngestSettings
@@ -15,9 +14,6 @@ from distill.config import DistillSettings, PublishSettings
 from eval.config import EvaluateSettings, ReportSettings
 from infra.config import Config
 from pretrain.config import PretrainSettings
-
-# Flags of these work, but `fovea run --help` would list every key of every stage: some 600 lines.
-OfItsStage = Parameter(show=False)
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
@@ -90,9 +86,9 @@ class AblateConfig(Config):
     """URL of the labelled corpus that kNN and probe learn from."""
     test: str
     """URL of the labelled corpus that is scored."""
-    pretrain: Annotated[PretrainSettings, OfItsStage] = PretrainSettings()
+    pretrain: PretrainSettings = PretrainSettings()
     """The small backbone: all choices get the same steps and batches, the seed apart."""
-    evaluate: Annotated[EvaluateSettings, OfItsStage] = Field(default_factory=lambda: EvaluateSettings(baselines=False))
+    evaluate: EvaluateSettings = Field(default_factory=lambda: EvaluateSettings(baselines=False))
     """Protocols."""
 
     @model_validator(mode="after")
@@ -151,27 +147,27 @@ class PipelineConfig(Config):
     and fovea curate)."""
     known_leaks: KnownLeaks | None = None
     """Ground truth of decontamination, if there is any."""
-    ingest: Annotated[IngestSettings, OfItsStage] = IngestSettings()
+    ingest: IngestSettings = IngestSettings()
     """What counts as an image."""
-    copies: Annotated[EmbedSettings, OfItsStage] = EmbedSettings()
+    copies: EmbedSettings = EmbedSettings()
     """Embedding by which copies are found."""
-    likeness: Annotated[EmbedSettings, OfItsStage] = EmbedSettings()
+    likeness: EmbedSettings = EmbedSettings()
     """Embedding by which images like the seed are found."""
-    deduplicate: Annotated[CurateSettings, OfItsStage] = CurateSettings()
+    deduplicate: CurateSettings = CurateSettings()
     """Steps that compare copies."""
-    retrieve: Annotated[CurateSettings, OfItsStage] = Field(default_factory=lambda: CurateSettings(steps=[Retrieve()]))
+    retrieve: CurateSettings = Field(default_factory=lambda: CurateSettings(steps=[Retrieve()]))
     """Steps that compare with the seed; left out where there is no seed."""
-    pretrain: Annotated[PretrainSettings, OfItsStage] = PretrainSettings()
+    pretrain: PretrainSettings = PretrainSettings()
     """The teacher."""
-    distill: Annotated[DistillSettings, OfItsStage] = DistillSettings()
+    distill: DistillSettings = DistillSettings()
     """The student."""
-    evaluate: Annotated[EvaluateSettings, OfItsStage] = Field(default_factory=EvaluateSettings)
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     """Protocols for both."""
-    follow: Annotated[FollowPipeline | None, OfItsStage] = None
+    follow: FollowPipeline | None = None
     """Protocols for the teachers that are written while the pretraining goes on; null: they are not scored."""
-    publish: Annotated[PublishSettings, OfItsStage] = PublishSettings()
+    publish: PublishSettings = PublishSettings()
     """The published student."""
-    report: Annotated[ReportSettings, OfItsStage] = ReportSettings()
+    report: ReportSettings = ReportSettings()
     """The page."""
 
     def evaluation_sets(self) -> list[str]:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from prefect.runtime import deployment, flow_run
-
 from curation.config import CurateConfig, EmbedConfig, EmbedSettings, IngestConfig, MaterializeConfig
 from curation.steps.config import Decontaminate
-from flows import stages
 from flows.config import PipelineConfig, Sources
 from flows.growing import Grown
 from flows.running import Run
@@ -37,17 +34,16 @@ def ingest(run: Run, sources: Sources) -> dict[str, str]:
 
     A run that goes on after a crash keeps those it began with, though its sources may have grown since.
     """
-    if deployment.id is None:
+    if run.record is None:
         return _ingested(run, sources)
-    record = storage.join(run.config.root, "runs", f"{flow_run.id}.json")
-    before = json.loads(storage.read_bytes(record)) if storage.exists(record) else {}
+    before = json.loads(storage.read_bytes(run.record)) if storage.exists(run.record) else {}
     if before and all(find(url) is not None for url in before.values()):
         for role, url in before.items():
             if url not in run.urls.values():
                 run.done(f"ingest-{role}", url)
         return dict(before)
     corpora = _ingested(run, sources)
-    storage.write_atomic(record, json.dumps(corpora, indent=2).encode())
+    storage.write_atomic(run.record, json.dumps(corpora, indent=2).encode())
     return corpora
 
 
@@ -58,7 +54,7 @@ def _ingested(run: Run, sources: Sources) -> dict[str, str]:
     for role, source in (named | named.pop("evaluation")).items():
         if source not in ingested:
             settings = IngestConfig(**dict(run.config.ingest), source=source, out=run.out("ingest"))
-            ingested[source] = run.done(f"ingest-{role}", stages.ingest(settings))
+            ingested[source] = run.run(f"ingest-{role}", settings)
         corpora[role] = ingested[source]
     return corpora
 
@@ -76,7 +72,7 @@ def curate(run: Run, corpora: dict[str, str]) -> str:
         previous=grown.before("deduplicate"),
         out=run.out("deduplicate"),
     )
-    selection = run.done("deduplicate", stages.curate(deduplicate))
+    selection = run.run("deduplicate", deduplicate)
     if "seed" in corpora:
         of_pool, of_seed = "embed-pool-likeness", "embed-seed-likeness"
         retrieve = CurateConfig(
@@ -88,7 +84,7 @@ def curate(run: Run, corpora: dict[str, str]) -> str:
             previous=grown.before("retrieve"),
             out=run.out("retrieve"),
         )
-        selection = run.done("retrieve", stages.curate(retrieve))
+        selection = run.run("retrieve", retrieve)
     grown.remember(run.urls)
     return selection
 
@@ -98,7 +94,7 @@ def materialize(run: Run, corpora: dict[str, str], selection: str) -> str:
     settings = MaterializeConfig(
         corpus=corpora["pool"], selection=selection, shard_mb=run.config.ingest.shard_mb, out=run.out("materialize")
     )
-    return run.done("materialize", stages.materialize(settings))
+    return run.run("materialize", settings)
 
 
 def leaks(run: Run, corpora: dict[str, str], training: list[str]) -> dict[str, str]:
@@ -121,7 +117,7 @@ def leaks(run: Run, corpora: dict[str, str], training: list[str]) -> dict[str, s
         config = CurateConfig(
             corpus=corpora[name], embeddings=embedded, evaluation=seen, steps=[step], out=run.out("leaks")
         )
-        found[name] = run.done(f"leaks-{name}", stages.curate(config))
+        found[name] = run.run(f"leaks-{name}", config)
     return found
 
 
@@ -129,4 +125,4 @@ def _embed(run: Run, stage: str, settings: EmbedSettings, corpus: str, previous:
     if stage in run.urls:
         return run.urls[stage]
     config = EmbedConfig(**dict(settings), corpus=corpus, previous=previous, out=run.out("embed"))
-    return run.done(stage, stages.embed(config))
+    return run.run(stage, config)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flows.prefect_settings import set_up_prefect
 from infra import neighbours
 from infra.doctor import machine
 from infra.doctor.finding import Finding, fail, guarded, ok
@@ -42,6 +43,7 @@ def _faiss() -> Finding:
 
 
 def _prefect() -> Finding:
+    set_up_prefect()
     import prefect
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL

@@ -16,6 +16,7 @@ from infra.launch.job import module_main
 from pretrain.config import PretrainConfig
 from pretrain.config import Probe as ProbeSettings
 from pretrain.data.images import decodable
+from pretrain.specs import checkpoint_spec
 
 if TYPE_CHECKING:
     from pretrain.models.timm_network import Network
@@ -29,9 +30,7 @@ def run(config: PretrainConfig) -> Artifact:
     """Pretrain a backbone."""
     if config.health.probe is None:
         return pretrain.run(config)
-    from pretrain.train import plan
-
-    made = find_planned(plan(config), config.out)
+    made = find_planned(checkpoint_spec(config), config.out)
     return made or pretrain.run(config, knn_probe(config, config.health.probe))
 
 

@@ -6,9 +6,10 @@ from prefect import flow
 from prefect.events import emit_event
 from prefect.logging import get_run_logger
 
-from flows import curating
+from flows import curating, stages
 from flows.config import PipelineConfig
 from flows.growing import changed_share, note_training
+from flows.pipeline import record_of
 from flows.running import Run
 from infra.hashing import hash_json
 
@@ -26,7 +27,7 @@ def curation(config: PipelineConfig, changed: float = 0.05) -> float:
     Returns:
         That share.
     """
-    run = Run(config)
+    run = Run(config, stages.run, record_of(config))
     sources, _ = curating.sources(config)
     corpora = curating.ingest(run, sources)
     selection = curating.curate(run, corpora)

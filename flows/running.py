@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from flows.config import PipelineConfig
+from flows.existing import StageConfig, find_existing
 from infra import storage
+
+
+class NotMade(Exception):
+    """A pipeline needs an artifact that does not exist yet."""
+
+
+def find_only(config: StageConfig) -> str:
+    """URL of an artifact that exists.
+
+    Raises:
+        NotMade: it does not.
+    """
+    artifact = find_existing(config)
+    if artifact is None:
+        raise NotMade
+    return artifact.url
 
 
 @dataclass
@@ -14,6 +32,10 @@ class Run:
     """Where a pipeline's artifacts go, and which it has so far."""
 
     config: PipelineConfig
+    make: Callable[[StageConfig], str]
+    """Makes the artifact that a stage's configuration asks for, or finds it; returns its URL"""
+    record: str | None = None
+    """URL of a file that keeps the corpora of this run for when it goes on after a crash"""
     urls: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     _last: float = field(default_factory=time.monotonic)
@@ -21,6 +43,10 @@ class Run:
     def out(self, stage: str) -> str:
         """Where a stage writes: below the root, by stage and id."""
         return storage.join(self.config.root, stage, "{id}")
+
+    def run(self, stage: str, config: StageConfig) -> str:
+        """Make or find the artifact of a stage and note it; return its URL."""
+        return self.done(stage, self.make(config))
 
     def done(self, stage: str, url: str) -> str:
         """Note a finished stage; return its artifact's URL."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from prefect import flow
 from prefect.logging import get_run_logger
@@ -13,9 +13,11 @@ from prefect.logging import get_run_logger
 from curation.config import CurateConfig, EmbedConfig, IngestConfig, MaterializeConfig
 from distill.config import DistillConfig, PublishConfig
 from eval.config import CompareConfig, EvaluateConfig, ReportConfig
+from flows.existing import StageConfig, find_existing
 from flows.showing import show
 from flows.trainings import Room, train_apart
 from infra.artifacts import open_artifact
+from infra.config import Output
 from infra.errors import Busy, UserError
 from pretrain.config import PretrainConfig
 
@@ -54,7 +56,7 @@ def curate(config: CurateConfig) -> str:
 @flow
 def materialize(config: MaterializeConfig) -> str:
     """A selection to a corpus."""
-    from curation.curate import materialize as run
+    from curation.materialize import materialize as run
 
     return show("materialize", _patiently(lambda: run(config)))
 
@@ -117,3 +119,25 @@ def report(config: ReportConfig) -> str:
     from eval.page import report as run
 
     return show("report", _patiently(lambda: run(config)))
+
+
+_FLOWS: dict[type[Output], Callable[[Any], str]] = {
+    IngestConfig: ingest,
+    EmbedConfig: embed,
+    CurateConfig: curate,
+    MaterializeConfig: materialize,
+    PretrainConfig: pretrain,
+    DistillConfig: distill,
+    EvaluateConfig: evaluate,
+    PublishConfig: publish,
+    ReportConfig: report,
+}
+
+
+def run(config: StageConfig) -> str:
+    """URL of the artifact that a configuration asks for: made by a flow of its own, unless it exists.
+
+    Sources are listed once, by the flow of their ingest.
+    """
+    existing = None if isinstance(config, IngestConfig) else find_existing(config)
+    return _FLOWS[type(config)](config) if existing is None else existing.url

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
+from distill import specs as distill_specs
 from distill.config import DistillConfig
+from infra import storage
 from infra.artifacts import Artifact, Plan, find, find_planned, open_artifact, work_directory
 from infra.errors import UserError
 from infra.launch import slurm
 from infra.launch.config import Launch
 from infra.launch.run import launch
 from infra.launch.watching import Watcher
-from infra.staging import check_unfinished
+from infra.notices import say_loading
+from infra.staging import check_unfinished, require_unlocked
+from pretrain import specs as pretrain_specs
 from pretrain.config import PretrainConfig
+from pretrain.state_files import remove_remote
 
 Room = Literal["pretrain", "distill"]
 _MODULES = {"pretrain": "flows.pretraining", "distill": "distill"}
@@ -33,8 +39,7 @@ def train(room: Room, config: PretrainConfig | DistillConfig) -> Artifact | None
         if config.launch != Launch(folder=config.launch.folder):
             raise UserError("launch: read by launchers only; add --launcher torchrun, deepspeed or slurm")
         slurm.adopt_environment()
-        trained: Artifact = importlib.import_module(_MODULES[room]).run(config)
-        return trained
+        return _made(room, config) or _train_here(room, config)
     url = train_apart(room, config)
     if not config.launch.slurm.wait and find(url) is None:
         print("queued; without --launch.slurm.wait=false the same command shows how it goes", file=sys.stderr)
@@ -44,18 +49,46 @@ def train(room: Room, config: PretrainConfig | DistillConfig) -> Artifact | None
 
 def train_apart(room: Room, config: PretrainConfig | DistillConfig) -> str:
     """Train in other processes than this one; return the checkpoint's URL."""
-    plan = _plan(config)
-    url = plan.resolve(config.out)
-    if find_planned(plan, config.out) is None:
-        check_unfinished(url, plan.record(), config.restart)  # before ranks are started or a job is queued
-        folder = config.launch.job_folder(work_directory(plan, config.out))
+    spec = checkpoint_spec(config)
+    if _made(room, config) is None:
+        folder = config.launch.job_folder(work_directory(spec, config.out))
         with _slots(config.launch), _cancelled_with_the_flow(config, folder):
             launch(_MODULES[room], config, folder, config.launcher, config.launch, _watcher(room, folder, config))
-    else:
-        from pretrain.saves import remove_remote
+    return spec.resolve(config.out)
 
+
+def checkpoint_spec(config: PretrainConfig | DistillConfig) -> Plan:
+    """The checkpoint that a configuration asks for."""
+    if isinstance(config, DistillConfig):
+        return distill_specs.checkpoint_spec(config)
+    return pretrain_specs.checkpoint_spec(config)
+
+
+def _made(room: Room, config: PretrainConfig | DistillConfig) -> Artifact | None:
+    """The checkpoint, if it has been made: told before torch is imported, ranks are started or a job is queued.
+
+    Raises:
+        UserError: its place holds another checkpoint, or unfinished work of other settings.
+        Busy: another process is making it here.
+    """
+    spec = checkpoint_spec(config)
+    url = spec.resolve(config.out)
+    if isinstance(config, DistillConfig):
+        distill_specs.require_students(spec, config)
+    made = find_planned(spec, config.out)
+    if made is not None:
         remove_remote(url)
-    return url
+        return made
+    check_unfinished(url, spec.record(), config.restart)
+    if storage.is_local(url) and os.environ.get("RANK", "0") == "0":  # others would take it for their first rank's
+        require_unlocked(storage.local_path(url))
+    return None
+
+
+def _train_here(room: Room, config: PretrainConfig | DistillConfig) -> Artifact:
+    say_loading(room, "torch")
+    trained: Artifact = importlib.import_module(_MODULES[room]).run(config)
+    return trained
 
 
 def _slots(settings: Launch) -> AbstractContextManager[None]:
@@ -102,13 +135,3 @@ def _watcher(room: Room, folder: Path, config: PretrainConfig | DistillConfig) -
 def _in_a_flow() -> bool:
     """Whether this process may run one: a command that is none must not take the seconds to import Prefect."""
     return "prefect" in sys.modules
-
-
-def _plan(config: PretrainConfig | DistillConfig) -> Plan:
-    if isinstance(config, DistillConfig):
-        from distill.distill import plan as plan_of_distillation
-
-        return plan_of_distillation(config)
-    from pretrain.train import plan
-
-    return plan(config)

@@ -20,6 +20,7 @@ from infra.claims import Claim
 from infra.config import Config
 from infra.errors import UserError
 from infra.hashing import hash_file, hash_json, hash_url
+from infra.notices import say
 from infra.staging import MANIFEST, WorkRecord
 
 Kind = Literal["corpus", "embeddings", "selection", "checkpoint", "backbone", "report"]
@@ -259,6 +260,8 @@ def produce(
             staging.stage_remotely(url, record, restart)
         if not resume_from:
             staging.discard(work)
+        elif (newest := staging.newest_to_resume(url, resume_from)) is not None:
+            say(f"{plan.stage}: resuming from {newest}")
         metrics = write(work)
         artifact = _commit(plan, url, work, metrics, claim)
         staging.discard_hidden(work)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+import posixpath
+import re
 
-_CONTROLS = {*range(0x20), *range(0x7F, 0xA0)}
-_SURROGATES = range(0xD800, 0xE000)
+_CONTROL_OR_SURROGATE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _NO_EXTENSION = "bin"
 
 
 def is_storable(name: str) -> bool:
     """Whether a name can stand in an index, a tar and a path of any system: a relative path of UTF-8 without control
     characters that stays below its base."""
-    if not name or any(ord(letter) in _CONTROLS or ord(letter) in _SURROGATES for letter in name):
+    if not name or _CONTROL_OR_SURROGATE.search(name):
         return False
     return not any(part in ("", ".", "..") for part in name.split("/"))
 
@@ -24,10 +24,10 @@ def spelled_out(name: str) -> str:
 
 def extension_of(name: str) -> str:
     """What follows the first dot of a member's base name, as in WebDataset; `bin` where there is none."""
-    return PurePosixPath(name).name.partition(".")[2] or _NO_EXTENSION
+    return posixpath.basename(name).partition(".")[2] or _NO_EXTENSION
 
 
 def suffix_of(name: str) -> str:
     """What follows the last dot of a file's base name, in small letters, without underscores before it; `bin` where
     there is none."""
-    return PurePosixPath(name).suffix.removeprefix(".").lstrip("_").lower() or _NO_EXTENSION
+    return posixpath.splitext(name)[1].removeprefix(".").lstrip("_").lower() or _NO_EXTENSION

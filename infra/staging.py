@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +18,7 @@ from pydantic import Field, ValidationError
 from infra import claims, storage
 from infra.config import Config
 from infra.errors import Busy, UserError
+from infra.notices import say
 
 MANIFEST = "manifest.json"
 RECORD = ".unfinished"
@@ -167,6 +169,20 @@ def check_unfinished(url: str, record: WorkRecord, restart: bool = False) -> Wor
     return before
 
 
+def newest_to_resume(url: str, resume_from: Sequence[str]) -> str | None:
+    """The last of the files at a URL that an interrupted stage resumes from, by the numbers in their paths.
+
+    Args:
+        resume_from: their glob patterns.
+    """
+    found = [path for path in storage.list_files(url) if any(fnmatch(path, pattern) for pattern in resume_from)]
+    return storage.join(url, max(found, key=_numbered)) if found else None
+
+
+def _numbered(path: str) -> list[int | str]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+
+
 def stage_remotely(url: str, record: WorkRecord, restart: bool) -> None:
     """Record at a remote URL which artifact is being made there: states of a training lie there before the manifest.
 
@@ -181,6 +197,17 @@ def stage_remotely(url: str, record: WorkRecord, restart: bool) -> None:
     storage.write_atomic(storage.join(url, RECORD), _encoded(record).encode())
 
 
+def require_unlocked(work: Path) -> None:
+    """Check that no other process is making an artifact in a local directory.
+
+    Raises:
+        Busy: one is.
+    """
+    if (work / RECORD).exists():
+        with (work / RECORD).open("a") as mark:
+            _lock(mark, work)
+
+
 def _lock(mark: IO[str], work: Path) -> None:
     """Lock a directory's record; loader processes of a killed training may hold it for some seconds more."""
     for attempt in range(_LOCK_SECONDS):
@@ -188,6 +215,8 @@ def _lock(mark: IO[str], work: Path) -> None:
             fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
+            if attempt == 0:
+                say(f"{work}: another process works there; waiting up to {_LOCK_SECONDS} s for it to end")
             if attempt + 1 < _LOCK_SECONDS:
                 time.sleep(1)
     raise Busy(f"{work}: another process is making this artifact; wait for it or stop it")

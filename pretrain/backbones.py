@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
@@ -12,9 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from infra.artifacts import Input
 from infra.errors import UserError
-from infra.hashing import hash_file, hash_json
 from pretrain import published, weights
 from pretrain.checkpoints import Checkpoint
 from pretrain.config import (
@@ -23,7 +20,6 @@ from pretrain.config import (
     OfficialBackbone,
     OpenClipBackbone,
     PixelDescriptor,
-    TorchHubBackbone,
 )
 from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD, Views
 from pretrain.models import timm_network
@@ -110,38 +106,6 @@ def load(config: BackboneConfig) -> Backbone:
     return foreign.load(config)
 
 
-def identity(config: BackboneConfig) -> tuple[dict[str, Any], dict[str, Input]]:
-    """What of a backbone goes into an artifact's id: settings without URLs, and inputs."""
-    settings = config.model_dump(mode="json", exclude={"url", "checkpoint", "repository"})
-    if isinstance(config, OpenClipBackbone):
-        settings |= {"preprocessing": published.preprocessing(config)}
-    if isinstance(config, CheckpointBackbone):
-        checkpoint = Checkpoint.open(config.url)
-        if config.untrained:  # the same network, whichever training it is the beginning of
-            return settings | checkpoint.initial_identity(), {}
-        return settings, {"backbone": checkpoint.artifact.as_input()}
-    if isinstance(config, PixelDescriptor):
-        return settings, {}
-    weights = {"backbone": Input(id=_identity(published.path(config)), url=config.checkpoint)}
-    if not isinstance(config, TorchHubBackbone):
-        return settings, weights
-    return settings, weights | {"code": Input(id=_identity(Path(config.repository)), url=config.repository)}
-
-
-def _identity(path: Path) -> str:
-    """A hash of a checkpoint's bytes: of a file, or of all files of a folder that are neither hidden nor compiled."""
-    if path.is_dir():
-        files = sorted(each for each in path.rglob("*") if each.is_file() and not _passed_over(each.relative_to(path)))
-        return hash_json([[each.relative_to(path).as_posix(), hash_file(each)] for each in files])
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give the path of a checkpoint")
-    return hash_file(path)
-
-
-def _passed_over(path: Path) -> bool:
-    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
-
-
 def default_device() -> torch.device:
     """This process's GPU, if there is one."""
     return device_of_rank()
@@ -183,8 +147,8 @@ def _of_checkpoint(config: CheckpointBackbone) -> Backbone:
 def checkpointed(model: Network, views: Views) -> CheckpointedViT | CheckpointedNetwork:
     """The backbone of a checkpoint behind the call of all backbones, on the GPU, if there is one."""
     if isinstance(model, TimmNetwork):
-        return CheckpointedNetwork.of(model, model.config.image_size, views.mean, views.std)
-    return CheckpointedViT.of(model, model.config.image_size, views.mean, views.std)
+        return CheckpointedNetwork.of(model, model.image_size, views.mean, views.std)
+    return CheckpointedViT.of(model, model.image_size, views.mean, views.std)
 
 
 Model = TypeVar("Model", VisionTransformer, TimmNetwork)

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from infra.errors import Preempted, UserError
-from pretrain import guards, health, schedules, telemetry
-from pretrain.checkpoints import inference
+from pretrain import guards, health, schedules, state_files, telemetry
 from pretrain.config import TrainingSettings
 from pretrain.data import order
 from pretrain.data.loader import UNUSABLE, Batch, Place, batches
 from pretrain.dumps import Dumps
 from pretrain.guards import Preemption
 from pretrain.learner import Learner
+from pretrain.networks import inference
 from pretrain.ranks import all_reduce_mean, all_reduce_sum, from_all_ranks, several_ranks, shared_store, world
 from pretrain.reporting import Reporter, Task
 from pretrain.saves import Saves, Tally
@@ -141,12 +141,20 @@ class Training:
 
     @contextmanager
     def _settling(self) -> Iterator[None]:
-        """Whatever ends a training of one process, a state that is being written becomes whole."""
+        """Whatever ends a training of one process, a state that is being written becomes whole.
+
+        Raises:
+            Preempted: Ctrl-C was pressed twice, and there is a state to resume from.
+        """
         try:
             yield
-        except BaseException:
-            if not several_ranks():  # others may never come to wait for one another
-                self.saves.settle()
+        except BaseException as error:
+            if several_ranks():  # others may never come to wait for one another
+                raise
+            self.saves.settle()
+            saved = max(state_files.whole(self.task.url), default=0)
+            if isinstance(error, KeyboardInterrupt) and self.preemption.asked and saved:
+                raise Preempted(f"{self.title}: stopped at once; run again to go on after step {saved}") from None
             raise
 
     def _arrive(self, step: int, what: str) -> None:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from pretrain import health
+from pretrain.checkpoints import Role
+from pretrain.collapse import rankme
 from pretrain.config import Precision
 from pretrain.data import photometric
 from pretrain.data.config import Views
 from pretrain.data.loader import Batch
+from pretrain.health import RANK
 from pretrain.models.execution import Execution
 from pretrain.models.timm_network import Network
 from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.base import TEACHER, Objective, Outputs, Taught
-
-Role = Literal["teacher", "average"]
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ class Pretraining(Learner):
             named |= outputs.health
             seen = outputs.seen_globals()
             if seen is not None:
-                named[health.RANK] = health.rankme(seen.class_token)
+                named[RANK] = rankme(seen.class_token)
         return total, named
 
     @torch.no_grad()

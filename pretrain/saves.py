@@ -20,17 +20,13 @@ from safetensors import SafetensorError
 from infra import storage
 from infra.artifacts import cache_directory, flush
 from infra.errors import UserError
-from pretrain import telemetry
+from pretrain import state_files, telemetry
 from pretrain.config import Retention
 from pretrain.ranks import barrier, first_of_machine, from_all_ranks, from_first_rank, world
 from pretrain.sharding import state
 from pretrain.sharding.base import Engine
+from pretrain.state_files import STEPS, TALLY, TRAINING
 from pretrain.telemetry import METRICS
-
-TRAINING = "training"  # the last state, part of the artifact
-_STEPS = "steps"
-_TALLY = "tally.json"  # written last: what has none is debris
-RESUME_FROM = (f"{_STEPS}/*/{_TALLY}", f"{TRAINING}/*")
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -74,7 +70,7 @@ class Saves:
         return from_first_rank(self._newest() if world()[0] == 0 else 0)
 
     def _require_shared(self) -> None:
-        sign = self.work / _STEPS / from_first_rank(f".shared-{os.getpid()}")
+        sign = self.work / STEPS / from_first_rank(f".shared-{os.getpid()}")
         if world()[0] == 0:
             sign.parent.mkdir(parents=True, exist_ok=True)
             sign.touch()
@@ -91,8 +87,8 @@ class Saves:
     def _newest(self) -> int:
         if self._ended:
             return len(telemetry.parse((self.work / TRAINING / METRICS).read_text()))
-        whole = self._whole()
-        for step in self._folders() - whole:
+        whole = state_files.whole(self.url)
+        for step in state_files.folders(self.url) - whole:
             storage.remove(self._url(step))
         return max(whole, default=0)
 
@@ -150,14 +146,14 @@ class Saves:
             self._prune()
 
     def _declare(self, step: int, tally: Tally) -> None:
-        storage.write_atomic(self._url(step, _TALLY), json.dumps(asdict(tally)).encode())
+        storage.write_atomic(self._url(step, TALLY), json.dumps(asdict(tally)).encode())
 
     def _prune(self) -> None:
         """Remove the states that are neither among the last few nor young."""
         oldest = time.time() - 3600 * self.retention.hours
-        for step in sorted(self._whole())[: -self.retention.count]:
-            if storage.modified(self._url(step, _TALLY)) <= oldest:
-                storage.remove(self._url(step, _TALLY))  # first: half a state must not be taken for a whole one
+        for step in sorted(state_files.whole(self.url))[: -self.retention.count]:
+            if storage.modified(self._url(step, TALLY)) <= oldest:
+                storage.remove(self._url(step, TALLY))  # first: half a state must not be taken for a whole one
                 storage.remove(self._url(step))
 
     def load(self, engine: Engine, step: int) -> tuple[list[dict[str, float]], Tally]:
@@ -168,7 +164,7 @@ class Saves:
         barrier()
         state.load(engine, folder)
         rows = telemetry.parse((folder / METRICS).read_text())
-        tally = Tally(**json.loads((folder / _TALLY).read_text()))
+        tally = Tally(**json.loads((folder / TALLY).read_text()))
         barrier()
         if not self._local and first_of_machine() == world()[0]:
             shutil.rmtree(folder)
@@ -192,7 +188,7 @@ class Saves:
                 self._fetch(step, partial)
                 partial.rename(self.work / TRAINING)
         if world()[0] == 0:
-            shutil.rmtree(self.work / _STEPS, ignore_errors=True)
+            shutil.rmtree(self.work / STEPS, ignore_errors=True)
         self._writer.shutdown()
         barrier()
 
@@ -205,7 +201,7 @@ class Saves:
     @property
     def folder(self) -> str:
         """Where the states lie."""
-        return storage.join(self.url, _STEPS)
+        return storage.join(self.url, STEPS)
 
     @property
     def _ended(self) -> bool:
@@ -218,22 +214,8 @@ class Saves:
     def _here(self, step: int) -> Path:
         """Where a state is written, or brought to, on this machine; machines may share a cache."""
         if self._local:
-            return self.work / _STEPS / str(step)
+            return self.work / STEPS / str(step)
         return cache_directory() / "states" / f"{self.work.name}-{step}-{first_of_machine():05d}"
 
     def _url(self, step: int, *name: str) -> str:
         return storage.join(self.folder, str(step), *name)
-
-    def _folders(self) -> set[int]:
-        found = storage.list_files(self.folder) if storage.is_folder(self.folder) else {}
-        return {int(step) for step, _, _ in (path.partition("/") for path in found) if step.isdigit()}
-
-    def _whole(self) -> set[int]:
-        return {step for step in self._folders() if storage.exists(self._url(step, _TALLY))}
-
-
-def remove_remote(url: str) -> None:
-    """Remove the saved states of a training whose artifact stands at a remote URL; a local one's are gone already."""
-    steps = storage.join(url, _STEPS)
-    if not storage.is_local(url) and storage.is_folder(steps):
-        storage.remove(steps)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infra.artifacts import Artifact, Input, Plan, cache_directory, find, open_artifact, produce, work_directory
+from infra.artifacts import Artifact, Plan, cache_directory, find, open_artifact, produce, work_directory
 from infra.cache import BlockCache
 from infra.config import Output
 from infra.errors import UserError
 from pretrain import checkpoints, telemetry
 from pretrain.checkpoints import Checkpoint, Description
-from pretrain.config import PretrainConfig, PretrainSettings, TrainingSettings, decisive
+from pretrain.config import PretrainConfig, PretrainSettings, TrainingSettings
 from pretrain.data.config import Views
 from pretrain.data.loader import ViewDataset
 from pretrain.data.masks import MaskPlan
@@ -25,14 +25,14 @@ from pretrain.engine import Trained, Training
 from pretrain.learner import Learner, Pretraining
 from pretrain.models.execution import Execution
 from pretrain.models.vit import VisionTransformer
+from pretrain.networks import start_from
 from pretrain.objectives.build import build as build_objectives
 from pretrain.objectives.config import ClipConfig, SiglipConfig
 from pretrain.objectives.image_text import tokenizer
 from pretrain.ranks import barrier, world
 from pretrain.reporting import Probe, Task
-from pretrain.saves import RESUME_FROM, remove_remote
-
-VERSION = 5
+from pretrain.specs import checkpoint_spec
+from pretrain.state_files import RESUME_FROM, remove_remote
 
 _log = logging.getLogger(__name__)
 
@@ -51,14 +51,14 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Artifact:
         dataset, url = view_dataset(config.corpora, config), planned.resolve(config.out)
         learner = build_learner(config)
         if config.start:
-            Checkpoint.open(config.start).start(learner)
+            start_from(Checkpoint.open(config.start), learner)
         build, described = (lambda: build_learner(config)), [Description.of(config)]
         trained = train(Task("pretrain", config, described, dataset, build, directory, url, planned, probe), learner)
         if world()[0] == 0:
             checkpoints.write(trained.weights, described[0], directory)
         return training_metrics(trained, dataset, "student.")
 
-    planned = plan(config)
+    planned = checkpoint_spec(config)
     return produce_together(planned, config, write)
 
 
@@ -91,16 +91,6 @@ def produce_together(plan: Plan, output: Output, write: Callable[[Path], Mapping
         remove_remote(url)
     barrier()
     return open_artifact(url, "checkpoint")
-
-
-def plan(config: PretrainConfig) -> Plan:
-    """The checkpoint that a configuration asks for."""
-    start = {"start": open_artifact(config.start, "checkpoint").as_input()} if config.start else {}
-    return Plan("checkpoint", "pretrain", VERSION, decisive(config), corpus_inputs(config.corpora) | start)
-
-
-def corpus_inputs(urls: Sequence[str]) -> dict[str, Input]:
-    return {f"corpus_{i}": open_artifact(url, "corpus", "selection").as_input() for i, url in enumerate(urls)}
 
 
 Tokenize = Callable[[Sequence[str]], Tensor]

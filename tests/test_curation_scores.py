@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from curation.config import CurateConfig, EmbedConfig, FaceBlur, MaterializeConfig
-from curation.curate import materialize
 from curation.embed import embed
 from curation.embedded import load_photographs
 from curation.faces import FaceBlurrer
+from curation.materialize import materialize
 from curation.scorers import Head
 from curation.steps.balance_text import Entries, kept_chances
 from curation.steps.config import HeadScorer

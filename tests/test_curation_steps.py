@@ -16,8 +16,8 @@ from scipy.sparse.csgraph import connected_components
 import curation
 from curation import run
 from curation.config import CurateConfig, CurateSettings, EmbedConfig, MaterializeConfig
-from curation.curate import materialize
 from curation.embed import embed
+from curation.materialize import materialize
 from curation.scoring import score_embedded, score_known_leaks
 from curation.steps.balance import evenness, shares
 from curation.verdicts import Verdicts

@@ -20,10 +20,11 @@ import pretrain
 from distill import distill as distill_module
 from distill import taught
 from distill.config import DistillConfig, PublishConfig
-from distill.distill import _dataset, plan, student_url, student_urls
+from distill.distill import _dataset
 from distill.learner import Distillation
 from distill.lesson import Lesson
 from distill.publish import publish
+from distill.specs import checkpoint_spec, student_url, student_urls
 from distill.taught import Kept
 from distill.teachers import BackboneTeacher
 from eval.tasks.knn import predict
@@ -32,9 +33,10 @@ from infra.config import load_yaml
 from infra.corpora import Corpus
 from infra.errors import UserError
 from pretrain.backbones import load
-from pretrain.checkpoints import WEIGHTS, Checkpoint, build_backbone
+from pretrain.checkpoints import WEIGHTS, Checkpoint
 from pretrain.config import CheckpointBackbone, OpenClipBackbone, PretrainConfig, TimmBackbone
 from pretrain.features import extract
+from pretrain.networks import build_backbone
 from tests.conftest import Embedded, image_folder, ingested
 from tests.test_pretrain_training import HEAD, config, losses
 
@@ -195,7 +197,7 @@ def test_students_named_like_parts_of_torch_and_teachers_in_any_order(
     turned = settings(embedded.seed, tmp_path / "b", **shared, teachers=dict(reversed(both.items())))
     a, b = (load_file(Path(student_url(distill.run(each).url, "type")) / WEIGHTS) for each in (asked, turned))
     assert all(torch.equal(value, b[name]) for name, value in a.items())
-    assert plan(asked).id == plan(turned).id
+    assert checkpoint_spec(asked).id == checkpoint_spec(turned).id
 
 
 @pytest.mark.slow
@@ -511,7 +513,7 @@ def test_what_decides_is_in_the_id(embedded: Embedded, foreign: TimmBackbone, tm
     moved = foreign.model_copy(update={"checkpoint": str(tmp_path / "copy.safetensors")})
     Path(moved.checkpoint).write_bytes(Path(foreign.checkpoint).read_bytes())
     ids = [
-        plan(settings(embedded.seed, tmp_path, **{**features, **changes})).id
+        checkpoint_spec(settings(embedded.seed, tmp_path, **{**features, **changes})).id
         for changes in (
             {},
             {"teachers": {"timm": moved.model_dump()}},

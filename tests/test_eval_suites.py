@@ -20,6 +20,7 @@ from eval.datasets import corpus_of
 from eval.gate import require
 from eval.rendering import PAGE
 from eval.scores import headline_rows
+from eval.tasks.files import files_of
 from flows.cli.main import main
 from infra.artifacts import Artifact, find, open_artifact
 from infra.corpora import Corpus
@@ -275,9 +276,9 @@ def test_files_of_tasks_are_part_of_a_reports_id(embedded: Embedded, tmp_path: P
     truth.write_text(json.dumps({}))
     task = {"kind": "copy_detection", "queries": "train", "truth": str(truth)}
     found = settings(embedded, tmp_path, tasks=[task])
-    before = protocols.files_of(found.tasks, found.datasets)
+    before = files_of(found.tasks, found.datasets)
     truth.write_text(json.dumps({"a": []}))
-    assert protocols.files_of(found.tasks, found.datasets) != before
+    assert files_of(found.tasks, found.datasets) != before
     truth.unlink()
     with pytest.raises(UserError, match="no such file; the task copy_detection reads it"):
-        protocols.files_of(found.tasks, found.datasets)
+        files_of(found.tasks, found.datasets)

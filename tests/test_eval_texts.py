@@ -14,8 +14,8 @@ from PIL import Image
 from torchmetrics.functional.retrieval import retrieval_hit_rate
 
 import pretrain
-from eval.classes import prompts
 from eval.tasks import texts
+from eval.tasks.files import prompts
 from infra.errors import UserError
 from pretrain import image_text
 from pretrain.config import CheckpointBackbone, OpenClipBackbone, TransformersBackbone

@@ -117,16 +117,17 @@ def test_a_running_training_is_followed(embedded: Embedded, tmp_path: Path) -> N
 PIPELINE = """
 import sys
 from prefect import flow
-from flows import pipeline, stages
+from flows import pipeline_stages, stages
 from flows.config import PipelineConfig
+from flows.pipeline import follow_training
+from flows.running import Run
 
 config = PipelineConfig.model_validate_json(sys.argv[1])
 
 @flow
 def part(train: str, test: str) -> dict[str, str]:
-    run = pipeline.Run(config)
-    with pipeline._following(run, {"train": train, "test": test}, [train], {}):
-        run.done("pretrain", stages.pretrain(pipeline._pretrain_config(run, [train])))
+    run = Run(config, stages.run)
+    pipeline_stages._pretrain(run, {"train": train, "test": test}, [train], {}, follow_training)
     return run.urls
 
 print(part(sys.argv[2], sys.argv[3])["teachers"])

@@ -11,9 +11,9 @@ from s3fs import S3FileSystem
 
 from curation import run
 from curation.config import CurateConfig, EmbedConfig, Exact, IngestConfig, MaterializeConfig, NearDuplicates
-from curation.curate import materialize
 from curation.embed import embed
 from curation.ingest import ingest
+from curation.materialize import materialize
 from infra import storage
 from infra.artifacts import verify
 from infra.corpora import Corpus

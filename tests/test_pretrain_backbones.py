@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from infra.errors import UserError
-from pretrain.backbones import center_crop, identity, load
+from pretrain.backbones import center_crop, load
 from pretrain.config import (
     OfficialBackbone,
     OpenClipBackbone,
@@ -23,6 +23,7 @@ from pretrain.config import (
     TransformersBackbone,
 )
 from pretrain.features import extract
+from pretrain.identity import identity
 from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.official import to_official
 from pretrain.models.vit import VisionTransformer

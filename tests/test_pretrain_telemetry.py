@@ -16,7 +16,7 @@ import torch
 import pretrain
 from flows import pretraining
 from infra.errors import UserError
-from pretrain import health, trackers
+from pretrain import collapse, health, trackers
 from pretrain.config import Health
 from pretrain.meter import Meter, note
 from pretrain.models.vit import VisionTransformer
@@ -31,11 +31,11 @@ PLAIN = {"sharding": {"engine": "torch"}, "runtime": {"workers": 0, "micro_batch
 
 def test_rankme_counts_dimensions() -> None:
     torch.manual_seed(0)
-    assert float(health.rankme(torch.eye(16))) == pytest.approx(16, rel=1e-3)
-    assert float(health.rankme(torch.ones(64, 16))) == pytest.approx(1, rel=1e-2)
+    assert float(collapse.rankme(torch.eye(16))) == pytest.approx(16, rel=1e-3)
+    assert float(collapse.rankme(torch.ones(64, 16))) == pytest.approx(1, rel=1e-2)
     values = np.linalg.svd(features := torch.randn(50, 12).numpy(), compute_uv=False)
     shares = values / values.sum()
-    assert float(health.rankme(torch.from_numpy(features))) == pytest.approx(
+    assert float(collapse.rankme(torch.from_numpy(features))) == pytest.approx(
         math.exp(-(shares * np.log(shares)).sum()), rel=1e-3
     )
 
@@ -43,15 +43,15 @@ def test_rankme_counts_dimensions() -> None:
 def test_usage_and_divergence_of_prototypes() -> None:
     even, one = torch.eye(8), torch.eye(8)[:1].expand(8, -1)
     logits = 100 * even
-    found = health.of_prototypes("dino", even, logits, 1.0)
+    found = collapse.of_prototypes("dino", even, logits, 1.0)
     assert float(found["health_dino_usage"]) == pytest.approx(1)
     assert float(found["health_dino_kl"]) == pytest.approx(0, abs=1e-5)
-    assert float(health.of_prototypes("dino", one, logits, 1.0)["health_dino_usage"]) == pytest.approx(0)
+    assert float(collapse.of_prototypes("dino", one, logits, 1.0)["health_dino_usage"]) == pytest.approx(0)
     uniform = torch.full((4, 8), 1 / 8)
     expected = torch.nn.functional.kl_div(torch.zeros(4, 8).log_softmax(-1), torch.eye(8)[:4], reduction="batchmean")
-    told = health.of_prototypes("ibot", torch.eye(8)[:4], torch.zeros(4, 8), 0.1)["health_ibot_kl"]
+    told = collapse.of_prototypes("ibot", torch.eye(8)[:4], torch.zeros(4, 8), 0.1)["health_ibot_kl"]
     assert float(told) == pytest.approx(float(expected))
-    assert float(health.of_prototypes("ibot", uniform, torch.zeros(4, 8), 0.1)["health_ibot_kl"]) == pytest.approx(
+    assert float(collapse.of_prototypes("ibot", uniform, torch.zeros(4, 8), 0.1)["health_ibot_kl"]) == pytest.approx(
         0, abs=1e-6
     )
 
@@ -126,13 +126,13 @@ def test_speed_is_of_the_last_steps() -> None:
 
 def test_the_work_and_the_peak_of_a_task_are_found(embedded: Embedded, tmp_path: Path) -> None:
     from pretrain.reporting import Task
-    from pretrain.train import build_learner, plan, view_dataset
+    from pretrain.specs import checkpoint_spec
+    from pretrain.train import build_learner, view_dataset
 
     settings = config(embedded.seed, tmp_path / "run", **PLAIN)
     dataset = view_dataset(settings.corpora, settings)
-    task = Task(
-        "pretrain", settings, [], dataset, lambda: build_learner(settings), tmp_path / "run", "", plan(settings)
-    )
+    spec = checkpoint_spec(settings)
+    task = Task("pretrain", settings, [], dataset, lambda: build_learner(settings), tmp_path / "run", "", spec)
     flops, peak = task.work_and_peak(torch.device("cpu"))
     assert 1e6 < flops < 1e9
     assert peak == pytest.approx(hardware.peak(torch.device("cpu"), "fp32"), rel=0.9)
@@ -191,11 +191,11 @@ def test_a_tracker_that_is_missing_is_one_line(tmp_path: Path, monkeypatch: pyte
 
 
 def test_health_of_nothing_is_left_out_and_of_no_number_is_none() -> None:
-    nothing = health.of_prototypes("ibot", torch.zeros(0, 8), torch.zeros(0, 8), 0.1)
-    broken = {health.RANK: health.rankme(torch.full((4, 8), torch.nan))}
+    nothing = collapse.of_prototypes("ibot", torch.zeros(0, 8), torch.zeros(0, 8), 0.1)
+    broken = {health.RANK: collapse.rankme(torch.full((4, 8), torch.nan))}
     told = {name: float(value) for name, value in (nothing | broken).items()}
     assert health.known(told | {"loss": 1.0}) == {"loss": 1.0}
-    few = health.of_prototypes("dino", torch.full((4, 64), 1 / 64), torch.zeros(4, 64), 0.1)
+    few = collapse.of_prototypes("dino", torch.full((4, 64), 1 / 64), torch.zeros(4, 64), 0.1)
     assert float(few["health_dino_usage"]) == 1
 
 

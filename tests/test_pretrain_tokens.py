@@ -198,7 +198,7 @@ def test_swin_merges_patches_and_still_has_tokens(tmp_path: Path) -> None:
 
 
 def test_weights_in_a_file_are_prepared_for_as_the_models_tags_say(clip: OpenClipBackbone) -> None:
-    from pretrain.backbones import identity
+    from pretrain.identity import identity
 
     siglip = published.preprocessing(OpenClipBackbone(model="ViT-B-16-SigLIP", checkpoint="w.pt"))
     assert (siglip["mean"], siglip["resize_mode"]) == ([0.5, 0.5, 0.5], "squash")

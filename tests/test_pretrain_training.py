@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
@@ -27,6 +30,7 @@ from pretrain.config import PretrainConfig, PretrainSettings, decisive
 from pretrain.engine import parameter_groups
 from pretrain.sharding.base import clip
 from pretrain.sharding.plain import TorchEngine, gradients
+from pretrain.specs import checkpoint_spec
 from pretrain.telemetry import METRICS
 from pretrain.train import build_learner, view_dataset
 from tests.conftest import Embedded, encoded, image_folder, ingested, picture
@@ -124,16 +128,38 @@ def test_every_objective_trains_sharded_as_plainly(tmp_path: Path) -> None:
         assert ours["loss"] == pytest.approx(other["loss"], rel=0.05)
 
 
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("launcher", ["local", "torchrun"])
+def test_ctrl_c_twice_ends_with_the_code_of_a_saved_state(launcher: str, embedded: Embedded, tmp_path: Path) -> None:
+    settings = config(embedded.seed, tmp_path / "run", schedule={"steps": 100_000, "batch": 8}, launcher=launcher)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(json.loads(settings.model_dump_json())))
+    command = [sys.executable, "-m", "flows.cli", "pretrain", str(tmp_path / "run.yaml")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    until_saved(Path(settings.out), process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 75, told
+    assert re.search(r"fovea: pretrain: stopped .*; run again to go on", told)
+    assert "Traceback" not in told
+
+
+def until_saved(out: Path, process: subprocess.Popen[Any]) -> None:
+    """Wait until some state of a training is whole."""
+    deadline = time.monotonic() + 300
+    while not list(out.glob("steps/[0-9]*/tally.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def killed_once(settings: PretrainConfig, job: Path) -> None:
     """Train until some state is whole, and some steps more; kill all of it."""
     job.mkdir()
     (job / "config.json").write_text(settings.model_dump_json())
     process = subprocess.Popen([sys.executable, "-m", "pretrain", str(job)], start_new_session=True)
-    deadline = time.monotonic() + 300
-    while not list(Path(settings.out).glob("steps/[0-9]*/tally.json")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until_saved(Path(settings.out), process)
     time.sleep(random.uniform(0, 0.3))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -376,7 +402,7 @@ def test_a_high_resolution_phase_starts_from_the_end_of_another(
     name = "objectives.dino.head.mlp.0.weight"
     torch.testing.assert_close(after.weights()[name], before.weights()[name], rtol=0, atol=1e-4)
     assert artifact.manifest.inputs["start"].id == before.artifact.id
-    assert artifact.id != pretrain.train.plan(settings.model_copy(update={"start": None})).id
+    assert artifact.id != checkpoint_spec(settings.model_copy(update={"start": None})).id
     anchored = {**larger, "objectives": [*TINY["objectives"][:1], {"kind": "gram"}]}
     gram = Checkpoint.open(pretrain.run(config(embedded.seed, tmp_path / "gram", **anchored, start=str(trained))).url)
     anchor, teacher = (gram.weights(f"{each}.")["norm.weight"] for each in ("objectives.gram.anchor", "teacher"))

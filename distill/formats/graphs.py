@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infra.errors import UserError
 from pretrain.data.config import Views
 from pretrain.models.timm_network import Network, TimmNetwork
 from pretrain.models.vit import VisionTransformer
@@ -19,16 +18,7 @@ _MOST = 1024  # patches a side
 
 
 def write_onnx(backbone: Network, views: Views, directory: Path) -> None:
-    """Write `model.onnx`: `pixels [n, 3, height, width]`, normalised, to `features [n, dim]`.
-
-    Raises:
-        UserError: a package is missing.
-    """
-    try:
-        import onnxruntime  # noqa: F401 (what checks it)
-        import onnxscript  # noqa: F401
-    except ImportError:
-        raise UserError("publish: format onnx needs its packages; pip install 'fovea[publish]'") from None
+    """Write `model.onnx`: `pixels [n, 3, height, width]`, normalised, to `features [n, dim]`."""
     names: dict[str, Any] = {"input_names": ["pixels"], "output_names": ["features"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -68,7 +58,7 @@ def _model(backbone: Network, directory: Path) -> nn.Module:
 def _graph(backbone: Network, directory: Path) -> torch.export.ExportedProgram:
     """timm's model of the folder, whose code is made to be exported; sides are multiples of the patch."""
     model = _model(backbone, directory)
-    patch, side = backbone.patch_size, backbone.config.image_size
+    patch, side = backbone.patch_size, backbone.image_size
     shape: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
     example = torch.zeros(2, 3, side, side)
     if not isinstance(backbone, TimmNetwork) or backbone.any_size:

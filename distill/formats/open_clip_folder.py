@@ -11,10 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill.formats.fitting import only_vit, require_none
 from distill.formats.material import Material
 from distill.formats.names import renamed
-from infra.errors import UserError
 from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.image_text import ImageText, Siglip, tokenizer
@@ -25,34 +23,15 @@ CAPTIONS = ("a photo", "two words of a caption")
 
 
 def write(material: Material, directory: Path) -> None:
-    """Write `open_clip/`.
-
-    Raises:
-        UserError: it is no CLIP model, or open_clip's Vision Transformer has not the parts.
-    """
-    backbone, towers = _known(material)
+    """Write `open_clip/`, of a backbone that `require_compatible` accepts."""
+    backbone, towers = material.backbone, material.towers
+    assert isinstance(backbone, VisionTransformer)
+    assert towers is not None
     folder = directory / FOLDER
     folder.mkdir()
     save_file(state_dict(backbone, towers), folder / "open_clip_model.safetensors", metadata={"format": "pt"})
     settings = {"model_cfg": _model(backbone.config, towers), "preprocess_cfg": _preparation(material)}
     (folder / "open_clip_config.json").write_text(json.dumps(settings, indent=2))
-
-
-def _known(material: Material) -> tuple[VisionTransformer, ImageText]:
-    backbone, towers = material.backbone, material.towers
-    if towers is None:
-        raise UserError("formats: open_clip is for models that know captions (objective clip or siglip); leave it out")
-    vit = only_vit(backbone, "open_clip")
-    config = vit.config
-    departures = {
-        "registers": config.registers > 0,
-        "position": config.position == "rope",
-        "ffn": config.ffn == "swiglu",
-        "class_norm": config.class_norm,
-        "activation": config.activation != towers.config.text.activation,
-    }
-    require_none(departures, "open_clip")
-    return vit, towers
 
 
 def features(material: Material, pixels: Tensor) -> np.ndarray:
@@ -139,7 +118,7 @@ def _model(config: VisionTransformerConfig, towers: ImageText) -> dict[str, Any]
 
 
 def _preparation(material: Material) -> dict[str, Any]:
-    views, side = material.views, material.backbone.config.image_size
+    views, side = material.views, material.backbone.image_size
     return {
         "size": side,
         "mean": list(views.mean),

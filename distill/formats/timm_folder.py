@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill.formats.fitting import require_none
 from pretrain.data.config import Views
 from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.timm_network import Network, TimmNetwork
@@ -25,14 +24,9 @@ def write(backbone: Network, views: Views, directory: Path) -> None:
 
 
 def state_dict(backbone: Network) -> dict[str, Tensor]:
-    """Weights under timm's names; what serves training only is left out.
-
-    Raises:
-        UserError: timm has no such model.
-    """
+    """Weights under timm's names; what serves training only is left out."""
     if isinstance(backbone, TimmNetwork):
         return {name: value.detach().cpu().contiguous() for name, value in backbone.network.state_dict().items()}
-    _require_known(backbone.config)
     state = {
         name: value.detach().cpu().contiguous()
         for name, value in backbone.state_dict().items()
@@ -44,19 +38,6 @@ def state_dict(backbone: Network) -> dict[str, Tensor]:
     if backbone.config.position == "rope":
         return _rotary(state, backbone.config)
     return _positioned(_unbiased(state) if backbone.config.pre_norm else state)
-
-
-def _require_known(config: VisionTransformerConfig) -> None:
-    rotary = config.position == "rope"
-    departures = {
-        "class_norm": config.class_norm,
-        "norm_eps": config.norm_eps not in ((1e-5,) if rotary else (1e-6,) if config.ffn == "swiglu" else (1e-6, 1e-5)),
-        "pre_norm": config.pre_norm and (rotary or config.ffn == "swiglu"),
-        "activation": config.activation != "gelu" and rotary,
-        "key_bias": rotary and config.qkv_bias and config.key_bias,
-        "rope.base": rotary and config.rope.base != 100,
-    }
-    require_none(departures, "timm")
 
 
 def _unbiased(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -98,7 +79,7 @@ def config_json(backbone: Network, views: Views) -> dict[str, Any]:
 
 
 def _network_json(backbone: TimmNetwork, views: Views) -> dict[str, Any]:
-    own, side = backbone.network.pretrained_cfg, backbone.config.image_size
+    own, side = backbone.network.pretrained_cfg, backbone.image_size
     return {
         "architecture": backbone.config.name,
         "num_classes": 0,

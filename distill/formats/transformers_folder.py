@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.formats.fitting import only_vit, require_none
+from distill.formats.compatibility import family
 from distill.formats.names import renamed
 from distill.preparation import FILE, processor
-from infra.errors import UserError
 from pretrain.data.config import Views
 from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.timm_network import Network
@@ -41,40 +40,19 @@ _ROTARY = _EMBEDDINGS | {
 
 
 def write(backbone: Network, views: Views, directory: Path) -> None:
-    """Write `transformers/` as `save_pretrained` does.
+    """Write `transformers/` as `save_pretrained` does, of a backbone that `require_compatible` accepts."""
+    import transformers
 
-    Raises:
-        UserError: the package is missing, or has no model like this one.
-    """
-    try:
-        import transformers
-    except ImportError:
-        raise UserError("publish: format transformers needs its package; pip install 'fovea[publish]'") from None
-    vit = only_vit(backbone, "transformers")
-    config, name = vit.config, family(vit.config)
-    departures = {
-        "class_norm": config.class_norm,
-        "pre_norm": config.pre_norm,
-        "activation": config.activation != "gelu",
-    }
-    require_none(departures, "transformers")
+    assert isinstance(backbone, VisionTransformer)
+    config, name = backbone.config, family(backbone.config)
     options = {"add_pooling_layer": False} if name == "ViT" else {}
     model = getattr(transformers, f"{name}Model")(
         getattr(transformers, f"{name}Config")(**_settings(config)), **options
     )
-    model.load_state_dict(state_dict(vit))
+    model.load_state_dict(state_dict(backbone))
     model.save_pretrained(directory / FOLDER)
     prepared = processor(config.image_size, views)
     (directory / FOLDER / FILE).write_text(json.dumps(prepared, indent=2))
-
-
-def family(config: VisionTransformerConfig) -> str:
-    """What transformers' classes of such a model are named by: without LayerScale and registers it is a plain ViT."""
-    if config.position == "rope":
-        return "DINOv3ViT"
-    if config.layer_scale is None and not config.registers and config.ffn == "mlp":
-        return "ViT"
-    return "Dinov2WithRegisters" if config.registers else "Dinov2"
 
 
 def state_dict(backbone: VisionTransformer) -> dict[str, Tensor]:
@@ -156,10 +134,6 @@ def _settings(config: VisionTransformerConfig) -> dict[str, Any]:
 
 def _positioned_settings(config: VisionTransformerConfig) -> dict[str, Any]:
     gated = config.ffn == "swiglu"
-    if gated and config.swiglu_multiple != 8:
-        raise UserError("model.swiglu_multiple: transformers rounds to 8 alone; leave the format out")
-    if config.mlp_ratio != int(config.mlp_ratio):
-        raise UserError("model.mlp_ratio: transformers takes whole ones alone; leave the format out")
     settings = _shared(config) | _scale(config) | {"qkv_bias": config.qkv_bias, "use_swiglu_ffn": gated}
     settings |= {"mlp_ratio": int(config.mlp_ratio)}
     return settings | ({"num_register_tokens": config.registers} if config.registers else {})

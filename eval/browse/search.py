@@ -112,8 +112,9 @@ class Searcher:
     @cached_property
     def _backbone(self) -> Any:
         from pretrain import backbones
+        from pretrain.identity import identity
 
-        if backbone_of(*backbones.identity(self.config)) != self.embeddings.backbone:
+        if backbone_of(*identity(self.config)) != self.embeddings.backbone:
             raise UserError(f"{self.embeddings.artifact.url}: its backbone is no longer what it was; embed again")
         return backbones.load(self.config)
 

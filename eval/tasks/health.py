@@ -16,9 +16,9 @@ from infra.corpora import Corpus
 from infra.progress import progress
 from pretrain.backbones import TokenBackbone
 from pretrain.checkpoints import Checkpoint
+from pretrain.collapse import rankme
 from pretrain.config import CheckpointBackbone
 from pretrain.data.images import read_image
-from pretrain.health import rankme
 from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.heads import PrototypeHead
 from pretrain.objectives.config import DinoConfig

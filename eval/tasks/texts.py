@@ -11,10 +11,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from eval.bench import Bench
 from eval.chance import generator
-from eval.classes import classified, prompts, spoken_names
+from eval.classes import classified, spoken_names
 from eval.scores import Outcome, Score, Scorer
 from eval.subject import Subject
 from eval.tasks.config import ImageText, Typographic, ZeroShot
+from eval.tasks.files import prompts
 from eval.views import preprocessed
 from infra.corpora import Corpus
 from infra.errors import UserError

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from flows.prefect_settings import set_up_prefect
+from infra.notices import say_loading
+
 if TYPE_CHECKING:
     from curation.config import CurateConfig, EmbedConfig, IngestConfig, MaterializeConfig
     from distill.config import DistillConfig, ImportConfig, PublishConfig
@@ -42,20 +45,6 @@ class Command:
         return model
 
 
-def set_up_prefect() -> None:
-    """Defaults for Prefect, which must neither call home nor print tracebacks of mistakes that are one line here."""
-    for name, value in _PREFECT_DEFAULTS.items():
-        os.environ.setdefault(name, value)
-
-
-_PREFECT_DEFAULTS = {
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
-    "PREFECT_LOGGING_LEVEL": "CRITICAL",
-}
-
-
 def print_url(artifact: Artifact | None) -> None:
     """Print where an artifact is; of several ranks of a training the first one does."""
     if artifact is not None and os.environ.get("RANK", "0") == "0":
@@ -71,11 +60,17 @@ def _print_comparison(url: str) -> None:
 
 
 def _run(config: PipelineConfig) -> None:
-    set_up_prefect()
     from flows.outcome import show
-    from flows.pipeline import pipeline
+    from flows.pipeline_stages import find_finished
 
-    show(config, pipeline(config))
+    summary = find_finished(config)
+    if summary is None:
+        set_up_prefect()
+        say_loading("run", "prefect")
+        from flows.pipeline import pipeline
+
+        summary = pipeline(config)
+    show(config, summary)
 
 
 def _ingest(config: IngestConfig) -> None:
@@ -100,7 +95,7 @@ def _curate(config: CurateConfig) -> None:
 
 
 def _materialize(config: MaterializeConfig) -> None:
-    from curation.curate import materialize
+    from curation.materialize import materialize
 
     print_url(materialize(config))
 
@@ -119,7 +114,7 @@ def _plan(config: PlanConfig) -> None:
 
 
 def _distill(config: DistillConfig) -> None:
-    from distill.distill import student_urls
+    from distill.specs import student_urls
     from flows.trainings import train
 
     artifact = train("distill", config)

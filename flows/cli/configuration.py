@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from flows.cli import help as help_pages
 from flows.cli import recipes
 from flows.cli.commands import Command
 from flows.cli.overrides import apply_flags
@@ -44,6 +43,8 @@ def as_yaml(config: Config) -> str:
 
 def help_page(command: Command, full: bool) -> str:
     """The help of a command; `full`: with every key at any depth."""
+    from flows.cli import help as help_pages
+
     notes = list(command.notes)
     if command.room is not None:
         names = ", ".join(recipes.recipes_of("pretrain" if command.name == "plan" else command.name))

@@ -126,7 +126,7 @@ def _named_groups(groups: Sequence[Key], command: str) -> list[str]:
 
 def _described(key: Key) -> Iterator[str]:
     """The keys below one, group by group: of each member of a union, and of each kind of a list's items."""
-    own, below = [], []
+    own, below = list[Key](), list[Key]()
     for each in nested(key) if models(key.annotation) else ():
         (below if models(each.annotation) else own).append(each)
     for kind in dict.fromkeys(each.kind for each in own):

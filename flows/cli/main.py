@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated
 
-from cyclopts import App, CycloptsError, Parameter
-
-from flows.cli.commands import COMMANDS, Command, print_url, set_up_prefect
+from flows.cli.commands import COMMANDS, Command
 from infra.errors import (
     EXIT_FAILURE,
     EXIT_LOCKED,
@@ -21,30 +16,27 @@ from infra.errors import (
     Regression,
     UserError,
 )
-
-app = App(
-    name="fovea",
-    version=lambda: importlib.metadata.version("fovea"),
-    help_format="plaintext",
-    help="From a pile of images to a published vision backbone. Every stage takes a YAML file, flags, or both (flags "
-    "win), writes one artifact, and returns at once if that artifact exists. fovea recipes lists recipes, suites, "
-    "pipelines and kinds.",
-    default_parameter=Parameter(negative=(), negative_iterable=(), negative_bool=()),
-)
-
-Tokens = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
+from infra.notices import say
 
 
-def _register(command: Command, order: int) -> None:
-    def stage(*tokens: Tokens) -> None:
-        _run(command, list(tokens))
-
-    stage.__doc__ = command.summary
-    app.command(stage, name=command.name, sort_key=order, help_flags=(), version_flags=())
-
-
-for _order, _command in enumerate(COMMANDS.values()):
-    _register(_command, _order)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: a user's mistake is one line on standard error and exit code 2."""
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if tokens and tokens[0] in COMMANDS:
+            _run(COMMANDS[tokens[0]], tokens[1:])
+        else:
+            _run_plain(tokens)
+    except Busy as error:
+        _end(EXIT_LOCKED, str(error))
+    except UserError as error:
+        _end(EXIT_USER_ERROR, str(error))
+    except Preempted as stopped:
+        _end(EXIT_PREEMPTED, str(stopped))
+    except (Regression, ChildProcessError) as error:  # of a process its own traceback or message was shown
+        _end(EXIT_FAILURE, str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _run(command: Command, tokens: list[str]) -> None:
@@ -57,119 +49,21 @@ def _run(command: Command, tokens: list[str]) -> None:
         left = [token for token in tokens if token != "--print-config"]
         print(configuration.as_yaml(configuration.resolve(command, left)), end="")
     else:
-        command.run(configuration.resolve(command, tokens))
+        config = configuration.resolve(command, tokens)
+        say(f"{command.name}: checking inputs")
+        command.run(config)
 
 
-@app.command(sort_key=30)
-def why(key: str, /, *, selection: str, page: Path | None = None) -> None:
-    """Explain why an image was kept or dropped, what it lost to and what it stands for.
+def _run_plain(tokens: list[str]) -> None:
+    """Run a command that takes no configuration file, or show the page of all commands."""
+    from cyclopts import CycloptsError
 
-    Args:
-        key: the image's key, as selection.parquet and the corpus's index have it.
-        selection: URL of the selection.
-        page: HTML file to write the same to, with pictures.
-    """
-    from eval.why import why, write_page
+    from flows.cli.app import app
 
-    story = why(selection, key)
-    print(story.text())
-    if page is not None:
-        write_page(story, page)
-
-
-@app.command(sort_key=31)
-def compare(*reports: str, title: str = "Comparison", out: str = "runs/compare/{id}") -> None:
-    """Put reports of evaluations side by side: one table, one picture, one page.
-
-    Args:
-        reports: URLs of reports, or NAME=URL; the others are compared with the first.
-        title: heading of the page.
-        out: URL of the comparison; {id} stands for its id.
-    """
-    from flows.evaluation import compare, show_comparison
-
-    artifact = compare(reports, title, out)
-    show_comparison(artifact)
-    print_url(artifact)
-
-
-@app.command(sort_key=32)
-def ui(root: str = "runs", /, *, host: str = "127.0.0.1", port: int = 4300, names: list[str] | None = None) -> None:
-    """Serve all runs under a root to a browser: scores, pages, lineage, images, search. It writes nothing.
-
-    Args:
-        root: URL of the folder, ROOT of the pipelines.
-        host: address to listen at; whoever reaches it sees everything under the root.
-        port: port to listen at.
-        names: further names that browsers may call it by, a proxy's say.
-    """
-    from eval.browse.server import serve
-
-    print(f"http://{host}:{port}", file=sys.stderr)
-    serve(root, host, port, names or [])
-
-
-@app.command(sort_key=33)
-def doctor(*, storage: str | None = None, json: bool = False) -> None:
-    """Check that all that Fovea stands on is there and works: a line each, with the remedy.
-
-    Ends with exit code 1 where something fails.
-
-    Args:
-        storage: URL of a folder or bucket that is written to, read, and cleaned again.
-        json: print the lines as JSON.
-    """
-    set_up_prefect()
-    from flows.doctor import findings, show
-
-    found = list(findings(storage))
-    show(found, json)
-    if any(each.status == "fail" for each in found):
-        raise SystemExit(1)
-
-
-@app.command(sort_key=34)
-def recipes(name: str | None = None, /) -> None:
-    """List recipes, suites, pipelines and kinds, or print one file.
-
-    Args:
-        name: of the recipe, suite or pipeline to print.
-    """
-    from flows.cli import recipes as shipped
-
-    print(shipped.listing() if name is None else shipped.text_of(name))
-
-
-@app.command(sort_key=35)
-def completion(shell: str = "bash", /) -> None:
-    """Print a script that completes commands, flags and recipes: eval "$(fovea completion bash)".
-
-    Args:
-        shell: bash or zsh.
-    """
-    from flows.cli.completion import script
-
-    print(script(shell))
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: a user's mistake is one line on standard error and exit code 2."""
     try:
-        app(arguments, exit_on_error=False, print_error=False)
-    except Busy as error:
-        _end(EXIT_LOCKED, str(error))
-    except (UserError, CycloptsError) as error:
-        _end(EXIT_USER_ERROR, str(error) if isinstance(error, UserError) else _explain(error))
-    except Preempted as stopped:
-        _end(EXIT_PREEMPTED, str(stopped))
-    except (Regression, ChildProcessError) as error:  # of a process its own traceback or message was shown
-        _end(EXIT_FAILURE, str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _explain(error: CycloptsError) -> str:
-    return f"{error}; see fovea {' '.join(error.command_chain or ())} --help"
+        app(tokens, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        raise UserError(f"{error}; see fovea {' '.join(error.command_chain or ())} --help") from None
 
 
 def _end(code: int, message: str) -> None:

@@ -209,9 +209,12 @@ def _run(command: list[str], job: Job, environment: dict[str, str], watcher: Wat
             watcher.look()
             if asked:  # again and again: a rank may just have started
                 _ask(process, job)
-    except BaseException:
+    except BaseException as error:
         _stop(process, job)
-        if (ended := job.ended()) is not None:
+        ended = job.ended()
+        if isinstance(error, KeyboardInterrupt) and ended is not None and ended.code == EXIT_PREEMPTED:
+            raise Preempted(ended.message) from None
+        if ended is not None:
             print(f"fovea: {ended.message}", file=sys.stderr)
         raise
     finally:
@@ -251,14 +254,18 @@ def _ask(process: subprocess.Popen[bytes], job: Job) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes], job: Job) -> None:
+    """Ask the ranks to save and end, and wait for that for some seconds; a Ctrl-C meanwhile ends them at once."""
     deadline = time.monotonic() + _GRACE_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        _ask(process, job)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(1)
-    if process.poll() is None:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE_SECONDS / 4)
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            _ask(process, job)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(1)
+        if process.poll() is None:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE_SECONDS / 4)
+    except KeyboardInterrupt:
+        pass
     process.kill()
     process.wait()

@@ -145,8 +145,9 @@ class TimmNetworkConfig(Config):
 
     name: str
     """Its name in timm; timm.list_models() has them."""
-    image_size: int = Field(224, ge=8)
-    """Side in pixels for which it is made. Crops of other sides are resized to it where it takes no other."""
+    image_size: int | None = Field(None, ge=8)
+    """Side in pixels at which it is evaluated and published. Crops of other sides are resized to it where it takes no
+    other. null: that of the global crops if it takes any side, else 224."""
 
     @property
     def registers(self) -> int:

@@ -16,6 +16,7 @@ from pretrain.models.config import TimmNetworkConfig
 from pretrain.models.execution import Execution
 from pretrain.models.vit import Features, VisionTransformer
 
+_SIDE = 224
 _OTHER = 64  # pixels that the other sides of which a network is asked differ from its own
 
 
@@ -29,21 +30,23 @@ class TimmNetwork(nn.Module):
         patch_dim: width of the patch tokens.
         patch_size: side in pixels of what a patch token stands for.
         options: what timm was told beside the name.
+        image_size: side in pixels at which it is evaluated and published.
         any_size: whether it takes crops of any side; others are resized to its own.
         whole: sides of crops are multiples of this; others are resized to the next smaller one.
     """
 
     def __init__(self, config: TimmNetworkConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.image_size = config, config.image_size or _SIDE
         self._execution = Execution()
         self.network, self.options = made(config)
         with torch.device("meta"):
             shapes = made(config)[0].eval()
-            vector, ((grid, _),) = layers(shapes, torch.empty(1, 3, config.image_size, config.image_size), 1)
-            self.any_size = _takes(shapes, config.image_size + _OTHER)
+            self.any_size = _takes(shapes, self.image_size + _OTHER)
+            side = _SIDE if self.any_size else self.image_size  # small maps are rounded up: they tell no patch size
+            vector, ((grid, _),) = layers(shapes, torch.empty(1, 3, side, side), 1)
         self.dim, self.patch_dim = vector.shape[1], grid.shape[1]
-        self.patch_size = config.image_size // grid.shape[-1]
+        self.patch_size = side // grid.shape[-1]
         self.whole = _patch(shapes)
 
     @property
@@ -78,7 +81,7 @@ class TimmNetwork(nn.Module):
 
     def fitting(self, images: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` at sides that the network takes."""
-        side = self.config.image_size
+        side = self.image_size
         if self.any_size:
             side = max(images.shape[-1] // self.whole, 1) * self.whole
         if images.shape[-2:] == (side, side):
@@ -90,6 +93,20 @@ Network = VisionTransformer | TimmNetwork
 """A backbone that can be trained."""
 
 
+def sized(config: TimmNetworkConfig, side: int) -> TimmNetworkConfig:
+    """The same network with a side of its own: where none is given, that of crops if it takes any, else its usual one.
+
+    Args:
+        side: of the crops that it is trained on, in pixels.
+    """
+    if config.image_size is not None:
+        return config
+    with torch.device("meta"):
+        network = TimmNetwork(config)
+    own = max(side // network.whole, 1) * network.whole if network.any_size else _SIDE
+    return config.model_copy(update={"image_size": own})
+
+
 def made(config: TimmNetworkConfig) -> tuple[Any, dict[str, Any]]:
     """The bare network, and what timm was told beside its name; a Vision Transformer takes images of any size.
 
@@ -98,7 +115,7 @@ def made(config: TimmNetworkConfig) -> tuple[Any, dict[str, Any]]:
     """
     from timm.layers import DropPath
 
-    sized: dict[str, Any] = {"img_size": config.image_size}
+    sized: dict[str, Any] = {"img_size": config.image_size or _SIDE}
     network, options = created(config.name, config.name, sized | {"dynamic_img_size": True}, sized, {})
     for module in network.modules():  # some have stochastic depth or dropout without being asked
         if isinstance(module, nn.Dropout):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pretrain.collapse import of_prototypes
 from pretrain.data.loader import Batch
 from pretrain.data.views import GLOBAL_COUNT
-from pretrain.health import of_prototypes
 from pretrain.objectives.base import Outputs
 from pretrain.objectives.centering import cross_entropy
 from pretrain.objectives.config import DinoConfig

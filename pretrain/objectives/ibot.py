@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pretrain.collapse import of_prototypes
 from pretrain.data.loader import Batch
-from pretrain.health import of_prototypes
 from pretrain.models.positions import on_grid_of
 from pretrain.objectives.base import Outputs
 from pretrain.objectives.centering import Targets, cross_entropy

@@ -1,0 +1,64 @@
+"""What a published directory is made from, and its files: weights in each format, checked, beside the model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from distill.card import model_card, parameters_of
+from distill.checking import difference, pixels_of
+from distill.config import FormatName, PublishConfig, PublishSettings
+from distill.formats.catalogue import FORMATS
+from distill.formats.material import Material
+from distill.preparation import FILE, processor
+from distill.provenance import public
+from infra.artifacts import Artifact, Input, open_artifact
+from infra.corpora import Corpus
+from infra.errors import UserError
+from infra.lineage import ancestors
+from pretrain.checkpoints import Checkpoint
+
+
+@dataclass(frozen=True)
+class Release:
+    """All that a published directory is made from."""
+
+    settings: PublishSettings
+    formats: Sequence[FormatName]
+    checkpoint: Checkpoint
+    images: Corpus
+    reports: Sequence[Artifact]
+
+    @classmethod
+    def open(cls, config: PublishConfig, formats: Sequence[FormatName]) -> Release:
+        """Open what a configuration names."""
+        reports = [open_artifact(url, "report") for url in config.reports]
+        return cls(config, formats, Checkpoint.open(config.checkpoint), Corpus.open(config.images), reports)
+
+
+def write_release(release: Release, inputs: Mapping[str, Input], directory: Path) -> Mapping[str, Any]:
+    """Write all formats and the model card into a directory; return the metrics.
+
+    Raises:
+        UserError: features of a format differ by more than the tolerance.
+    """
+    material = Material.of(release.checkpoint)
+    pixels, differences = pixels_of(release.images, material), dict[str, float]()
+    for name in release.formats:
+        FORMATS[name].write(material, directory)
+        found = difference(name, directory, material, pixels)
+        if not found <= release.settings.tolerance:  # also where it is not a number
+            raise UserError(f"publish: {name}: features differ by {found:.1e}; raise tolerance only if you know why")
+        differences[name] = found
+    told = [{"id": each.id, **each.read_json("report.json")} for each in release.reports]
+    (directory / "eval.json").write_text(json.dumps(told, indent=1))
+    side = material.backbone.image_size
+    (directory / FILE).write_text(json.dumps(processor(side, material.views), indent=2))
+    lineage = [replace(each, url=public(each.url)) for each in ancestors(inputs.values())]
+    (directory / "lineage.json").write_text(json.dumps([each.as_dict() for each in lineage], indent=1))
+    card = model_card(release.settings, release.checkpoint, material.backbone, told, lineage, differences)
+    (directory / "README.md").write_text(card)
+    return {"max_abs_diff": differences, "parameters": parameters_of(material.backbone)}

@@ -1,0 +1,139 @@
+"""The stages of a pipeline in order, each reading and writing artifacts, whoever makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from distill.config import DistillConfig, PublishConfig
+from distill.specs import student_urls
+from eval.config import EvaluateConfig, ReportConfig
+from flows import curating, summary
+from flows.config import FollowConfig, PipelineConfig
+from flows.growing import note_training
+from flows.running import NotMade, Run, find_only
+from infra import storage
+from infra.artifacts import open_artifact
+from infra.notices import say
+from pretrain.config import CheckpointBackbone, PretrainConfig
+from pretrain.specs import checkpoint_spec
+
+Following = Callable[[FollowConfig, PretrainConfig, str | None], AbstractContextManager[list[str]]]
+"""Scores the teachers of a pretraining while it goes on; the list then holds the URL of their comparison."""
+
+
+def run_stages(run: Run, following: Following | None = None) -> dict[str, Any]:
+    """Ingest, embed, deduplicate, retrieve, pretrain, evaluate, distill, evaluate, publish, report.
+
+    Args:
+        following: what `follow` of the configuration is carried out by.
+
+    Returns:
+        The summary that is also written to `summary.json` below the root.
+    """
+    config = run.config
+    sources, truth = curating.sources(config)
+    corpora = curating.ingest(run, sources)
+    selection = curating.curate(run, corpora)
+    curated = curating.materialize(run, corpora, selection)
+    note_training(config.root, selection)
+    training = [curated, *([corpora["seed"]] if "seed" in corpora else [])]
+    leaks = curating.leaks(run, corpora, training)
+    teacher = _pretrain(run, corpora, training, leaks, following)
+    _evaluate(run, "evaluate-teacher", teacher, corpora, leaks)
+    students = _distill(run, teacher, training)
+    for name, student in students.items():
+        _evaluate(run, f"evaluate-{name}", student, corpora, leaks)
+        _publish(run, name, student, corpora)
+    facts = summary.curation_scores(config, run.urls, truth)
+    _report(run, facts)
+    return summary.write(config, run.urls, run.seconds, facts)
+
+
+def find_finished(config: PipelineConfig) -> dict[str, Any] | None:
+    """The summary of a pipeline all of whose artifacts exist; None where something is still to be made."""
+    if not storage.is_folder(config.root):
+        return None
+    run = Run(config, find_only)
+    try:
+        return run_stages(run)
+    except NotMade:
+        if run.urls:
+            say(f"run: {len(run.urls)} artifacts exist below {config.root}; going on after {list(run.urls)[-1]}")
+        return None
+
+
+def _pretrain(
+    run: Run, corpora: dict[str, str], training: list[str], leaks: dict[str, str], following: Following | None
+) -> str:
+    """URL of the teacher, whose states are scored while it is trained, if that is asked for."""
+    config, settings = pretrain_config(run, training), run.config.follow
+    if settings is None:
+        return run.run("pretrain", config)
+    if following is None:  # the comparison is not known by its settings alone
+        raise NotMade
+    shared = {name: value for name, value in dict(settings).items() if name != "deployment"}
+    follow = FollowConfig(
+        **shared,
+        training=checkpoint_spec(config).resolve(config.out),
+        datasets=_datasets(run, corpora),
+        leaks=leaks,
+        out=storage.join(run.config.root, "follow"),
+    )
+    with following(follow, config, settings.deployment) as comparison:
+        teacher = run.run("pretrain", config)
+    if comparison:
+        run.done("teachers", comparison[0])
+    return teacher
+
+
+def pretrain_config(run: Run, corpora: list[str]) -> PretrainConfig:
+    return PretrainConfig(**dict(run.config.pretrain), corpora=corpora, out=run.out("pretrain"))
+
+
+def _distill(run: Run, teacher: str, corpora: list[str]) -> dict[str, str]:
+    """Checkpoints of the students by name."""
+    settings = dict(run.config.distill)
+    config = DistillConfig(**settings, teacher_checkpoint=teacher, corpora=corpora, out=run.out("distill"))
+    url = run.run("distill", config)
+    return student_urls(open_artifact(url, "checkpoint"), list(config.students))
+
+
+def _datasets(run: Run, corpora: dict[str, str]) -> dict[str, str]:
+    """Corpora of the datasets that tasks may name."""
+    return {name: corpora[name] for name in ("train", "test", *run.config.evaluation_sets())}
+
+
+def _evaluate(run: Run, stage: str, checkpoint: str, corpora: dict[str, str], leaks: dict[str, str]) -> None:
+    config = EvaluateConfig(
+        **dict(run.config.evaluate),
+        model=CheckpointBackbone(url=checkpoint),
+        datasets=_datasets(run, corpora),
+        leaks=leaks,
+        features=storage.join(run.config.root, "features"),
+        out=run.out(stage),
+    )
+    run.run(stage, config)
+
+
+def _publish(run: Run, student: str, checkpoint: str, corpora: dict[str, str]) -> None:
+    """One of several students is published by its own name behind that of the family."""
+    settings = dict(run.config.publish)
+    if len(run.config.distill.students) > 1:
+        settings["name"] = f"{settings['name']}-{student}"
+    config = PublishConfig(
+        **settings,
+        checkpoint=checkpoint,
+        images=corpora["test"],
+        reports=[run.urls[f"evaluate-{student}"]],
+        out=run.out("publish"),
+    )
+    run.run(f"publish-{student}", config)
+
+
+def _report(run: Run, facts: dict[str, dict[str, float]]) -> None:
+    settings = dict(run.config.report) | {"title": run.config.name}
+    artifacts = dict(run.urls)
+    config = ReportConfig(**settings, artifacts=artifacts, facts=facts, out=run.out("report"))
+    run.run("report", config)

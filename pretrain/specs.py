@@ -1,0 +1,25 @@
+"""Which checkpoint a pretraining makes: found, refused or locked before torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from infra.artifacts import Input, Plan, open_artifact
+from pretrain.config import PretrainConfig, decisive
+
+VERSION = 5
+
+
+def checkpoint_spec(config: PretrainConfig) -> Plan:
+    """The checkpoint that a configuration asks for.
+
+    Raises:
+        UserError: a corpus or the checkpoint to start from is missing.
+    """
+    start = {"start": open_artifact(config.start, "checkpoint").as_input()} if config.start else {}
+    return Plan("checkpoint", "pretrain", VERSION, decisive(config), corpus_inputs(config.corpora) | start)
+
+
+def corpus_inputs(urls: Sequence[str]) -> dict[str, Input]:
+    """Corpora or selections as inputs of a training, by their places."""
+    return {f"corpus_{i}": open_artifact(url, "corpus", "selection").as_input() for i, url in enumerate(urls)}
