@@ -104,9 +104,10 @@ def test_help_imports_nothing_heavy(command: str) -> None:
 def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], expected: str, tmp_path: Path) -> None:
     done = subprocess.run([str(FOVEA), *arguments], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("fovea: ")
-    assert done.stderr.count("\n") == 1
-    assert expected in done.stderr
+    *notices, mistake = done.stderr.splitlines()
+    assert mistake.startswith("fovea: ")
+    assert expected in mistake
+    assert notices in ([], [f"{arguments[0]}: checking inputs"])
 
 
 def test_an_unreachable_bucket_is_one_line(tmp_path: Path) -> None:

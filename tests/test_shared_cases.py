@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
@@ -22,7 +24,8 @@ from infra.embeddings import Embeddings
 from pretrain.data.decode import ImageRejected, decode_rgb, open_image, upright_size
 from tests.conftest import Embedded, ingested
 from tests.test_curation_ingest import rejected
-from tests.test_pretrain_training import config
+from tests.test_distill import STUDENT
+from tests.test_pretrain_training import TINY, config
 
 Case = Callable[..., Path]
 SHORT = {"schedule": {"steps": 2, "batch": 8}, "sharding": {"engine": "torch"}, "runtime": {"workers": 0}}
@@ -297,3 +300,34 @@ def test_26_class_names(case: Case, tmp_path: Path, capsys: pytest.CaptureFixtur
         out = ["--datasets.test", str(folder / name), "--out", str(tmp_path / name / "{id}")]
         assert message in failure(capsys, *quick, *out)
     run(*quick, "--datasets.test", str(folder / "test"), "--out", str(tmp_path / "test" / "{id}"))
+
+
+def test_27_no_home(case: Case, tmp_path: Path) -> None:
+    """Prefect works in the cache folder where nothing can be written at home; with neither, one line says so."""
+    folder = case(27)
+    content = yaml.safe_load((folder / "p.yaml").read_text())
+    quick = {"tasks": [{"kind": "knn", "k": [1]}], "pictures": 0}
+    (folder / "p.yaml").write_text(yaml.safe_dump({**content, "pretrain": TINY, "distill": STUDENT, "evaluate": quick}))
+    environment = {**os.environ, "HOME": "/dev/null", "FOVEA_CACHE": str(tmp_path / "cache")}
+    environment.pop("PREFECT_HOME", None)
+    environment.pop("XDG_CACHE_HOME", None)
+
+    def command(*words: str) -> subprocess.CompletedProcess[str]:
+        fovea = [sys.executable, "-m", "flows.cli.main", *words]
+        return subprocess.run(fovea, cwd=folder, env=environment, capture_output=True, text=True)
+
+    done = command("run", "p.yaml")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "cache" / "prefect").is_dir()
+
+    environment["FOVEA_CACHE"] = "/dev/null/cache"
+    done = command("run", "p.yaml", "--root", "other")
+    (line,) = [each for each in done.stderr.splitlines() if each.startswith("fovea: ")]
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "/dev/null/cache" in line
+    done = command("doctor", "--json")
+    assert done.returncode == 1
+    found = {each["name"]: each for each in json.loads(done.stdout)}
+    assert found["prefect"]["status"] == found["cache"]["status"] == "fail"
+    assert "/dev/null/cache" in found["prefect"]["told"]

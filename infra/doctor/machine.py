@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
@@ -68,11 +68,12 @@ def hardware() -> Iterator[Finding]:
         remedy = "give the container more (docker run --shm-size=8g), or set runtime.workers to 0"
         enough = size >= _SHARED_MEMORY
         yield ok("shared memory", f"{size:.1f} GB") if enough else warn("shared memory", f"{size:.1f} GB", remedy)
-    for name, folder in (("disk here", Path.cwd()), ("cache", cache_directory())):
-        yield guarded(name, partial(_room, name, folder), "choose another folder")
+    for name, find in (("disk here", Path.cwd), ("cache", cache_directory)):
+        yield guarded(name, partial(_room, name, find), "choose another folder")
 
 
-def _room(name: str, folder: Path) -> Finding:
+def _room(name: str, find: Callable[[], Path]) -> Finding:
+    folder = find()
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".fovea-doctor-{uuid.uuid4().hex}"
     probe.write_bytes(b"")
