@@ -99,7 +99,8 @@ def test_of_each_component_the_preferred_image_stays_and_stands_for_all(tmp_path
 
 def test_the_curve_and_the_pairs_tell_what_higher_thresholds_would_drop(tmp_path: Path) -> None:
     vectors = planted(3, 300, 16)
-    artifact, _ = curated(tmp_path, pool(tmp_path, vectors), {"kind": "near_duplicates", "threshold": 0.6})
+    step = {"kind": "near_duplicates", "threshold": 0.6, "allow_chains": True}
+    artifact, _ = curated(tmp_path, pool(tmp_path, vectors), step)
     for threshold, dropped in artifact.metrics["steps"][0]["curve"][:-1]:
         assert dropped == sum(len(group) - 1 for group in groups(vectors, threshold))
     pairs = pq.read_table(artifact.local_file("step-00-pairs.parquet")).to_pydict()
@@ -228,7 +229,8 @@ def test_a_leak_that_is_the_image_itself_is_in_the_histogram(tmp_path: Path) -> 
 def test_a_killed_step_leaves_nothing_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between saving the verdicts of a step and removing what the step needed."""
     vectors = planted(8, 600, 16)
-    steps = [{"kind": "near_duplicates", "threshold": value, "cells": 12} for value in (0.9, 0.7)]
+    step = {"kind": "near_duplicates", "cells": 12, "allow_chains": True}
+    steps = [{**step, "threshold": value} for value in (0.9, 0.7)]
     target = pool(tmp_path, vectors)
     _, whole = curated(tmp_path, target, *steps)
     monkeypatch.setattr("curation.similarity.selfjoin._SAVE_SECONDS", -1.0)
@@ -308,7 +310,7 @@ def test_what_is_listed_goes_and_what_was_dropped_may_come_back(tmp_path: Path) 
     artifact, ledger = curated(tmp_path, target, gone, {"kind": "remove", "prefix": "k000"})
     assert artifact.metrics["steps"][0]["unknown_lines"] == 2
     assert np.flatnonzero(kept(ledger)).tolist() == [10]
-    near = {"kind": "near_duplicates", "threshold": 0.8}
+    near = {"kind": "near_duplicates", "threshold": 0.8, "representative": "earliest"}
     artifact, ledger = curated(tmp_path, target, near, {"kind": "restore", "reason": "near_duplicate", "below": 0.99})
     _, before = curated(tmp_path, target, near)
     back = [not old["keep"] and old["score"] < 0.99 for old in before]
@@ -334,7 +336,7 @@ def test_what_is_listed_goes_and_what_was_dropped_may_come_back(tmp_path: Path) 
 
 EVERYTHING: list[dict[str, Any]] = [
     {"kind": "exact"},
-    {"kind": "near_duplicates", "threshold": 0.8, "cells": 12, "probes": 4},
+    {"kind": "near_duplicates", "threshold": 0.8, "representative": "earliest", "cells": 12, "probes": 4},
     {"kind": "decontaminate", "threshold": 0.8, "drop": "components"},
     {"kind": "semdedup", "clusters": 5, "eps": 0.3},
     {"kind": "retrieve_clusters", "clusters": 6, "min_seeds": 1, "quota": 90, "most": 330},
@@ -367,7 +369,7 @@ def test_an_interrupted_curation_goes_on_after_its_last_step(
 ) -> None:
     vectors, keys = planted(8, 600, 16), [f"k{i:04d}" for i in range(600)]
     whole = everything(tmp_path / "whole", vectors, keys)
-    import curation.curate as stage
+    import curation.steps.run as stage
 
     made: list[str] = []
     apply = stage._apply

@@ -21,7 +21,7 @@ from infra.corpora import Corpus
 from infra.errors import UserError
 from pretrain.data import order, photometric, views
 from pretrain.data.config import Crops, Photometric, Sampling, Views
-from pretrain.data.decode import decoded, open_image, upright_size
+from pretrain.data.decode import decode, open_image, upright_size
 from pretrain.data.loader import UNUSABLE, Batch, Place, ViewDataset, batches
 from pretrain.data.masks import MaskPlan, batch_masks, block_mask
 from pretrain.data.photometric import BLUR, draw
@@ -163,16 +163,16 @@ def test_crops_of_a_shrunk_image_are_those_of_the_whole() -> None:
 def test_jpegs_are_decoded_smaller_where_that_harms_nothing() -> None:
     image = picture(3, (1024, 768))
     jpeg, png = encoded(image, "JPEG", quality=95), encoded(image)
-    small = decoded(open_image(jpeg), 2)
+    small = decode(open_image(jpeg), 2)
     assert small.size == (512, 384)
-    assert decoded(open_image(png), 2).size == (1024, 768)
+    assert decode(open_image(png), 2).size == (1024, 768)
     whole = np.asarray(image.resize((512, 384), Image.Resampling.BOX), dtype=float)
     assert np.abs(np.asarray(small, dtype=float) - whole).mean() < 2
     turned = image.getexif()
     turned[0x0112] = 6  # EXIF orientation: lie on the right side
     lying = open_image(encoded(image, "JPEG", exif=turned))
     assert upright_size(lying) == (768, 1024)
-    assert decoded(lying, 2).size == (384, 512)
+    assert decode(lying, 2).size == (384, 512)
 
 
 def test_crop_areas_are_spread_as_torchvisions() -> None:
