@@ -14,7 +14,7 @@ from distill import specs as distill_specs
 from distill.config import DistillConfig
 from infra import storage
 from infra.artifacts import Artifact, Plan, find, find_planned, open_artifact, work_directory
-from infra.errors import UserError
+from infra.errors import Preempted, UserError
 from infra.launch import slurm
 from infra.launch.config import Launch
 from infra.launch.run import launch
@@ -23,7 +23,7 @@ from infra.notices import say_loading
 from infra.staging import check_unfinished, require_unlocked
 from pretrain import specs as pretrain_specs
 from pretrain.config import PretrainConfig
-from pretrain.state_files import remove_remote
+from pretrain.state_files import remove_remote, whole
 
 Room = Literal["pretrain", "distill"]
 _MODULES = {"pretrain": "flows.pretraining", "distill": "distill"}
@@ -52,7 +52,8 @@ def train_apart(room: Room, config: PretrainConfig | DistillConfig) -> str:
     spec = checkpoint_spec(config)
     if _made(room, config) is None:
         folder = config.launch.job_folder(work_directory(spec, config.out))
-        with _slots(config.launch), _cancelled_with_the_flow(config, folder):
+        url = spec.resolve(config.out)
+        with _resumable(room, url), _slots(config.launch), _cancelled_with_the_flow(config, folder):
             launch(_MODULES[room], config, folder, config.launcher, config.launch, _watcher(room, folder, config))
     return spec.resolve(config.out)
 
@@ -108,6 +109,22 @@ def _visible_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+@contextmanager
+def _resumable(room: Room, url: str) -> Iterator[None]:
+    """A Ctrl-C that ended the ranks before they reported anything.
+
+    Raises:
+        Preempted: instead of KeyboardInterrupt, where there is a saved state to resume from.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        saved = whole(url)
+        if not saved:
+            raise
+        raise Preempted(f"{room}: stopped at once; run again to go on after step {max(saved)}") from None
 
 
 @contextmanager

@@ -82,6 +82,8 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         opened = fsspec.get_filesystem_class(protocol)
         if protocol == "file":
             return opened(auto_mkdir=True), str(local_path(url).absolute())
+        if protocol == "local":
+            return opened(auto_mkdir=True), opened._strip_protocol(url)
         # Not through url_to_fs, for which :: in a name begins another URL and ? may hold options.
         hosts = {} if protocol in _OBJECT_STORES else opened._get_kwargs_from_urls(url)
         path = opened._strip_protocol(url)

@@ -24,8 +24,16 @@ class Vectors:
     parts: Sequence[Path | np.ndarray]
 
     @cached_property
+    def _headers(self) -> list[tuple[np.dtype, tuple[int, ...], int]]:
+        """Of each file dtype, shape and offset of the rows: read once, as Python 3.11 cannot parse them in threads
+        (`SystemError: AST constructor recursion depth mismatch`)."""
+        maps = [np.load(part, mmap_mode="r", allow_pickle=False) for part in self.parts if isinstance(part, Path)]
+        read = iter([(each.dtype, each.shape, each.offset) for each in maps])
+        return [next(read) if isinstance(part, Path) else (part.dtype, part.shape, 0) for part in self.parts]
+
+    @cached_property
     def _lengths(self) -> list[int]:
-        return [len(self._part(number)) for number in range(len(self.parts))]
+        return [shape[0] for _, shape, _ in self._headers]
 
     @cached_property
     def _ends(self) -> np.ndarray:
@@ -36,7 +44,7 @@ class Vectors:
 
     @cached_property
     def dim(self) -> int:
-        return int(self._part(0).shape[1])
+        return self._headers[0][1][1]
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Some rows, in their order; float16 `[m, dim]`."""
@@ -69,5 +77,8 @@ class Vectors:
 
     def _part(self, number: int) -> np.ndarray:
         part = self.parts[number]
+        if isinstance(part, np.ndarray):
+            return part
+        dtype, shape, offset = self._headers[number]
         # Mapped anew each time: pages that stay mapped would count as memory of this process.
-        return part if isinstance(part, np.ndarray) else np.load(part, mmap_mode="r", allow_pickle=False)
+        return np.memmap(part, dtype, "r", offset, shape)

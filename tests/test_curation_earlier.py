@@ -24,7 +24,7 @@ from tests.pools import Pool, halved, planted, pool, unit
 NONE = np.empty(0, dtype=np.int64)
 STEPS = [
     {"kind": "exact"},
-    {"kind": "near_duplicates", "threshold": 0.75, "representative": "earliest", "cells": 12},
+    {"kind": "near_duplicates", "threshold": 0.75, "representative": "earliest", "cells": 12, "allow_chains": True},
     {"kind": "decontaminate", "threshold": 0.7, "drop": "components", "cells": 12},
 ]
 
@@ -104,7 +104,8 @@ def test_going_on_ends_as_a_full_run_over_the_same_cells(
 
 def test_going_on_in_one_cell_ends_as_if_there_had_been_nothing_before(tmp_path: Path) -> None:
     state = State(7, tmp_path)
-    config: dict[str, Any] = {"steps": [{"kind": "near_duplicates", "threshold": 0.75, "representative": "earliest"}]}
+    step = {"kind": "near_duplicates", "threshold": 0.75, "representative": "earliest", "allow_chains": True}
+    config: dict[str, Any] = {"steps": [step]}
 
     def curate(of: Pool, out: str, previous: str | None = None) -> Selection:
         places = {"corpus": of.corpus, "embeddings": of.embeddings, "out": str(tmp_path / out)}
@@ -167,7 +168,7 @@ def test_what_was_replaced_or_made_otherwise_is_not_gone_on_from(
 
 def test_vectors_that_came_out_otherwise_are_compared_anew(tmp_path: Path) -> None:
     vectors = planted(5, 500, 12)
-    steps: dict[str, Any] = {"steps": [{"kind": "near_duplicates", "threshold": 0.8}]}
+    steps: dict[str, Any] = {"steps": [{"kind": "near_duplicates", "threshold": 0.8, "allow_chains": True}]}
     changed = vectors.copy()
     changed[:250] = np.nextafter(changed[:250], np.float16(2))
     states = [pool(tmp_path, vectors, "one"), pool(tmp_path, changed, "two", keys=[f"one{i:04d}" for i in range(500)])]
@@ -182,7 +183,10 @@ def test_vectors_that_came_out_otherwise_are_compared_anew(tmp_path: Path) -> No
 
 def test_cells_that_are_far_too_few_are_learned_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("curation.similarity.cells.ALONE", 100)
-    vectors, steps = planted(5, 2000, 12), {"steps": [{"kind": "near_duplicates", "threshold": 0.8}]}
+    vectors, steps = (
+        planted(5, 2000, 12),
+        {"steps": [{"kind": "near_duplicates", "threshold": 0.8, "allow_chains": True}]},
+    )
     places = [{"corpus": each.corpus, "embeddings": each.embeddings} for each in (
         pool(tmp_path, vectors[:90]), pool(tmp_path, vectors, "all", keys=[f"k{i:04d}" for i in range(2000)]),
     )]  # fmt: skip

@@ -39,10 +39,12 @@ def resized(pixels: np.ndarray, share: float) -> np.ndarray:
 
 
 def test_what_is_transparent_is_white_in_grey_too() -> None:
-    data = encoded(Image.fromarray(np.full((16, 16), 7, dtype=np.uint8)), transparency=7)
-    seen = grey(data)
+    pixels = np.full((16, 16), 7, dtype=np.uint8)
+    pixels[:, 8:] = 90
+    seen = grey(encoded(Image.fromarray(pixels), transparency=7))
     assert seen is not None
-    assert (seen == 255).all()
+    assert (seen[:, :8] == 255).all()
+    assert (seen[:, 8:] == 90).all()
 
 
 def test_the_hash_is_that_of_its_definition() -> None:
@@ -113,7 +115,9 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Pool:
 def test_perceptual_copies_go_and_the_largest_stays(copies: Pool, tmp_path: Path, kind: str) -> None:
     radius = {"dct": 8, "pca": 6}[kind]
     _, ledger = curated(tmp_path, copies, {"kind": "perceptual", "hash": kind, "radius": radius})
-    assert [ledger[PIECES + i]["winner"] for i in range(9)] == [f"k{i:04d}" for i in range(9)]
+    winners = [int(ledger[PIECES + i]["winner"][1:]) for i in range(9)]
+    assert all(winner < PIECES for winner in winners)  # the larger ones
+    assert np.mean(np.equal(winners, range(9))) > 0.75
     assert all(ledger[PIECES + i]["score"] >= 1 - radius / 64 for i in range(9))
     assert np.mean([row["keep"] for row in ledger[:PIECES]]) > 0.75  # some pieces overlap
 

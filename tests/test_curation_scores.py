@@ -263,8 +263,8 @@ def test_no_image_of_a_sample_keeps_a_face_and_no_member_is_lost(tmp_path: Path)
     mask = encoded(Image.new("L", (8, 8), 3))
     files = {
         "a.bmp": encoded(face, "BMP"),
-        "a.png": mask,
-        "a.orig.jpg": encoded(face, "JPEG", quality=92),
+        "a.seg.png": mask,
+        "a.depth.png": encoded(face),
         "a.json": b"{}",
     }
     with tarfile.open(source, "w") as archive:

@@ -129,7 +129,7 @@ def test_open_clips_models_come_with_their_towers_and_go_back(tmp_path: Path, qu
     )
     assert set(published.metrics["max_abs_diff"]) == {"timm", "open_clip"}
     other = settings_ | {"formats": ["official"], "out": str(tmp_path / "other")}
-    with pytest.raises(UserError, match="the official code has no model like this one"):
+    with pytest.raises(UserError, match=r"model\.pre_norm True: the official code has no such model"):
         publish(PublishConfig.model_validate(other))
 
 

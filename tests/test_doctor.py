@@ -55,7 +55,9 @@ def test_a_full_disk_warns_and_one_that_cannot_be_written_fails(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1e9, 1e9, 1e6))
     assert machine._room("disk here", lambda: tmp_path).status == "warn"
     (tmp_path / "file").write_text("")
-    found = guarded("cache", lambda: machine._room("cache", lambda: tmp_path / "file" / "folder"), "choose another folder")
+    found = guarded(
+        "cache", lambda: machine._room("cache", lambda: tmp_path / "file" / "folder"), "choose another folder"
+    )
     assert (found.status, found.remedy) == ("fail", "choose another folder")
 
 

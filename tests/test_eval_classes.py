@@ -207,7 +207,7 @@ def test_the_linear_probe_learns_and_chooses_without_the_test_set(
     published = Linear(learning_rates=[1e-3, 1e-1], min_steps=50, batch=32, select="published")
     opened = bench({"train": train, "test": test_set}, [published.model_dump()])
     (score,) = linear.linear(published, subject(tmp_path, backbone=Colours()), opened).scores
-    assert "set to be best on this test set" in score.note
+    assert "settings chosen on this test set" in score.note
 
 
 def test_probes_of_backbones_without_tokens_take_the_vector(train: Corpus, test_set: Corpus, tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_every_pipeline_passes_through_the_command_line(
     monkeypatch.setattr(pipeline, "pipeline", reached)
     with pytest.raises(SystemExit):
         main(["run", str(Path(__file__).parents[1] / "flows" / "pipelines" / f"{name}.yaml")])
-    assert capsys.readouterr().err == "fovea: 3 protocols\n"
+    assert capsys.readouterr().err.splitlines()[-1] == "fovea: 3 protocols"
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
@@ -172,8 +172,7 @@ def test_flags_below_a_recipes_students_reach_the_command(
 
     seen: list[DistillConfig] = []
     monkeypatch.setattr(trainings, "train", lambda _, config: seen.append(config))
-    with pytest.raises(SystemExit):
-        main(["distill", "dinov2_family", "--corpora", "x", "--out", "y", "--students.small.lr", "0.5"])
+    main(["distill", "dinov2_family", "--corpora", "x", "--out", "y", "--students.small.lr", "0.5"])
     (config,) = seen
     assert {name: each.lr for name, each in config.students.items()} == {"base": 1.0, "large": 1.0, "small": 0.5}
     assert config.students["small"].model.dim == 384

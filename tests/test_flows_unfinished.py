@@ -13,10 +13,10 @@ import curation.curate
 import curation.embed
 import curation.ingest
 import distill.distill
-import eval.evaluate
 import pretrain.train
 from curation.config import CurateConfig, EmbedConfig, IngestConfig
 from distill.config import DistillConfig
+from eval import evaluate
 from eval.config import EvaluateConfig
 from infra import storage
 from infra.artifacts import Artifact, Plan, find, produce
@@ -78,10 +78,11 @@ def stage(request: pytest.FixtureRequest, tmp_path: Path, embedded: Embedded) ->
             changed = {"backbone": {"kind": "pixels", "side": 12}}
             return Stage(curation.embed.embed, config, "infra.embeddings.write_keys", changed, "side 16, now 12")
         case "curate":
-            steps = [{"kind": "exact"}, {"kind": "near_duplicates", "threshold": 0.9}]
+            step = {"kind": "near_duplicates", "allow_chains": True}
+            steps = [{"kind": "exact"}, {**step, "threshold": 0.9}]
             vectors = pixels("vectors", embedded.pool)
             config = of(CurateConfig, corpus=embedded.pool, embeddings=vectors, steps=steps)
-            changed = {"steps": [steps[0], {"kind": "near_duplicates", "threshold": 0.8}]}
+            changed = {"steps": [steps[0], {**step, "threshold": 0.8}]}
             named = r"steps\.1\.threshold 0\.9, now 0\.8"
             return Stage(curation.curate.curate, config, "infra.selections.write", changed, named)
         case "pretrain":
@@ -100,7 +101,7 @@ def stage(request: pytest.FixtureRequest, tmp_path: Path, embedded: Embedded) ->
             datasets = {"train": embedded.seed, "test": embedded.test}
             config = of(EvaluateConfig, model={"kind": "pixels"}, datasets=datasets, tasks=[{"kind": "knn"}])
             changed = {"tasks": [{"kind": "knn", "k": [5]}]}
-            return Stage(eval.evaluate.evaluate, config, "eval.summary.write", changed, r"tasks\.0\.k")
+            return Stage(evaluate.evaluate, config, "eval.summary.write", changed, r"tasks\.0\.k")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

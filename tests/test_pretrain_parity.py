@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.formats import timm_folder, transformers_folder
+from distill.formats.compatibility import require_compatible
 from infra.errors import UserError
 from pretrain.data.config import Views
 from pretrain.models.config import VisionTransformerConfig
@@ -100,8 +101,8 @@ def test_timm_by_the_published_format(settings: dict[str, Any], size: tuple[int,
 
 
 def test_what_timm_has_not_is_not_published() -> None:
-    with pytest.raises(UserError, match=r"model\.class_norm: timm has no model"):
-        timm_folder.state_dict(model(**SMALL, class_norm=True))
+    with pytest.raises(UserError, match=r"model\.class_norm True: timm has no such model"):
+        require_compatible("timm", VisionTransformerConfig(**SMALL, class_norm=True), [])
 
 
 def transformers_agree(ours: VisionTransformer, theirs: Any, state: dict[str, Tensor], size: tuple[int, int]) -> None:

@@ -95,9 +95,11 @@ def test_memory_is_what_is_allocated_to_15_percent(changes: dict[str, object], t
 
 def planned(*flags: str) -> int | str | None:
     """The exit code of `fovea plan`."""
-    with pytest.raises(SystemExit) as ended:
+    try:
         main(["plan", *flags])
-    return ended.value.code
+    except SystemExit as ended:
+        return ended.code
+    return 0
 
 
 def test_the_plan_tells_what_fits(capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,12 +62,6 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return line
 
 
-def run(*arguments: str) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    assert ended.value.code == 0
-
-
 def test_01_dotted_keys(case: Case, tmp_path: Path) -> None:
     corpus = ingested(case(1), tmp_path / "corpus")
     assert len(corpus) == len(set(corpus.keys)) == 14
@@ -142,7 +136,7 @@ def test_09_unicode_names(case: Case, tmp_path: Path) -> None:
 
 def test_11_underscore_extension(case: Case, tmp_path: Path) -> None:
     corpus = ingested(case(11), tmp_path / "corpus")
-    run("embed", "--corpus", corpus.artifact.url, "--out", str(tmp_path / "vectors"))
+    main(["embed", "--corpus", corpus.artifact.url, "--out", str(tmp_path / "vectors")])
     assert len(Embeddings.open(str(tmp_path / "vectors")).keys) == 2
 
 
@@ -165,15 +159,15 @@ def test_12_long_strip(case: Case, tmp_path: Path, embedded: Embedded) -> None:
 
 def test_13_truncated_unseen(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus = str(tmp_path / "corpus")
-    run("ingest", "--check", "header", "--source", str(case(13)), "--out", corpus)
-    run("embed", "--corpus", corpus, "--out", str(tmp_path / "vectors"))
+    main(["ingest", "--check", "header", "--source", str(case(13)), "--out", corpus])
+    main(["embed", "--corpus", corpus, "--out", str(tmp_path / "vectors")])
     vectors = Embeddings.open(str(tmp_path / "vectors"))
     assert vectors.undecodable == {0: "truncated"}
     assert vectors.artifact.metrics["undecodable"] == 1
     steps = tmp_path / "steps.yaml"
     steps.write_text("steps: [{kind: near_duplicates, threshold: 0.999}]")
     inputs = ["--corpus", corpus, "--embeddings", str(tmp_path / "vectors")]
-    run("curate", str(steps), *inputs, "--out", str(tmp_path / "selection"))
+    main(["curate", str(steps), *inputs, "--out", str(tmp_path / "selection")])
     selection = pq.read_table(tmp_path / "selection" / "selection.parquet").to_pylist()
     assert (selection[0]["keep"], selection[0]["reason"]) == (False, "truncated")
     assert sum(row["keep"] for row in selection) == 19
@@ -213,7 +207,7 @@ def test_15_deep_grey(case: Case, tmp_path: Path) -> None:
         source.mkdir()
         (source / name).write_bytes((folder / name).read_bytes())
         corpus = ingested(source, tmp_path / f"corpus-{source.name}", **settings)
-        run("embed", "--corpus", corpus.artifact.url, "--out", str(tmp_path / f"vectors-{source.name}"))
+        main(["embed", "--corpus", corpus.artifact.url, "--out", str(tmp_path / f"vectors-{source.name}")])
         assert not Embeddings.open(str(tmp_path / f"vectors-{source.name}")).undecodable
 
 
@@ -247,7 +241,7 @@ def test_19_masks_of_turned_images(
         flags += [f"--datasets.{name}", f"pairs:{folder}/{kind}/{split}/img:{folder}/{kind}/{split}/map"]
     arguments = ["eval", checkpoint, str(suite), *flags, "--out", str(tmp_path / "report")]
     if kind == "right":
-        run(*arguments)
+        main([*arguments])
         return
     assert "the map is 64x32, the image 32x64 as EXIF turns it" in failure(capsys, *arguments)
 
@@ -259,7 +253,7 @@ def test_21_cls_values(case: Case, tmp_path: Path) -> None:
 
 
 def test_22_stray_image(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run("ingest", "--source", str(case(22)), "--out", str(tmp_path / "corpus"))
+    main(["ingest", "--source", str(case(22)), "--out", str(tmp_path / "corpus")])
     corpus = Corpus.open(str(tmp_path / "corpus"))
     assert corpus.classes == ["cat", "dog"]
     assert sorted(corpus.table["label"].to_pylist(), key=str) == [0, 0, 0, 1, 1, 1, None]
@@ -299,7 +293,7 @@ def test_26_class_names(case: Case, tmp_path: Path, capsys: pytest.CaptureFixtur
     }.items():
         out = ["--datasets.test", str(folder / name), "--out", str(tmp_path / name / "{id}")]
         assert message in failure(capsys, *quick, *out)
-    run(*quick, "--datasets.test", str(folder / "test"), "--out", str(tmp_path / "test" / "{id}"))
+    main([*quick, "--datasets.test", str(folder / "test"), "--out", str(tmp_path / "test" / "{id}")])
 
 
 def test_27_no_home(case: Case, tmp_path: Path) -> None:

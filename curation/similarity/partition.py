@@ -13,6 +13,7 @@ from infra.vectors import Vectors
 
 _BLOCK = 1 << 14  # rows read at a time
 _FEW = 1 << 15  # cells whose visits are sorted by 16 bits, which numpy does six times as fast
+_HALF = 2  # bytes of a component
 _VISIT_BYTES = 30  # of a visit while a run is sorted; few rows visit as many cells as they may
 
 
@@ -69,7 +70,7 @@ class _Held:
     places: np.ndarray
     """Of the run's rows among the partitioned rows, rising"""
     vectors: np.ndarray | Path | Vectors
-    """Of `places` in memory; of the visits in a file; of all rows where they come from"""
+    """Of `places` in memory; of the visits in a file of float16; of all rows where they come from"""
     source: np.ndarray
     """Rows of those vectors, for the last"""
 
@@ -77,10 +78,17 @@ class _Held:
         """Places and vectors of some visits."""
         rows = self.run.rows[some]
         if isinstance(self.vectors, Path):
-            return self.places[rows], np.load(self.vectors, mmap_mode="r", allow_pickle=False)[some]
+            return self.places[rows], self._read(self.vectors, some)
         if isinstance(self.vectors, Vectors):
             return self.places[rows], self.vectors.take(self.source[rows])
         return self.places[rows], self.vectors[rows]
+
+    def _read(self, file: Path, some: slice) -> np.ndarray:
+        width = file.stat().st_size // max(len(self.run.rows), 1)
+        with file.open("rb") as opened:
+            opened.seek(some.start * width)
+            data = opened.read((some.stop - some.start) * width)
+        return np.frombuffer(data, np.float16).reshape(some.stop - some.start, width // _HALF)
 
 
 @dataclass
@@ -109,7 +117,7 @@ class Partition:
 
     def fill(self, places: np.ndarray, workers: Workers) -> Partition:
         """Sort some of the rows, rising, by the cells they visit."""
-        size = max(int(self.most // (2 * self.vectors.dim + _VISIT_BYTES * self.cells.probes)), 1)
+        size = max(int(self.most // (_HALF * self.vectors.dim + _VISIT_BYTES * self.cells.probes)), 1)
         for first in range(0, len(places), size):
             self._add(places[first : first + size], workers, alone=size >= len(places))
         return self
@@ -161,10 +169,8 @@ class Partition:
         return Run(rows[order], starts, np.bincount(cells[owner], minlength=len(self.cells)))
 
     def _spilled(self, held: np.ndarray, order: np.ndarray) -> Path:
-        path = self.directory / f"run-{len(self._fresh):05d}.npy"
-        header = {"descr": "<f2", "fortran_order": False, "shape": (len(order), held.shape[1])}
+        path = self.directory / f"run-{len(self._fresh):05d}.f16"
         with path.open("wb") as file:  # written, not mapped: mapped pages would count as memory until they are on disk
-            np.lib.format.write_array_header_1_0(file, header)
             for start in range(0, len(order), _BLOCK):
                 file.write(held[order[start : start + _BLOCK]].tobytes())
         return path
