@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -61,11 +62,20 @@ class Preemption:
             before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         except ValueError:  # not the main thread: whoever owns that one decides
             before = {}
+        hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         try:
             yield
         finally:
+            sys.unraisablehook = hook
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _unraisable(self, error: sys.UnraisableHookArgs) -> None:
+        """Raise a Ctrl-C again that arrived in a finalizer, where Python prints it and goes on."""
+        if self.asked and error.exc_type is KeyboardInterrupt:
+            signal.raise_signal(signal.SIGINT)
+        else:
+            sys.__unraisablehook__(error)
 
     def _note(self, number: int, frame: object) -> None:
         if self.asked and number == signal.SIGINT:

@@ -66,7 +66,8 @@ def test_the_page_escapes_what_came_from_the_web() -> None:
         note = evil
         groups = ((Picture("data:image/webp;base64,", evil, "kept"),),)
 
-    sections = {"funnel": [], "galleries": [Group], "curves": [], "scores": [], "steps": [], "headline": [(evil, evil)], "verdicts": []}
+    empty = {"funnel": [], "curves": [], "scores": [], "steps": [], "bars": []}
+    sections = {**empty, "galleries": [Group], "headline": [(evil, evil)]}
     html = render(config, sections, [ancestor], {})
     assert "<script" not in html
     assert "&lt;script&gt;" in html

@@ -139,33 +139,37 @@ def test_a_pool_that_grows_is_curated_on_and_trained_on_when_enough_has_changed(
     done = server.fovea("deploy", "--pipeline", str(file), *options)
     assert done.returncode == 0, done.stderr
 
-    def curated() -> tuple[dict[str, Any], int]:
+    def curated(expected: int) -> dict[str, Any]:
+        """What was made, once the server has started as many runs of the pipeline as are expected, and no more."""
         before = len(pipeline_runs(server))
         with temporary_settings({PREFECT_API_URL: server.environment["PREFECT_API_URL"]}):
             curation(PipelineConfig.model_validate(told), changed=0.2)
-        time.sleep(5)  # for the server to act on the event
+        deadline = time.monotonic() + 120  # for the server to act on the event
+        while len(pipeline_runs(server)) - before < expected:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        time.sleep(3)
         found = pipeline_runs(server)
+        assert len(found) - before == expected
         for each in found[before:]:
             server.asked(f"/flow_runs/{each['id']}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
-        return json.loads((tmp_path / "run" / "curated.json").read_text()), len(found) - before
+        made: dict[str, Any] = json.loads((tmp_path / "run" / "curated.json").read_text())
+        return made
 
-    first, started = curated()
-    assert started == 1  # nothing was trained on before
+    first = curated(1)  # nothing was trained on before
     selection = find(first["made"]["deduplicate"])
     assert selection is not None
     assert first["earlier"] == {}
     assert json.loads((tmp_path / "run" / "trained.json").read_text()) == {"selection": selection.url}
     image_folder(tmp_path / "pool", 3, first=20)
-    second, started = curated()
-    assert started == 0  # 3 of 23 are new
+    second = curated(0)  # 3 of 23 are new
     assert second["earlier"] == first["made"]
     grown = find(second["made"]["deduplicate"])
     assert grown is not None
     assert grown.manifest.inputs["previous"].id == selection.id
     assert grown.metrics["images"] == 23
     image_folder(tmp_path / "pool", 5, first=23)
-    _, started = curated()
-    assert started == 1  # 8 of 28
+    curated(1)  # 8 of 28
 
 
 @pytest.mark.multiprocess

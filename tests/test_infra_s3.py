@@ -138,7 +138,7 @@ def test_a_cache_that_holds_all_is_all_that_is_read(
         first = epoch(indexed, cache_gb=1)
         before = proxy.counts["passed"]
         assert same(epoch(indexed, cache_gb=1), first)
-        assert proxy.counts["passed"] - before < 10  # manifest and list of shards
+        assert proxy.counts["passed"] - before <= 10  # manifest, list of shards, how images are decoded
 
 
 def test_ingest_over_a_failing_network_makes_the_same_corpus(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -65,6 +64,7 @@ class Samples:
         self.ends = np.cumsum([len(part) for part in parts])
         if self.size == 0:
             raise UserError(f"{parts[0].artifact.url}: has no samples; nothing to train on")
+        self._depths = [depth_of(part.corpus) for part in parts]  # read here, not by each of the loader's workers
 
     @property
     def size(self) -> int:
@@ -106,10 +106,6 @@ class Samples:
     def depth(self, row: int) -> DepthSettings:
         """What samples of more than 8 bits mean in the image of a row."""
         return self._depths[int(np.searchsorted(self.ends, row, side="right"))]
-
-    @cached_property
-    def _depths(self) -> list[DepthSettings]:
-        return [depth_of(part.corpus) for part in self.parts]
 
     def caption(self, row: int) -> str:
         corpus, inside = self.place(row)
