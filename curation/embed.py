@@ -114,8 +114,10 @@ def _load(config: BackboneConfig) -> Backbone:
     return backbones.load(config)
 
 
-_loaded = cache(_load)
-"""Once in each process of a cluster."""
+@cache
+def _loaded(config: BackboneConfig) -> Backbone:
+    """Once in each process of a cluster."""
+    return _load(config)
 
 
 def _part(

@@ -1,5 +1,5 @@
 """`python -m flows.cli` is `fovea`."""
 
-from flows.cli.main import main
+from flows.cli.main import command_line
 
-main()
+command_line()

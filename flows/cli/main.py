@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -39,6 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
+def command_line() -> None:
+    """The program `fovea`: once its last line is written, a further Ctrl-C only disturbs what is being cleaned up."""
+    try:
+        main()
+    except SystemExit:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise
+
+
 def _run(command: Command, tokens: list[str]) -> None:
     """Run a command on the configuration that words and flags give."""
     from flows.cli import configuration
@@ -72,4 +82,4 @@ def _end(code: int, message: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line()

@@ -103,6 +103,8 @@ def module_main(model: type[M], run: Callable[[M], object]) -> None:
             print(f"fovea: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         sys.exit(code)
+    finally:  # a request that comes while the interpreter ends would kill it
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _begin(job: Job, rank: int) -> None:
