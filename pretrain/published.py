@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import UserError
+from infra.notices import say
 from pretrain.config import PUBLISHED, OpenClipBackbone, TimmBackbone, TransformersBackbone
 
 if TYPE_CHECKING:
@@ -38,8 +42,10 @@ def path(
 
 
 def _fetched(name: str, fetch: Any) -> Path:
+    say(f"{name}: fetching its weights, unless they are cached")
     try:
-        return Path(fetch())
+        with _without_retries_shown():
+            return Path(fetch())
     except UserError:
         raise
     except Exception as error:  # of networks, caches and servers, each library has its own
@@ -47,6 +53,18 @@ def _fetched(name: str, fetch: Any) -> Path:
         raise UserError(
             f"{name}: its weights cannot be fetched ({reason[0]}); fetch them elsewhere and give their path"
         ) from None
+
+
+@contextmanager
+def _without_retries_shown() -> Iterator[None]:
+    """Hide the warnings of each attempt to reach the Hub: what failed in the end is said once."""
+    log = logging.getLogger("huggingface_hub")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _of_timm(name: str) -> str:

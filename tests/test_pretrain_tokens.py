@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -247,7 +248,7 @@ def test_backbones_are_named_by_one_word(embedded: Embedded, tmp_path: Path) -> 
 
 
 def test_weights_that_are_named_come_from_their_library(
-    clip: OpenClipBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clip: OpenClipBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """No network is used: the libraries' own fetching is replaced."""
     import huggingface_hub
@@ -270,10 +271,13 @@ def test_weights_that_are_named_come_from_their_library(
     assert published.path(clip) == Path(clip.checkpoint)
 
     def fail(*arguments: object, **options: object) -> str:
+        logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s")
         raise OSError("no route\nto host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    caplog.clear()
     with pytest.raises(UserError, match=r"its weights cannot be fetched \(no route\)"):
         published.path(TransformersBackbone(checkpoint="facebook/dinov2-small"))
+    assert not caplog.records
     with pytest.raises(UserError, match="timm publishes no weights for it"):
         published.path(TimmBackbone(model="test_no_such", checkpoint="published"))
