@@ -32,9 +32,7 @@ def upload(artifact: Artifact, repository: str, private: bool) -> str:
     Raises:
         UserError: the Hub refuses, or cannot be reached.
     """
-    from httpx import HTTPError
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     api, tag = HfApi(), artifact.id[:SHORT_ID]
     try:
@@ -50,7 +48,7 @@ def upload(artifact: Artifact, repository: str, private: bool) -> str:
         ]
         done: Any = api.create_commit(repository, operations, commit_message=f"fovea {artifact.id}")
         api.create_tag(repository, tag=tag, revision=done.oid, tag_message=artifact.id)
-    except (HfHubHTTPError, HFValidationError, HTTPError, OSError) as error:
+    except Exception as error:  # of networks, each of the Hub's HTTP libraries has its own
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"hub: {repository}: {reason[0]}; log in with a token that may write (HF_TOKEN), then publish again"

@@ -27,6 +27,12 @@ from pretrain.config import BackboneConfig, CheckpointBackbone, PixelDescriptor
 _PIXELS = PixelDescriptor(side=32, frequencies=32, whiten=0.0)
 
 
+def _are_same_images(bench: Bench) -> bool:
+    """Whether the sets called train and test are one corpus: all answers would be looked up."""
+    train, test = (bench.inputs.get(f"dataset_{name}") for name in ("train", "test"))
+    return train is not None and test is not None and train.id == test.id
+
+
 def _subjects(config: EvaluateConfig) -> dict[str, BackboneConfig]:
     """What is scored: the model and, beside it, the baselines."""
     found: dict[str, BackboneConfig] = {MODEL: config.model}
@@ -58,7 +64,7 @@ def score(config: EvaluateConfig, bench: Bench, directory: Path) -> Mapping[str,
     scores.sort(key=lambda score: [task.protocol for task in config.tasks].index(score.protocol))  # stable
     rows = [score.as_dict() for score in scores]
     gained = gains(headline_rows(rows), _answers(config, directory))
-    told: dict[str, Any] = {"rows": rows, "left_out": left_out, "verdict": verdict(gained)}
+    told: dict[str, Any] = {"rows": rows, "left_out": left_out, "verdict": verdict(gained, _are_same_images(bench))}
     told |= {"gains": [each.as_dict() for each in gained], "leak_checks": dict(bench.leak_checks)}
     (directory / "report.json").write_text(json.dumps(told, indent=1))
     summary.write(config, told, directory)

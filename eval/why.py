@@ -102,5 +102,12 @@ def _reference(artifact: Artifact, role: str, key: str, shelf: Shelf) -> list[St
 
 
 def write_page(story: Story, path: Path) -> None:
-    """One self-contained HTML page; everything that came from data is escaped."""
-    path.write_text(rendered("why", story=story), encoding="utf-8")
+    """One self-contained HTML page; everything that came from data is escaped.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        path.write_text(rendered("why", story=story), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give --page a file in a folder that can be written") from None

@@ -197,7 +197,7 @@ def open_artifact(url: str, *kinds: Kind) -> Artifact:
         raise UserError(f"{url}: no {wanted} here (no {MANIFEST}); run the stage that makes it, or mend the path")
     if artifact.manifest.kind not in kinds:
         raise UserError(
-            f"{url}: is of kind {artifact.manifest.kind}, not {wanted}; give the URL of a {wanted} artifact"
+            f"{url}: is of kind {artifact.manifest.kind}, not {wanted}; give the URL of an artifact of kind {wanted}"
         )
     return artifact
 
@@ -321,6 +321,7 @@ def _commit(plan: Plan, url: str, work: Path, metrics: Mapping[str, Any], claim:
     )
     for path, file in zip(paths, files, strict=True):
         if storage.is_local(url):
+            path.chmod(work.stat().st_mode & 0o666)  # safetensors lets only the owner read what it writes
             flush(path)
         else:
             storage.upload(path, storage.join(url, file.path))

@@ -63,6 +63,19 @@ class Output(Config):
     """Discard unfinished work of other settings at `out`. Work of the same settings is always resumed."""
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error, as the specification has it: the first value would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping from a local file.
 
@@ -73,14 +86,18 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         text = Path(path).read_text()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give the path of a YAML file") from None
-    except (IsADirectoryError, UnicodeDecodeError):
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder; give the path of a YAML file, or the folder by a flag (--source)") from None
+    except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file; give the path of a YAML file") from None
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where else ""
-        raise UserError(f"{path}{line}: not valid YAML; mend the syntax") from None
+        problem = str(getattr(error, "problem", None) or "syntax error")
+        remedy = "indent with spaces" if "'\\t'" in problem else "fix the syntax"
+        raise UserError(f"{path}{line}: not valid YAML: {problem}; {remedy}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no mapping of keys to values; see flows/pipelines for examples")
     return content

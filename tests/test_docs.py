@@ -56,8 +56,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{PORT}")
     here = tmp_path / "here"
     write_photographs(here / "photos", 40)
-    for number in range(48):
-        write_photographs(here / "labeled" / f"class-{number % 3}", 1, first=100 + number)
+    for number in range(96):
+        write_photographs(here / "labeled" / ("train", "test")[number % 2] / f"class-{number % 3}", 1, 100 + number)
     (here / "laion").mkdir()
     (here / "laion" / "00000.tar").write_bytes(shard(200, captions=True))
     (here / "laion" / "00000_stats.json").write_text("{}")
@@ -140,7 +140,7 @@ def test_the_readmes_way_to_ones_own_images(folder: Path) -> None:
     shutil.copy(ROOT / "flows/pipelines/webpool.yaml", folder / "mine.yaml")
     content = yaml.safe_load((folder / "mine.yaml").read_text())
     del content["ingest"]
-    content["sources"] = {"pool": "photos", "train": "labeled", "test": "labeled"}
+    content["sources"] = {"pool": "photos", "train": "labeled/train", "test": "labeled/test"}
     (folder / "mine.yaml").write_text(yaml.safe_dump(content))
     printed = run("fovea run mine.yaml", folder)
     assert "report" in printed

@@ -106,6 +106,8 @@ def test_why_follows_an_image_to_what_is_kept_or_compared(selection: Artifact, t
             assert story.trail[1].picture.mark == "reference"
     lost = next(key for key, row in rows.items() if row["reason"] == "near_duplicate")
     write_page(why(selection.url, lost), tmp_path / "why.html")
+    with pytest.raises(UserError, match="give --page a file in a folder that can be written"):
+        write_page(why(selection.url, lost), tmp_path / "none" / "why.html")
     html = (tmp_path / "why.html").read_text()
     assert "<b>k" not in html
     assert html.count("data:image/webp") >= 3

@@ -179,6 +179,12 @@ def test_leaks_are_found_by_curation_and_left_out_of_scores(embedded: Embedded, 
         run(settings(embedded, tmp_path, leaks={"train": selection.url}))
 
 
+def test_scores_on_the_images_that_were_learned_from_say_nothing(embedded: Embedded, tmp_path: Path) -> None:
+    same = settings(embedded, tmp_path, model=PIXELS, tasks=[{"kind": "knn"}], bootstrap=0, pictures=0)
+    report = run(same.model_copy(update={"datasets": {"train": embedded.test, "test": embedded.test}}))
+    assert report.read_json("report.json")["verdict"].startswith("Says nothing: train and test are the same images.")
+
+
 def fovea(*arguments: str) -> int:
     try:
         main(list(arguments))

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urljoin
 
@@ -26,11 +27,12 @@ from eval.rendering import PAGE
 from flows.cli.main import main
 from flows.config import PipelineConfig
 from infra.artifacts import Artifact, find, verify
+from infra.config import load_yaml
 from infra.errors import UserError
 from tests.conftest import SMALL, Embedded, image_folder
 from tests.test_distill import MODEL, STUDENT
 from tests.test_pretrain_recipes import RECIPES
-from tests.test_pretrain_training import TINY
+from tests.test_pretrain_training import TINY, until_saved
 
 FOVEA = Path(sys.executable).with_name("fovea")
 COMMANDS = (
@@ -64,6 +66,9 @@ def test_help_imports_nothing_heavy(command: str) -> None:
     ("arguments", "expected"),
     [
         (["run", "nope.yaml"], "nope.yaml: no such file"),
+        (["ingest", "."], ".: a folder; give the path of a YAML file, or the folder by a flag (--source)"),
+        (["ingest", "--source", "a", "--out", "b", "--source", "c"], "--source: given twice; give it once"),
+        (["ui", ".", "--port", "80000"], "--port: 80000: ports are 0 to 65535"),
         (["bogus"], 'Unknown command "bogus"'),
         (["pretrain", "dinov9"], "dinov9: no such file and no recipe; recipes are clip_vitb16, "),
         (["pretrain", "tiny_cpu", "--corpora", "/nope", "--out", "o"], "/nope: no corpus or selection here"),
@@ -110,6 +115,38 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], expected: s
     assert notices in ([], [f"{arguments[0]}: checking inputs"])
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("after", "code"), [("embed: 36", 130), ("materialize: ", 75)])
+def test_ctrl_c_in_a_terminal_ends_a_run_in_one_line(after: str, code: int, tmp_path: Path) -> None:
+    """A terminal sends it to all processes, Prefect's server too."""
+    settings = {**pipeline(tmp_path / "run"), "pretrain": {**TINY, "schedule": {"steps": 100_000, "batch": 8}}}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(settings))
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
+    process = subprocess.Popen(
+        [str(FOVEA), "run", str(tmp_path / "p.yaml")],
+        env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith(after):
+            break
+    if code == 75:
+        until_saved(next(iter_checkpoint(tmp_path / "run" / "pretrain")), process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == code, told
+    assert "Traceback" not in told
+    assert re.search("fovea: (interrupted; run again to resume|pretrain: stopped .*; run again to go on)", told)
+
+
+def iter_checkpoint(folder: Path) -> Iterator[Path]:
+    """The folder in which a training works, once it is there."""
+    while not (found := [path for path in folder.glob("*") if path.is_dir() and not path.name.endswith(".job")]):
+        time.sleep(0.05)
+    yield from found
+
+
 def test_an_unreachable_bucket_is_one_line(tmp_path: Path) -> None:
     done = fovea(
         *("ingest", "--source", "s3://nowhere/images", "--out", str(tmp_path / "o")),
@@ -120,6 +157,17 @@ def test_an_unreachable_bucket_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "s3://nowhere/images: the endpoint is unreachable" in done.stderr
     assert "very-secret" not in done.stderr
+
+
+def test_a_key_that_stands_twice_or_a_tab_is_named(tmp_path: Path) -> None:
+    for text, named in {
+        "source: a\nout: b\nsource: c\n": "(line 3): not valid YAML: source stands twice; fix the syntax",
+        "source: a\n\tout: b\n": "(line 2): not valid YAML: found character '\\t'",
+    }.items():
+        (tmp_path / "i.yaml").write_text(text)
+        with pytest.raises(UserError) as caught:
+            load_yaml(tmp_path / "i.yaml")
+        assert named in str(caught.value)
 
 
 def test_a_wrong_key_in_a_file_is_named_with_the_file(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -88,7 +89,8 @@ class Browser:
 
     def thumbnail(self, request: Request) -> Response:
         corpus = self._corpus(self._asked(request, "corpus").id)
-        row, side = request.path_params["row"], int(request.query_params.get("side", 96))
+        row, asked = request.path_params["row"], request.query_params.get("side", "96")
+        side = int(asked) if asked.isdecimal() else 0
         if row >= len(corpus) or side not in _SIDES:
             raise HTTPException(404, "no such image")
         (data,) = thumbnails(corpus, [row], side)
@@ -216,11 +218,18 @@ def serve(root: str, host: str, port: int, names: Sequence[str]) -> None:
         names: by which it may be called beside its address and this machine's name.
 
     Raises:
-        UserError: the root is not there.
+        UserError: the root is not there, or the address is not to be had.
     """
     import uvicorn
 
     Catalogue(root).artifacts()
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"--port: {port}: ports are 0 to 65535")
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(f"{host}:{port}: {error.strerror}; give another --port or --host") from None
     # The middleware cuts names at the first colon; an address of IPv6 is no name that a page elsewhere could take on.
     app = application(root, ["localhost", "127.0.0.1", "[", host, socket.gethostname(), *names])
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+    print(f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import sys
 from pathlib import Path
 
 from cyclopts import App, Parameter
@@ -79,7 +78,6 @@ def ui(root: str = "runs", /, *, host: str = "127.0.0.1", port: int = 4300, name
     """
     from eval.browse.server import serve
 
-    print(f"http://{host}:{port}", file=sys.stderr)
     serve(root, host, port, names or [])
 
 

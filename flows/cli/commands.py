@@ -67,8 +67,10 @@ def _run(config: PipelineConfig) -> None:
     if summary is None:
         set_up_prefect()
         say_loading("run", "prefect")
+        from flows.ephemeral_server import start_ephemeral_server
         from flows.pipeline import pipeline
 
+        start_ephemeral_server()
         summary = pipeline(config)
     show(config, summary)
 
@@ -134,15 +136,19 @@ def _evaluate(config: EvaluateConfig) -> None:
 
 def _follow(config: FollowConfig) -> None:
     set_up_prefect()
+    from flows.ephemeral_server import start_ephemeral_server
     from flows.following import follow
 
+    start_ephemeral_server()
     _print_comparison(follow(config))
 
 
 def _ablate(config: AblateConfig) -> None:
     set_up_prefect()
     from flows.ablation import ablate
+    from flows.ephemeral_server import start_ephemeral_server
 
+    start_ephemeral_server()
     _print_comparison(ablate(config))
 
 

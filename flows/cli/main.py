@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -37,13 +38,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (Regression, ChildProcessError) as error:  # of a process its own traceback or message was shown
         _end(EXIT_FAILURE, str(error))
     except KeyboardInterrupt:
-        sys.exit(130)
+        _end(130, "interrupted; run again to resume")
 
 
 def command_line() -> None:
     """The program `fovea`: once its last line is written, a further Ctrl-C only disturbs what is being cleaned up."""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output, head say, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except SystemExit:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise

@@ -31,7 +31,7 @@ def apply_flags(
         UserError: a flag is unknown, lacks its value, or is followed by a word that belongs to nothing.
     """
     changed = copy.deepcopy(dict(content))
-    rest = list(tokens)
+    rest, seen = list(tokens), set[tuple[str, ...]]()
     while rest:
         token = rest.pop(0)
         flag, equals, value = token.partition("=")
@@ -50,6 +50,9 @@ def apply_flags(
         if found is None:
             raise _unknown(command, flag, model)
         path, annotation = found
+        if tuple(path) in seen:
+            raise UserError(f"{flag}: given twice; give it once, with all its values behind it if it takes several")
+        seen.add(tuple(path))
         used = _count(words, annotation, bool(equals))
         if used < len(words):
             raise _stray(command, words[used])
