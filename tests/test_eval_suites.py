@@ -180,7 +180,7 @@ def test_leaks_are_found_by_curation_and_left_out_of_scores(embedded: Embedded, 
 
 
 def test_scores_on_the_images_that_were_learned_from_say_nothing(embedded: Embedded, tmp_path: Path) -> None:
-    same = settings(embedded, tmp_path, model=PIXELS, tasks=[{"kind": "knn"}], bootstrap=0, pictures=0)
+    same = settings(embedded, tmp_path, model=PIXELS, tasks=[{"kind": "knn"}], pictures=0)
     report = run(same.model_copy(update={"datasets": {"train": embedded.test, "test": embedded.test}}))
     assert report.read_json("report.json")["verdict"].startswith("Says nothing: train and test are the same images.")
 

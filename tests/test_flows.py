@@ -117,7 +117,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], expected: s
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("after", "code"), [("embed: 36", 130), ("materialize: ", 75)])
+@pytest.mark.parametrize(("after", "code"), [(r"embed: \d", 130), (r"materialize: \d", 75)])
 def test_ctrl_c_in_a_terminal_ends_a_run_in_one_line(after: str, code: int, tmp_path: Path) -> None:
     """A terminal sends it to all processes, Prefect's server too."""
     settings = {**pipeline(tmp_path / "run"), "pretrain": {**TINY, "schedule": {"steps": 100_000, "batch": 8}}}
@@ -129,7 +129,7 @@ def test_ctrl_c_in_a_terminal_ends_a_run_in_one_line(after: str, code: int, tmp_
     )  # fmt: skip
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith(after):
+        if re.match(after, line):
             break
     if code == 75:
         until_saved(next(iter_checkpoint(tmp_path / "run" / "pretrain")), process)
