@@ -19,8 +19,8 @@ import numpy as np
 from curation import run
 from curation.config import CurateConfig, EmbedConfig, IngestConfig
 from curation.embed import embed
-from curation.embedded import encode, near_copy
 from curation.ingest import ingest
+from curation.synthetic.corpus import encode, near_copy
 from flows.config import AblateConfig
 from infra.config import load_yaml
 from infra.selections import Selection

@@ -19,10 +19,10 @@ import torch
 from benchmarks.pretrain_step import SETTINGS, batch_of_noise
 from benchmarks.rows import Row, compared, main
 from pretrain.config import Sharding
-from pretrain.engine import parameter_groups
 from pretrain.schedules import at
 from pretrain.sharding import base, state
 from pretrain.train import build_learner
+from pretrain.trainer import parameter_groups
 
 STEPS = 4
 
@@ -39,7 +39,7 @@ def _seconds(run: Callable[[], object], repeats: int = STEPS) -> float:
 def _measured(stage: int | None) -> dict[str, float]:
     """CPU-seconds of a step's parts under plain torch (None) or a ZeRO stage; checkpoints in seconds and MB."""
     torch.set_num_threads(1)
-    sharding = Sharding(engine="torch") if stage is None else Sharding(zero_stage=stage)
+    sharding = Sharding(backend="torch") if stage is None else Sharding(zero_stage=stage)
     learner, batch = build_learner(SETTINGS).train(), batch_of_noise()
     groups = parameter_groups(learner, SETTINGS)
     engine = base.build(learner, groups, SETTINGS.optimizer, sharding, (len(batch.positions), 1))

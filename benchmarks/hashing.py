@@ -10,8 +10,8 @@ from PIL import Image
 
 from benchmarks import rows
 from benchmarks.rows import Row, cpu_seconds
-from curation.embedded import load_photographs
 from curation.looks import grey, look
+from curation.synthetic.corpus import load_photographs
 
 _IMAGES, _SIDE = 1500, 256
 

@@ -35,10 +35,10 @@ from pretrain.train import build_learner
 
 IMAGES, LOCALS, PROTOTYPES, DROP = 4, 8, 8192, 0.3
 REFERENCE_GFLOP, REFERENCE_MB = 339.0, 750.0
-_HEAD = {"hidden": 2048, "bottleneck": 256, "prototypes": PROTOTYPES}
+_HEAD = {"hidden_dim": 2048, "bottleneck_dim": 256, "num_prototypes": PROTOTYPES}
 SETTINGS = PretrainSettings.model_validate(
     {
-        "model": {"size": "small", "patch_size": 16, "image_size": 224, "drop_path": DROP},
+        "model": {"size": "small", "patch_size": 16, "image_size": 224, "drop_path_rate": DROP},
         "objectives": [{"kind": "dino", "head": _HEAD}, {"kind": "ibot", "head": _HEAD}, {"kind": "koleo"}],
     }
 )

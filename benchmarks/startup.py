@@ -21,19 +21,21 @@ from benchmarks.rows import Row, main
 _REPEATS = 3
 _FOVEA = [sys.executable, "-m", "flows.cli"]
 _PIPELINE = {
-    "embedded": {"pool_per_class": 8, "seed_per_class": 8, "test_per_class": 8, "leaks": 20, "near_copies": 20},
+    "synthetic": {"pool_per_class": 8, "seed_per_class": 8, "test_per_class": 8, "leaks": 20, "near_copies": 20},
     "pretrain": {
-        "model": {"dim": 32, "depth": 1, "heads": 2, "patch_size": 8, "image_size": 32},
-        "views": {"globals": {"size": 32}, "locals": {"size": 16}, "local_count": 1},
-        "schedule": {"steps": 2, "batch": 8},
-        "sharding": {"engine": "torch"},
-        "runtime": {"workers": 0},
+        "model": {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8, "image_size": 32},
+        "views": {"global_crops": {"size": 32}, "local_crops": {"size": 16}, "num_local_crops": 1},
+        "schedule": {"steps": 2, "global_batch_size": 8},
+        "sharding": {"backend": "torch"},
+        "runtime": {"num_workers": 0},
     },
     "distill": {
-        "students": {"tiny": {"model": {"dim": 32, "depth": 1, "heads": 2, "patch_size": 8, "image_size": 32}}},
-        "schedule": {"steps": 2, "batch": 8},
-        "sharding": {"engine": "torch"},
-        "runtime": {"workers": 0},
+        "students": {
+            "tiny": {"model": {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8, "image_size": 32}}
+        },
+        "schedule": {"steps": 2, "global_batch_size": 8},
+        "sharding": {"backend": "torch"},
+        "runtime": {"num_workers": 0},
     },
     "evaluate": {"tasks": [{"kind": "knn"}]},
     "publish": {"formats": ["timm"]},

@@ -15,7 +15,7 @@ from benchmarks.rows import Row, compared, cpu_seconds, main
 from pretrain.data.config import Crops, Photometric, Views
 from pretrain.data.views import choose, cut
 
-_COLOURS = Photometric(blur=0.5, solarize=0.2)
+_COLOURS = Photometric(blur_prob=0.5, solarize_prob=0.2)
 _CROPS = ((Crops(size=32, photometric=[_COLOURS]), 2), (Crops(size=16, scale=(0.05, 0.32), photometric=[_COLOURS]), 4))
 
 

@@ -11,8 +11,8 @@ from infra.config import Config, Output
 from pretrain.config import BackboneConfig, PixelDescriptor
 
 
-class EmbeddedSettings(Config):
-    """The embedded corpus: how many images of each sort."""
+class SyntheticSettings(Config):
+    """The synthetic corpus: how many images of each sort."""
 
     seed: int = Field(0, ge=0)
     """Seed of everything random in it."""
@@ -36,7 +36,7 @@ class EmbeddedSettings(Config):
     """Files that are no images, or not whole."""
 
     @model_validator(mode="after")
-    def _leaks_exist(self) -> EmbeddedSettings:
+    def _leaks_exist(self) -> SyntheticSettings:
         if self.leaks > 18 * self.test_per_class:
             raise ValueError(f"leaks {self.leaks} are more than the {18 * self.test_per_class} evaluation images")
         return self

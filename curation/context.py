@@ -38,7 +38,7 @@ class Reference:
 
 
 def _label(embeddings: Embeddings, name: str) -> str:
-    """What the embedded corpus is called."""
+    """What the synthetic corpus is called."""
     corpus = find(embeddings.artifact.manifest.inputs["corpus"].url)
     source = None if corpus is None else corpus.manifest.inputs.get("source")
     return name if source is None else PurePosixPath(source.url.rstrip("/")).name or name

@@ -10,7 +10,7 @@ from curation.config import CurateConfig
 from curation.inputs import SCRATCH, STATE, Inputs, require_alike
 from curation.steps.config import files_of
 from curation.thresholds import with_thresholds
-from infra.artifacts import Artifact, Input, Plan, produce
+from infra.artifacts import Artifact, ArtifactSpec, Input, produce
 from infra.hashing import hash_url
 
 VERSION = 4
@@ -32,7 +32,7 @@ def curate(config: CurateConfig) -> Artifact:
     return produce(_spec(resolved, inputs), config.out, write, [STATE, f"{SCRATCH}/*"], config.restart)
 
 
-def selection_spec(config: CurateConfig) -> Plan:
+def selection_spec(config: CurateConfig) -> ArtifactSpec:
     """The selection that a configuration asks for.
 
     Raises:
@@ -50,8 +50,8 @@ def _resolve(config: CurateConfig) -> tuple[CurateConfig, Inputs]:
     return config, inputs
 
 
-def _spec(config: CurateConfig, inputs: Inputs) -> Plan:
-    return Plan("selection", "curate", VERSION, config.decisive(), inputs.by_name() | _listed(config))
+def _spec(config: CurateConfig, inputs: Inputs) -> ArtifactSpec:
+    return ArtifactSpec("selection", "curate", VERSION, config.decisive(), inputs.by_name() | _listed(config))
 
 
 def _listed(config: CurateConfig) -> dict[str, Input]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from curation.config import EmbedConfig
 from infra import embeddings
-from infra.artifacts import Artifact, Plan, open_artifact, open_input, produce
+from infra.artifacts import Artifact, ArtifactSpec, open_artifact, open_input, produce
 from infra.cluster import Cluster
 from infra.corpora import Corpus, same_images
 from infra.embeddings import Embeddings, backbone_of
@@ -60,7 +60,7 @@ def embed(config: EmbedConfig) -> Artifact:
     return produce(embeddings_spec(config), config.out, write, ["part-*.npy"], config.restart)
 
 
-def embeddings_spec(config: EmbedConfig) -> Plan:
+def embeddings_spec(config: EmbedConfig) -> ArtifactSpec:
     """The embeddings that a configuration asks for.
 
     Raises:
@@ -72,7 +72,7 @@ def embeddings_spec(config: EmbedConfig) -> Plan:
         previous = Embeddings.open(config.previous)
         if previous.backbone != backbone_of(settings, inputs) or not previous.artifact.made_by(VERSION):
             raise UserError(f"previous: {config.previous}: of another backbone or by another Fovea; embed without it")
-    return Plan("embeddings", "embed", VERSION, settings, {"corpus": corpus.as_input(), **inputs})
+    return ArtifactSpec("embeddings", "embed", VERSION, settings, {"corpus": corpus.as_input(), **inputs})
 
 
 def _write(config: EmbedConfig, corpus: Corpus, directory: Path) -> Mapping[str, Any]:

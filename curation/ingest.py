@@ -28,7 +28,7 @@ from curation.scan import PART_SCHEMA, Facts, Scans
 from curation.sources import BrokenShard, Source, Unit, find_units, is_shard_name
 from curation.tars import SUFFIXES
 from infra import storage
-from infra.artifacts import Artifact, Input, Plan, cache_directory, find_planned, produce
+from infra.artifacts import Artifact, ArtifactSpec, Input, cache_directory, find_existing, produce
 from infra.corpora import DECODING, INDEX_SCHEMA, Corpus, Shard
 from infra.errors import UserError
 from infra.hashing import hash_json
@@ -69,7 +69,7 @@ def find_ingested(config: IngestConfig) -> Artifact | None:
     facts = work.known()
     if len(facts) < len(work.units):
         return None
-    artifact = find_planned(_spec(config, work, facts), config.out)
+    artifact = find_existing(_spec(config, work, facts), config.out)
     if artifact is not None:
         _check_places(artifact, work.units)
     return artifact
@@ -85,9 +85,9 @@ def _settings(config: IngestConfig) -> IngestSettings:
     return IngestSettings(**{name: getattr(config, name) for name in IngestSettings.model_fields})
 
 
-def _spec(config: IngestConfig, work: Work, facts: Mapping[str, Facts]) -> Plan:
+def _spec(config: IngestConfig, work: Work, facts: Mapping[str, Facts]) -> ArtifactSpec:
     inputs = {"source": Input(id=work.identity(facts), url=config.source)}
-    return Plan("corpus", "ingest", VERSION, _settings(config).model_dump(mode="json"), inputs)
+    return ArtifactSpec("corpus", "ingest", VERSION, _settings(config).model_dump(mode="json"), inputs)
 
 
 def notes(corpus: Artifact) -> list[str]:

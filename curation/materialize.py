@@ -11,7 +11,7 @@ import numpy as np
 
 from curation.config import MaterializeConfig
 from curation.faces import FaceBlurrer
-from infra.artifacts import Artifact, Input, Plan, produce
+from infra.artifacts import Artifact, ArtifactSpec, Input, produce
 from infra.corpora import DECODING, Corpus
 from infra.hashing import hash_url
 from infra.progress import progress
@@ -36,7 +36,7 @@ def materialize(config: MaterializeConfig) -> Artifact:
     return produce(_spec(config, corpus, selection), config.out, write, restart=config.restart)
 
 
-def corpus_spec(config: MaterializeConfig) -> Plan:
+def corpus_spec(config: MaterializeConfig) -> ArtifactSpec:
     """The corpus that a configuration asks for.
 
     Raises:
@@ -51,7 +51,7 @@ def _opened(config: MaterializeConfig) -> tuple[Corpus, Selection]:
     return corpus, selection
 
 
-def _spec(config: MaterializeConfig, corpus: Corpus, selection: Selection) -> Plan:
+def _spec(config: MaterializeConfig, corpus: Corpus, selection: Selection) -> ArtifactSpec:
     inputs = {"corpus": corpus.artifact.as_input(), "selection": selection.artifact.as_input()}
     settings: dict[str, Any] = {"shard_mb": config.shard_mb}
     blur = config.blur_faces
@@ -60,7 +60,7 @@ def _spec(config: MaterializeConfig, corpus: Corpus, selection: Selection) -> Pl
         settings["blur_faces"] = blur.model_dump(mode="json", exclude=unread)
         if blur.model is not None:
             inputs["face_model"] = Input(id=hash_url(blur.model)[1], url=blur.model)
-    return Plan("corpus", "materialize", VERSION, settings, inputs)
+    return ArtifactSpec("corpus", "materialize", VERSION, settings, inputs)
 
 
 def _write(config: MaterializeConfig, corpus: Corpus, selection: Selection, directory: Path) -> Mapping[str, Any]:

@@ -48,7 +48,7 @@ def model_card(
         release=release,
         vit=vit,
         network=model.name if isinstance(model, TimmNetworkConfig) else None,
-        dim=backbone.dim,
+        dim=backbone.embed_dim,
         patch=backbone.patch_size,
         side=backbone.image_size,
         stage=checkpoint.artifact.manifest.stage,

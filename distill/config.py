@@ -25,13 +25,13 @@ class StudentSettings(Config):
     """A network of timm in place of `model`."""
     lr: float = Field(1.0, gt=0)
     """Factor of its learning rate."""
-    start: str | None = None
+    init_from: str | None = None
     """URL of a checkpoint whose released backbone it starts from; null: from initial weights."""
 
     @property
     def network(self) -> ModelConfig:
         """Its backbone, whichever it is."""
-        return self.timm or self.model.model_copy(update={"drop_path": 0.0})
+        return self.timm or self.model.model_copy(update={"drop_path_rate": 0.0})
 
 
 def _one_student() -> dict[str, StudentSettings]:
@@ -74,8 +74,8 @@ class DistillSettings(TrainingSettings):
             raise ValueError("objectives: each kind may be given once")
         if "teacher" in self.teachers or "teacher" in self.students:
             raise ValueError("teachers, students: the name teacher is the teacher checkpoint's")
-        if self.runtime.teachers_every and len(self.students) > 1:
-            raise ValueError("runtime.teachers_every: writes one backbone; leave it 0 with several students")
+        if self.runtime.export_teacher_every and len(self.students) > 1:
+            raise ValueError("runtime.export_teacher_every: writes one backbone; leave it 0 with several students")
         return self
 
 

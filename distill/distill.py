@@ -16,7 +16,7 @@ from distill.objectives.clip import towers
 from distill.objectives.config import ClipLogitsConfig, DeitConfig, FeaturesConfig
 from distill.specs import checkpoint_spec, require_students, student_spec, student_url
 from distill.taught import Kept
-from infra.artifacts import Artifact, Plan, open_artifact, produce
+from infra.artifacts import Artifact, ArtifactSpec, open_artifact, produce
 from infra.corpora import Corpus
 from infra.errors import UserError
 from infra.storage import join, parent
@@ -24,13 +24,13 @@ from pretrain import checkpoints, ranks
 from pretrain.checkpoints import STUDENTS, Description
 from pretrain.data.loader import Batch, ViewDataset
 from pretrain.data.samples import Part
-from pretrain.engine import Trained
 from pretrain.learner import Learner
 from pretrain.learner import Part as LearnerPart
 from pretrain.objectives.image_text import tokenizer
 from pretrain.ranks import barrier, device_of_rank, world
 from pretrain.reporting import Task
 from pretrain.train import dataset_of, produce_together, train, training_metrics
+from pretrain.trainer import TrainResult
 
 _BATCH = 32  # images that teachers see at a time before the training
 
@@ -81,9 +81,9 @@ def _write_student(
     name: str,
     part: LearnerPart,
     description: Description,
-    trained: Trained,
+    trained: TrainResult,
     dataset: ViewDataset,
-    planned: Plan,
+    planned: ArtifactSpec,
     url: str,
 ) -> None:
     def write(directory: Path) -> Mapping[str, Any]:
@@ -93,7 +93,7 @@ def _write_student(
     produce(student_spec(planned, name), student_url(url, name), write)
 
 
-def _weights(trained: Trained, part: LearnerPart) -> dict[str, Tensor]:
+def _weights(trained: TrainResult, part: LearnerPart) -> dict[str, Tensor]:
     """What of the learner is a student's own and can be used again: both backbones, CLIP's towers."""
     return {
         after + key.removeprefix(part.prefix + before): value
@@ -117,14 +117,14 @@ def _description(lesson: Lesson, name: str) -> Description:
 def _dataset(lesson: Lesson) -> ViewDataset:
     clip, views = lesson.asked(ClipLogitsConfig), lesson.views
     if not lesson.inherited:
-        views = views.model_copy(update={"local_count": 0})  # nobody else reads them
+        views = views.model_copy(update={"num_local_crops": 0})  # nobody else reads them
     tokenize = tokenizer(clip.text) if clip else None
     labelled = lesson.asked(DeitConfig) is not None
     repeats = lesson.config.cached_views
     return dataset_of(lesson.config.corpora, lesson.config, views, lesson.patch_size, tokenize, labelled, repeats)
 
 
-def _kept(lesson: Lesson, dataset: ViewDataset, planned: Plan, url: str) -> Kept:
+def _kept(lesson: Lesson, dataset: ViewDataset, planned: ArtifactSpec, url: str) -> Kept:
     """What teachers say of all views, by the first rank, unless an earlier distillation has kept it."""
     deit = lesson.asked(DeitConfig)
     settings = {
@@ -134,7 +134,7 @@ def _kept(lesson: Lesson, dataset: ViewDataset, planned: Plan, url: str) -> Kept
         **{name: planned.settings[name] for name in ("teachers", "cached_views")},
     }
     inputs = {name: each for name, each in planned.inputs.items() if not name.startswith("start_")}
-    plan = Plan("embeddings", "teach", taught.VERSION, settings, inputs)
+    plan = ArtifactSpec("embeddings", "teach", taught.VERSION, settings, inputs)
     out = join(lesson.config.taught or join(parent(url), "taught"), "{id}")
     if world()[0] == 0:
         taught.keep(plan, out, dataset, lambda: lesson.build().to(device_of_rank()).teach)

@@ -69,7 +69,7 @@ def write_checkpoint(config: ImportConfig, directory: Path) -> Mapping[str, Any]
     for name, value in found.items():
         if not value.isfinite().all():
             raise UserError(f"{config.checkpoint}: {name} holds values that are not finite; fetch it again")
-    sides = {"globals": {"size": read.model.image_size}, "local_count": 0}  # that fit any patch
+    sides = {"global_crops": {"size": read.model.image_size}, "num_local_crops": 0}  # that fit any patch
     views = Views.model_validate(sides | {"mean": read.mean, "std": read.std})
     described = Description(released="teacher", model=read.model, views=views, seed=0, objectives=read.configs)
     checkpoints.write(found, described, directory)
@@ -93,12 +93,12 @@ def from_timm(state: Mapping[str, Tensor], config: VisionTransformerConfig) -> d
     Raises:
         UserError: they have parts that ours lacks, or other dimensions.
     """
-    if config.position == "rope":
+    if config.pos_embed == "rope":
         raise UserError("timm's rotary models split what official files keep whole; import the official file")
     out = {name: value for name, value in state.items() if not name.startswith(("head.", "fc_norm."))}
     table = out.get("pos_embed")
     if table is not None and table.shape[1] == config.grid**2:  # the class token has no position of its own
         out["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
-    out.setdefault("mask_token", torch.zeros(1, config.dim))
+    out.setdefault("mask_token", torch.zeros(1, config.embed_dim))
     require_fitting(out, config)
     return out

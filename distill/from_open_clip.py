@@ -56,13 +56,13 @@ def known(name: str) -> Known:
 def _vision(vision: Mapping[str, Any], quick: bool) -> VisionTransformerConfig:
     width = vision.get("width", 768)
     return VisionTransformerConfig(
-        dim=width,
+        embed_dim=width,
         depth=vision.get("layers", 12),
-        heads=width // vision.get("head_width", 64),
+        num_heads=width // vision.get("head_width", 64),
         patch_size=vision.get("patch_size", 16),
         image_size=vision.get("image_size", 224),
         mlp_ratio=vision.get("mlp_ratio", 4.0),
-        layer_scale=vision.get("ls_init_value"),
+        layer_scale_init=vision.get("ls_init_value"),
         norm_eps=(vision.get("norm_kwargs") or {}).get("eps", 1e-5),
         pre_norm=not vision.get("no_ln_pre", False),
         activation="quick_gelu" if quick else "gelu",
@@ -73,12 +73,12 @@ def _objective(settings: Mapping[str, Any], text: Mapping[str, Any], quick: bool
     tower = TextTower(
         context=text.get("context_length", 77),
         width=text.get("width", 512),
-        heads=text.get("heads", 8),
+        num_heads=text.get("heads", 8),
         layers=text.get("layers", 12),
         activation="quick_gelu" if quick else "gelu",
     )
     kind = SiglipConfig if "init_logit_bias" in settings else ClipConfig
-    return kind(dim=settings["embed_dim"], text=tower)
+    return kind(embed_dim=settings["embed_dim"], text=tower)
 
 
 def backbone_of(state: Mapping[str, Tensor], config: VisionTransformerConfig) -> dict[str, Tensor]:
@@ -90,12 +90,12 @@ def backbone_of(state: Mapping[str, Tensor], config: VisionTransformerConfig) ->
     try:
         out = {
             "patch_embed.proj.weight": state["visual.conv1.weight"],
-            "patch_embed.proj.bias": torch.zeros(config.dim),
+            "patch_embed.proj.bias": torch.zeros(config.embed_dim),
             "cls_token": state["visual.class_embedding"].reshape(1, 1, -1),
             "pos_embed": state["visual.positional_embedding"][None],
             "norm.weight": state["visual.ln_post.weight"],
             "norm.bias": state["visual.ln_post.bias"],
-            "mask_token": torch.zeros(1, config.dim),
+            "mask_token": torch.zeros(1, config.embed_dim),
         }
     except KeyError as error:
         raise UserError(f"has no {error.args[0]}; is it open_clip's?") from None

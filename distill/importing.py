@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import ImportConfig
-from infra.artifacts import Artifact, Input, Plan, produce
+from infra.artifacts import Artifact, ArtifactSpec, Input, produce
 from infra.errors import UserError
 from infra.hashing import hash_file
 from infra.notices import say_loading
@@ -31,7 +31,7 @@ def import_weights(config: ImportConfig) -> Artifact:
     return produce(checkpoint_spec(config), config.out, write, restart=config.restart)
 
 
-def checkpoint_spec(config: ImportConfig) -> Plan:
+def checkpoint_spec(config: ImportConfig) -> ArtifactSpec:
     """The checkpoint that a configuration asks for.
 
     Raises:
@@ -42,4 +42,4 @@ def checkpoint_spec(config: ImportConfig) -> Plan:
         raise UserError(f"{path}: no such file; give the path of weights")
     settings = config.model_dump(mode="json", exclude={"checkpoint", "out", "restart"})
     source = {"weights": Input(id=hash_file(path), url=config.checkpoint)}
-    return Plan("checkpoint", "import", VERSION, settings, source)
+    return ArtifactSpec("checkpoint", "import", VERSION, settings, source)

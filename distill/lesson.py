@@ -69,8 +69,8 @@ class Lesson:
             if self.checkpoint is None:
                 raise UserError("teacher_checkpoint: objective prototypes needs a teacher with heads; give its URL")
             _require_heads(self.checkpoint)
-            if self.views.global_count < 2:
-                raise UserError("views.global_count: prototypes are compared between two global crops; set 2")
+            if self.views.num_global_crops < 2:
+                raise UserError("views.num_global_crops: prototypes are compared between two global crops; set 2")
         models = {f"students.{name}.model": student.network for name, student in self.config.students.items()}
         sides = {name: each.patch_size for name, each in models.items() if isinstance(each, VisionTransformerConfig)}
         if self.checkpoint is not None:
@@ -135,10 +135,10 @@ class Lesson:
     def network(self, name: str) -> ModelConfig:
         """The backbone of a student, with the side at which it is evaluated and published."""
         network = self.config.students[name].network
-        return sized(network, self.views.globals.size) if isinstance(network, TimmNetworkConfig) else network
+        return sized(network, self.views.global_crops.size) if isinstance(network, TimmNetworkConfig) else network
 
     def _student(self, name: str, teachers: Mapping[str, Wide]) -> Student:
-        seed, start = self.config.schedule.seed, self.config.students[name].start
+        seed, start = self.config.schedule.seed, self.config.students[name].init_from
         backbone = initial_backbone(self.network(name), seed)
         if start is not None:
             _begin(backbone, start)
@@ -154,7 +154,9 @@ class Lesson:
     def _with_heads(self, student: Network, teacher: Wide) -> dict[str, Objective]:
         """The teacher's losses, with its heads in them."""
         assert self.checkpoint is not None
-        if student.dim != student.patch_dim and any(isinstance(e, IbotConfig) and e.tied for e in self.inherited):
+        if student.embed_dim != student.patch_dim and any(
+            isinstance(e, IbotConfig) and e.share_head for e in self.inherited
+        ):
             raise UserError("students: the teacher has one head for both kinds of tokens, which this network has not")
         losses = build_objectives(self.inherited, student, teacher)
         for name, objective in losses.items():

@@ -15,7 +15,7 @@ from infra.selections import Step, steps_of
 from pretrain.planning import hardware
 
 _SAMPLE = 2000  # images of a corpus whose licences are read
-_ROLES = ("corpus", "selection", "teacher", "start")
+_ROLES = ("corpus", "selection", "teacher", "init_from")
 _TRAININGS = ("pretrain", "distill")
 
 

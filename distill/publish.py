@@ -9,7 +9,7 @@ from typing import Any
 from distill import destinations
 from distill.config import FormatName, PublishConfig, PublishSettings
 from distill.formats.compatibility import incompatibility, require_compatible
-from infra.artifacts import Artifact, Plan, find_planned, open_artifact, produce
+from infra.artifacts import Artifact, ArtifactSpec, find_existing, open_artifact, produce
 from infra.errors import UserError
 from infra.notices import say_loading
 from pretrain.checkpoints import Checkpoint
@@ -27,7 +27,7 @@ def publish(config: PublishConfig) -> Artifact:
             tolerance.
     """
     plan = backbone_spec(config)
-    new = find_planned(plan, config.out) is None
+    new = find_existing(plan, config.out) is None
 
     def write(directory: Path) -> Mapping[str, Any]:
         say_loading("publish", "torch")
@@ -43,7 +43,7 @@ def publish(config: PublishConfig) -> Artifact:
     return artifact
 
 
-def backbone_spec(config: PublishConfig) -> Plan:
+def backbone_spec(config: PublishConfig) -> ArtifactSpec:
     """The published backbone that a configuration asks for.
 
     Raises:
@@ -54,7 +54,7 @@ def backbone_spec(config: PublishConfig) -> Plan:
     reports = [open_artifact(url, "report") for url in config.reports]
     inputs |= {f"report_{i}": report.as_input() for i, report in enumerate(reports)}
     settings = config.model_dump(mode="json", exclude=_PLACES) | {"formats": formats_of(config, checkpoint)}
-    return Plan("backbone", "publish", VERSION, settings, inputs)
+    return ArtifactSpec("backbone", "publish", VERSION, settings, inputs)
 
 
 def formats_of(settings: PublishSettings, checkpoint: Checkpoint) -> list[FormatName]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distill.config import DistillConfig
 from distill.objectives.config import DeitConfig
-from infra.artifacts import Artifact, Input, Plan, find, find_planned, open_artifact
+from infra.artifacts import Artifact, ArtifactSpec, Input, find, find_existing, open_artifact
 from infra.errors import UserError
 from infra.hashing import hash_file
 from pretrain.config import decisive
@@ -17,7 +17,7 @@ from pretrain.specs import corpus_inputs
 VERSION = 5
 
 
-def checkpoint_spec(config: DistillConfig) -> Plan:
+def checkpoint_spec(config: DistillConfig) -> ArtifactSpec:
     """The checkpoint that a configuration asks for; with several students the one that lists theirs.
 
     Raises:
@@ -30,21 +30,21 @@ def checkpoint_spec(config: DistillConfig) -> Plan:
     settings["teachers"] = {name: told for name, (told, _) in known.items()}
     inputs |= {f"teacher_{name}_{key}": each for name, (_, found) in known.items() for key, each in found.items()}
     settings["students"] = {
-        name: each.model_dump(mode="json", exclude={"start"}) for name, each in config.students.items()
+        name: each.model_dump(mode="json", exclude={"init_from"}) for name, each in config.students.items()
     }
     for name, student in config.students.items():
-        if student.start is not None:
-            inputs[f"start_{name}"] = open_artifact(student.start, "checkpoint").as_input()
+        if student.init_from is not None:
+            inputs[f"start_{name}"] = open_artifact(student.init_from, "checkpoint").as_input()
     settings["objectives"] = [each.model_dump(mode="json", exclude={"checkpoint"}) for each in config.objectives]
     for each in config.objectives:
         if isinstance(each, DeitConfig):
             if not Path(each.checkpoint).is_file():
                 raise UserError(f"{each.checkpoint}: no such file; give the path of the classifier's weights")
             inputs["classifier"] = Input(id=hash_file(Path(each.checkpoint)), url=each.checkpoint)
-    return Plan("checkpoint", "distill", VERSION, settings, inputs)
+    return ArtifactSpec("checkpoint", "distill", VERSION, settings, inputs)
 
 
-def student_spec(planned: Plan, name: str) -> Plan:
+def student_spec(planned: ArtifactSpec, name: str) -> ArtifactSpec:
     """The checkpoint of one of several students, which does not depend on the others.
 
     Args:
@@ -53,7 +53,9 @@ def student_spec(planned: Plan, name: str) -> Plan:
     settings = {**planned.settings, "students": {name: planned.settings["students"][name]}}
     inputs = {role: each for role, each in planned.inputs.items() if not role.startswith("start_")}
     start = planned.inputs.get(f"start_{name}")
-    return Plan("checkpoint", "distill", VERSION, settings, inputs | ({f"start_{name}": start} if start else {}))
+    return ArtifactSpec(
+        "checkpoint", "distill", VERSION, settings, inputs | ({f"start_{name}": start} if start else {})
+    )
 
 
 def student_url(url: str, name: str) -> str:
@@ -68,7 +70,7 @@ def student_urls(artifact: Artifact, names: Sequence[str]) -> dict[str, str]:
     return {name: student_url(artifact.url, name) for name in names}
 
 
-def require_students(planned: Plan, config: DistillConfig) -> None:
+def require_students(planned: ArtifactSpec, config: DistillConfig) -> None:
     """Look at several students' places before the training.
 
     Raises:
@@ -78,7 +80,7 @@ def require_students(planned: Plan, config: DistillConfig) -> None:
         return
     url = planned.resolve(config.out)
     gone = [
-        name for name in config.students if find_planned(student_spec(planned, name), student_url(url, name)) is None
+        name for name in config.students if find_existing(student_spec(planned, name), student_url(url, name)) is None
     ]
     if gone and find(url) is not None:
         raise UserError(f"{student_url(url, gone[0])}: the student is gone; remove {url} too and run again")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infra.artifacts import Artifact, Plan, produce
+from infra.artifacts import Artifact, ArtifactSpec, produce
 from infra.errors import UserError
 from infra.files import appearing
 from infra.progress import progress
@@ -35,7 +35,7 @@ Ask = Callable[[Batch], Mapping[str, Features]]
 class Width:
     """Of a teacher's tokens."""
 
-    dim: int
+    embed_dim: int
     patch_dim: int
 
 
@@ -80,7 +80,7 @@ class Kept:
         return {}
 
 
-def keep(plan: Plan, out: str, dataset: ViewDataset, ask: Callable[[], Ask]) -> Kept:
+def keep(plan: ArtifactSpec, out: str, dataset: ViewDataset, ask: Callable[[], Ask]) -> Kept:
     """Ask teachers about all views of a dataset that come again, unless that has been done.
 
     Args:

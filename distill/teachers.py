@@ -31,7 +31,7 @@ class BackboneTeacher:
         self._backbone = with_tokens(backbones.load(config), f"teachers.{name}")
         side = self._backbone.side
         tried = self(torch.full((1, 3, side, side), 0.5))
-        self.dim, self.patch_dim = tried.class_token.shape[1], tried.patch_tokens.shape[2]
+        self.embed_dim, self.patch_dim = tried.class_token.shape[1], tried.patch_tokens.shape[2]
 
     def __call__(self, crops: Tensor) -> Features:
         """Crops `[n, 3, S, S]`, values 0 to 1, to features of them on the same device, float32."""

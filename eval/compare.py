@@ -14,9 +14,9 @@ from eval import charts
 from eval.bars import bars_of
 from eval.config import CompareConfig
 from eval.rendering import PAGE, rendered
-from eval.scores import headline_rows, paired_interval, student
+from eval.scores import headline_rows, paired_interval, t_interval
 from eval.summary import answers_file, scored_on
-from infra.artifacts import Artifact, Plan, find, open_artifact, produce
+from infra.artifacts import Artifact, ArtifactSpec, find, open_artifact, produce
 from infra.errors import UserError
 
 VERSION = 3
@@ -57,7 +57,7 @@ def compare(config: CompareConfig) -> Artifact:
     """
     groups = {name: [open_artifact(url, "report") for url in urls] for name, urls in config.groups.items()}
     inputs = {f"{name}_{i}": each.as_input() for name, group in groups.items() for i, each in enumerate(group)}
-    plan = Plan("report", "compare", VERSION, {"title": config.title, "groups": list(groups)}, inputs)
+    plan = ArtifactSpec("report", "compare", VERSION, {"title": config.title, "groups": list(groups)}, inputs)
     return produce(plan, config.out, lambda directory: _write(config.title, groups, directory), restart=config.restart)
 
 
@@ -126,11 +126,11 @@ def _mean(
     group, first = ([each[protocol] for each in told[which]] for which in (name, base))
     values, theirs = (np.array([each["value"] for each in some], dtype=float) for some in (group, first))
     paired = min(len(values), len(theirs))
-    value, low, high = student(values)
+    value, low, high = t_interval(values)
     if len(group) == 1:
         low, high = group[0]["low"], group[0]["high"]
     metric, share, better = (group[0][key] for key in ("metric", "share", "better"))
-    gain = student(values[:paired] - theirs[:paired])
+    gain = t_interval(values[:paired] - theirs[:paired])
     if paired == 1:
         gain = (gain[0], *_over_images(protocol, groups[name], groups[base]))
     return Mean(protocol, metric, name, value, low, high, share, better, len(values), _images(groups[name][0]), *gain)

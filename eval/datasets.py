@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.artifacts import Artifact, Plan, cache_directory, produce
+from infra.artifacts import Artifact, ArtifactSpec, cache_directory, produce
 from infra.errors import UserError
 from infra.hashing import hash_file, hash_json
 from infra.progress import progress
@@ -108,7 +108,7 @@ def _of_torchvision(name: str, rest: str, out: str) -> Artifact:
 
     settings: dict[str, Any] = {"dataset": dataset_name, "split": split, "torchvision": torchvision.__version__}
     settings |= {"images": len(dataset), "files": _listed(Path(folder)) if folder else None}
-    return produce(Plan("corpus", "torchvision", VERSION, settings), out, found.write)
+    return produce(ArtifactSpec("corpus", "torchvision", VERSION, settings), out, found.write)
 
 
 def _opened(name: str, dataset: str, options: dict[str, Any], folder: Path) -> Any:
@@ -151,7 +151,7 @@ def _of_pairs(name: str, rest: str, out: str) -> Artifact:
         raise UserError(f"{name}: give two folders of this machine, as pairs:IMAGES:MAPS")
     pairs = _matched(name, *folders)
     files = [[key, hash_file(image), hash_file(beside)] for key, image, beside in pairs]
-    plan = Plan("corpus", "pairs", VERSION, {"files": hash_json(files)})
+    plan = ArtifactSpec("corpus", "pairs", VERSION, {"files": hash_json(files)})
     unpaired = len(_files(folders[0], _IMAGES)) - len(pairs)
     return produce(plan, out, _Found("pairs", _read(pairs), len(pairs), [], {"unpaired": unpaired}).write)
 

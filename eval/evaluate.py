@@ -9,7 +9,7 @@ from typing import Any
 from eval.bench import Bench
 from eval.config import EvaluateConfig
 from eval.tasks.files import files_of
-from infra.artifacts import Artifact, Plan, produce
+from infra.artifacts import Artifact, ArtifactSpec, produce
 from infra.notices import say_loading
 from pretrain.identity import identity
 
@@ -36,7 +36,7 @@ def evaluate(config: EvaluateConfig) -> Artifact:
     return produce(_spec(config, bench), config.out, write, [f"{DONE}/*.json"], config.restart)
 
 
-def report_spec(config: EvaluateConfig) -> Plan:
+def report_spec(config: EvaluateConfig) -> ArtifactSpec:
     """The report that a configuration asks for.
 
     Raises:
@@ -45,8 +45,8 @@ def report_spec(config: EvaluateConfig) -> Plan:
     return _spec(config, Bench.open(config))
 
 
-def _spec(config: EvaluateConfig, bench: Bench) -> Plan:
+def _spec(config: EvaluateConfig, bench: Bench) -> ArtifactSpec:
     model, inputs = identity(config.model)
     settings = config.model_dump(mode="json", exclude=_HOW) | {"model": model, "left_out": config.left_out()}
     settings |= {"files": files_of(config.runnable(), config.datasets)}
-    return Plan("report", "evaluate", VERSION, settings, {**inputs, **bench.inputs})
+    return ArtifactSpec("report", "evaluate", VERSION, settings, {**inputs, **bench.inputs})

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from eval.views import view
-from infra.artifacts import Artifact, Plan, produce
+from infra.artifacts import Artifact, ArtifactSpec, produce
 from infra.corpora import Corpus
 from infra.errors import UserError
 from infra.files import appearing
@@ -106,7 +106,7 @@ def freeze(backbone: Backbone, config: BackboneConfig, corpus: Corpus, how: Extr
         decisive |= {"seed": how.seed}
     if corpus.rows is not None:
         decisive |= {"rows": hash_json(corpus.rows.tolist())}
-    plan = Plan("embeddings", "freeze", VERSION, decisive, {"corpus": corpus.artifact.as_input(), **inputs})
+    plan = ArtifactSpec("embeddings", "freeze", VERSION, decisive, {"corpus": corpus.artifact.as_input(), **inputs})
 
     def write(directory: Path) -> Mapping[str, Any]:
         return _write(backbone, corpus, how, directory, title)

@@ -13,7 +13,7 @@ from eval.exhibits import Exhibits
 from eval.gallery import data_uri
 from eval.rendering import PAGE, rendered
 from eval.steps import steps
-from infra.artifacts import Artifact, Plan, find, produce
+from infra.artifacts import Artifact, ArtifactSpec, find, produce
 from infra.errors import UserError
 from infra.lineage import Ancestor, ancestors
 from infra.progress import progress
@@ -34,7 +34,7 @@ def report(config: ReportConfig) -> Artifact:
     return produce(spec, config.out, lambda directory: _write(config, artifacts, directory), restart=config.restart)
 
 
-def report_spec(config: ReportConfig) -> Plan:
+def report_spec(config: ReportConfig) -> ArtifactSpec:
     """The report that a configuration asks for.
 
     Raises:
@@ -53,9 +53,11 @@ def _opened(config: ReportConfig) -> dict[str, Artifact]:
     return artifacts
 
 
-def _spec(config: ReportConfig, artifacts: Mapping[str, Artifact]) -> Plan:
+def _spec(config: ReportConfig, artifacts: Mapping[str, Artifact]) -> ArtifactSpec:
     settings = {"title": config.title, "gallery": config.gallery, "facts": config.facts}
-    return Plan("report", "report", VERSION, settings, {name: each.as_input() for name, each in artifacts.items()})
+    return ArtifactSpec(
+        "report", "report", VERSION, settings, {name: each.as_input() for name, each in artifacts.items()}
+    )
 
 
 def _write(config: ReportConfig, artifacts: Mapping[str, Artifact], directory: Path) -> Mapping[str, Any]:

@@ -114,7 +114,7 @@ class Scorer:
         Args:
             draws: bool arrays of answers for the same test images.
         """
-        mean, low, high = student(np.array([right.mean() for right in draws]))
+        mean, low, high = t_interval(np.array([right.mean() for right in draws]))
         note = f"{len(draws)} draws"
         score = Score(self.protocol, metric, self.subject, mean, low, high, len(draws[0]), note=note)
         if leaked is None:
@@ -132,7 +132,7 @@ class Scorer:
         return generator(self.seed, "bootstrap")
 
 
-def student(values: np.ndarray) -> tuple[float, float | None, float | None]:
+def t_interval(values: np.ndarray) -> tuple[float, float | None, float | None]:
     """Mean of some values and its 95 % interval by Student's t; of a single value that is not known."""
     from scipy.stats import t
 

@@ -13,7 +13,7 @@ from eval.scores import paired_interval
 MODEL = "model"
 _REMEDY = (
     "Train for more steps or on more images, try another recipe (fovea recipes), or start from public weights "
-    "(fovea import, --start)"
+    "(fovea import, --init-from)"
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from curation.config import CurateSettings, EmbeddedSettings, EmbedSettings, IngestSettings
+from curation.config import CurateSettings, EmbedSettings, IngestSettings, SyntheticSettings
 from curation.steps.config import Retrieve
 from distill.config import DistillSettings, PublishSettings
 from eval.config import EvaluateSettings, ReportSettings
@@ -100,7 +100,7 @@ class AblateConfig(Config):
         return self
 
 
-class FollowSettings(EvaluateSettings):
+class CheckpointEvalSettings(EvaluateSettings):
     """How the teachers of a running training are scored."""
 
     poll_seconds: float = Field(30.0, gt=0)
@@ -109,8 +109,8 @@ class FollowSettings(EvaluateSettings):
     """How long nothing may come before it is given up."""
 
 
-class FollowConfig(FollowSettings):
-    """A training that writes teachers (runtime.teachers_every), and what they are scored on."""
+class CheckpointEvalConfig(CheckpointEvalSettings):
+    """A training that writes teachers (runtime.export_teacher_every), and what they are scored on."""
 
     training: str
     """URL of its checkpoint, which need not be there yet."""
@@ -122,13 +122,13 @@ class FollowConfig(FollowSettings):
     """URL below which reports are written; null: that of the training and `.reports`."""
 
 
-class FollowPipeline(FollowSettings):
-    """How a pipeline scores the teachers of its pretraining, which writes them every `pretrain.runtime.teachers_every`
+class CheckpointEvalPipeline(CheckpointEvalSettings):
+    """How a pipeline scores the teachers that its pretraining exports every `pretrain.runtime.export_teacher_every`
     steps."""
 
     deployment: str | None = None
-    """Name of a Prefect deployment of the flow fovea-follow, FLOW/DEPLOYMENT, whose worker scores; null: a process of
-    low priority on this machine."""
+    """Name of a Prefect deployment of the flow fovea-eval-checkpoints, FLOW/DEPLOYMENT, whose worker scores; null: a
+    process of low priority on this machine."""
 
 
 class PipelineConfig(Config):
@@ -138,20 +138,20 @@ class PipelineConfig(Config):
     """Title of the report."""
     root: str
     """URL under which every artifact of the run is written."""
-    embedded: EmbeddedSettings | None = None
-    """Make the embedded corpus and run on it; or give `sources`."""
+    synthetic: SyntheticSettings | None = None
+    """Make the synthetic corpus and run on it; or give `sources`."""
     sources: Sources | None = None
     """Images to run on."""
-    grows: bool = False
+    incremental: bool = False
     """The pool grows between runs under this root: only what is new is embedded and compared (`previous` of fovea embed
     and fovea curate)."""
     known_leaks: KnownLeaks | None = None
     """Ground truth of decontamination, if there is any."""
     ingest: IngestSettings = IngestSettings()
     """What counts as an image."""
-    copies: EmbedSettings = EmbedSettings()
+    dedup_embedding: EmbedSettings = EmbedSettings()
     """Embedding by which copies are found."""
-    likeness: EmbedSettings = EmbedSettings()
+    retrieval_embedding: EmbedSettings = EmbedSettings()
     """Embedding by which images like the seed are found."""
     deduplicate: CurateSettings = CurateSettings()
     """Steps that compare copies."""
@@ -163,7 +163,7 @@ class PipelineConfig(Config):
     """The student."""
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     """Protocols for both."""
-    follow: FollowPipeline | None = None
+    checkpoint_eval: CheckpointEvalPipeline | None = None
     """Protocols for the teachers that are written while the pretraining goes on; null: they are not scored."""
     publish: PublishSettings = PublishSettings()
     """The published student."""
@@ -176,8 +176,8 @@ class PipelineConfig(Config):
 
     @model_validator(mode="after")
     def _one_source(self) -> PipelineConfig:
-        if (self.embedded is None) == (self.sources is None):
-            raise ValueError("give either sources or embedded")
+        if (self.synthetic is None) == (self.sources is None):
+            raise ValueError("give either sources or synthetic")
         return self
 
 

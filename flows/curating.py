@@ -19,12 +19,12 @@ def sources(config: PipelineConfig) -> tuple[Sources, Path | None]:
     """Where the images are, and the file with the truth about them, where there is one."""
     if config.sources is not None:
         return config.sources, None
-    from curation.embedded import TRUTH, generate
+    from curation.synthetic.corpus import TRUTH, generate
 
-    assert config.embedded is not None
+    assert config.synthetic is not None
     if not storage.is_local(config.root):
-        raise UserError(f"root: {config.root}, but the embedded corpus is made on this machine; give a local root")
-    folder = generate(config.embedded, storage.local_path(config.root) / "embedded")
+        raise UserError(f"root: {config.root}, but the synthetic corpus is made on this machine; give a local root")
+    folder = generate(config.synthetic, storage.local_path(config.root) / "synthetic")
     seed = str(folder / "seed")
     return Sources(pool=str(folder / "pool"), test=str(folder / "test"), train=seed, seed=seed), folder / TRUTH
 
@@ -63,23 +63,25 @@ def curate(run: Run, corpora: dict[str, str]) -> str:
     """URL of the selection over the pool; of one that grows only what is new is embedded and compared."""
     config = run.config
     grown = Grown.since(config, corpora["pool"])
-    evaluation = [_embed(run, "embed-test-copies", config.copies, corpora["test"])]
+    evaluation = [_embed(run, "embed-test-dedup", config.dedup_embedding, corpora["test"])]
     deduplicate = CurateConfig(
         **dict(config.deduplicate),
         corpus=corpora["pool"],
-        embeddings=_embed(run, "embed-pool-copies", config.copies, corpora["pool"], grown.before("embed-pool-copies")),
+        embeddings=_embed(
+            run, "embed-pool-dedup", config.dedup_embedding, corpora["pool"], grown.before("embed-pool-dedup")
+        ),
         evaluation=evaluation,
         previous=grown.before("deduplicate"),
         out=run.out("deduplicate"),
     )
     selection = run.run("deduplicate", deduplicate)
     if "seed" in corpora:
-        of_pool, of_seed = "embed-pool-likeness", "embed-seed-likeness"
+        of_pool, of_seed = "embed-pool-retrieval", "embed-seed-retrieval"
         retrieve = CurateConfig(
             **dict(config.retrieve),
             corpus=corpora["pool"],
-            embeddings=_embed(run, of_pool, config.likeness, corpora["pool"], grown.before(of_pool)),
-            curated=_embed(run, of_seed, config.likeness, corpora["seed"]),
+            embeddings=_embed(run, of_pool, config.retrieval_embedding, corpora["pool"], grown.before(of_pool)),
+            curated=_embed(run, of_seed, config.retrieval_embedding, corpora["seed"]),
             selection=selection,
             previous=grown.before("retrieve"),
             out=run.out("retrieve"),
@@ -106,14 +108,14 @@ def leaks(run: Run, corpora: dict[str, str], training: list[str]) -> dict[str, s
     if not steps:
         return {}
     step = steps[0].model_copy(update={"drop": "hits", "count_components": False})
-    before = run.urls["embed-pool-copies"]
+    before = run.urls["embed-pool-dedup"]
     seen = [
-        _embed(run, f"embed-training-copies-{i}", run.config.copies, url, before if i == 0 else None)
+        _embed(run, f"embed-training-dedup-{i}", run.config.dedup_embedding, url, before if i == 0 else None)
         for i, url in enumerate(training)
     ]
     found = {}
     for name in ("test", *run.config.evaluation_sets()):
-        embedded = _embed(run, f"embed-{name}-copies", run.config.copies, corpora[name])
+        embedded = _embed(run, f"embed-{name}-dedup", run.config.dedup_embedding, corpora[name])
         config = CurateConfig(
             corpus=corpora[name], embeddings=embedded, evaluation=seen, steps=[step], out=run.out("leaks")
         )

@@ -71,8 +71,11 @@ def content(settings: DeploySettings) -> dict[str, Any]:
         scheduled = whole if settings.changed is None else curation
         scheduled["schedules"] = [{"cron": settings.cron, "timezone": settings.timezone}]
     stages = [shared | {"name": settings.name, "entrypoint": f"flows.stages:{stage}"} for stage in STAGES]
-    follow = shared | {"name": settings.name, "entrypoint": "flows.following:follow"}
-    return {"prefect-version": importlib.metadata.version("prefect"), "deployments": [whole, curation, *stages, follow]}
+    checkpoint_eval = shared | {"name": settings.name, "entrypoint": "flows.checkpoint_eval:eval_checkpoints"}
+    return {
+        "prefect-version": importlib.metadata.version("prefect"),
+        "deployments": [whole, curation, *stages, checkpoint_eval],
+    }
 
 
 def write(settings: DeploySettings) -> Path:

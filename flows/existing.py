@@ -18,7 +18,7 @@ from eval.config import EvaluateConfig, ReportConfig
 from eval.evaluate import report_spec as evaluation_spec
 from eval.gate import require
 from eval.page import report_spec
-from infra.artifacts import Artifact, Plan, find_planned
+from infra.artifacts import Artifact, ArtifactSpec, find_existing
 from infra.config import Output
 from pretrain.config import PretrainConfig
 from pretrain.specs import checkpoint_spec
@@ -34,7 +34,7 @@ StageConfig = (
     | PublishConfig
     | ReportConfig
 )
-_SPECS: Mapping[type[Output], Callable[[Any], Plan]] = {
+_SPECS: Mapping[type[Output], Callable[[Any], ArtifactSpec]] = {
     EmbedConfig: embeddings_spec,
     CurateConfig: selection_spec,
     MaterializeConfig: corpus_spec,
@@ -46,7 +46,7 @@ _SPECS: Mapping[type[Output], Callable[[Any], Plan]] = {
 }
 
 
-def find_existing(config: StageConfig) -> Artifact | None:
+def find_stage_output(config: StageConfig) -> Artifact | None:
     """The artifact that a stage's configuration asks for, if it has been made.
 
     Raises:
@@ -60,7 +60,7 @@ def find_existing(config: StageConfig) -> Artifact | None:
     spec = _SPECS[type(config)](config)
     if isinstance(config, DistillConfig):
         require_students(spec, config)
-    artifact = find_planned(spec, config.out)
+    artifact = find_existing(spec, config.out)
     if artifact is not None and isinstance(config, EvaluateConfig) and config.gate is not None:
         require(artifact, config.gate)
     return artifact

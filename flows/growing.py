@@ -18,7 +18,8 @@ from infra.hashing import hash_json
 from infra.selections import Selection
 
 RECORD, TRAINED = "curated.json", "trained.json"
-_STAGES = ("embed-pool-copies", "embed-pool-likeness", "deduplicate", "retrieve")
+_SETTINGS = ("dedup_embedding", "retrieval_embedding", "deduplicate", "retrieve")
+_STAGES = ("embed-pool-dedup", "embed-pool-retrieval", "deduplicate", "retrieve")
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,17 @@ class Grown:
         Where that was of the same images, it is the one before that, so that the same artifacts are found again.
         """
         settings = hash_json(
-            {name: getattr(config, name).settings() for name in ("copies", "likeness", "deduplicate", "retrieve")}
+            {name: getattr(config, name).settings() for name in _SETTINGS}
             | {"versions": [embed.VERSION, curate.VERSION]}
         )
         current = open_artifact(pool, "corpus").id
         place = storage.join(config.root, RECORD)
-        record = json.loads(storage.read_bytes(place)) if config.grows and storage.exists(place) else {}
+        record = json.loads(storage.read_bytes(place)) if config.incremental and storage.exists(place) else {}
         earlier = {}
         if record.get("settings") == settings:
             earlier = record["earlier"] if record["pool"] == current else record["made"]
         whole = all(_is_whole(url) for url in earlier.values())
-        return cls(config.root, current, settings, earlier if whole else {}, config.grows)
+        return cls(config.root, current, settings, earlier if whole else {}, config.incremental)
 
     def before(self, stage: str) -> str | None:
         """What the earlier curation made at a stage."""

@@ -43,8 +43,12 @@ def slots(limit: str, count: int) -> Iterator[None]:
             found = client.read_global_concurrency_limit_by_name(limit)
         except ObjectNotFound:
             remedy = f"make it: prefect gcl create {limit} --limit GPUS"
-            raise UserError(f"launch.limit: the server has no concurrency limit {limit}; {remedy}") from None
+            raise UserError(
+                f"launch.concurrency_limit: the server has no concurrency limit {limit}; {remedy}"
+            ) from None
     if found.limit < count:
-        raise UserError(f"launch.limit: {limit} has {found.limit} slots, the training has {count} ranks; take fewer")
+        raise UserError(
+            f"launch.concurrency_limit: {limit} has {found.limit} slots, the training has {count} ranks; take fewer"
+        )
     with concurrency(limit, occupy=count, strict=True, raise_on_lease_renewal_failure=False):
         yield

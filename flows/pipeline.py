@@ -10,8 +10,8 @@ from prefect import flow
 from prefect.runtime import deployment, flow_run
 
 from flows import stages
-from flows.config import FollowConfig, PipelineConfig
-from flows.following import following
+from flows.checkpoint_eval import evaluating_checkpoints
+from flows.config import CheckpointEvalConfig, PipelineConfig
 from flows.pipeline_stages import run_stages
 from flows.running import Run
 from infra import storage
@@ -27,7 +27,7 @@ def pipeline(config: PipelineConfig) -> dict[str, Any]:
     Returns:
         The summary that is also written to `summary.json` below the root.
     """
-    return run_stages(Run(config, stages.run, record_of(config)), follow_training)
+    return run_stages(Run(config, stages.run, record_of(config)), evaluate_beside)
 
 
 def record_of(config: PipelineConfig) -> str | None:
@@ -36,8 +36,10 @@ def record_of(config: PipelineConfig) -> str | None:
 
 
 @contextmanager
-def follow_training(config: FollowConfig, training: PretrainConfig, deployment: str | None) -> Iterator[list[str]]:
+def evaluate_beside(
+    config: CheckpointEvalConfig, training: PretrainConfig, deployment: str | None
+) -> Iterator[list[str]]:
     """Score the teachers of a pretraining while it goes on, beside it or on the worker of a deployment."""
-    folder = cache_directory() / "follow" / checkpoint_spec(training).id
-    with following(config, folder, deployment) as comparison:
+    folder = cache_directory() / "checkpoint-eval" / checkpoint_spec(training).id
+    with evaluating_checkpoints(config, folder, deployment) as comparison:
         yield comparison

@@ -10,7 +10,7 @@ from distill.config import DistillConfig, PublishConfig
 from distill.specs import student_urls
 from eval.config import EvaluateConfig, ReportConfig
 from flows import curating, summary
-from flows.config import FollowConfig, PipelineConfig
+from flows.config import CheckpointEvalConfig, PipelineConfig
 from flows.growing import note_training
 from flows.running import NotMade, Run, find_only
 from infra import storage
@@ -19,15 +19,15 @@ from infra.notices import say
 from pretrain.config import CheckpointBackbone, PretrainConfig
 from pretrain.specs import checkpoint_spec
 
-Following = Callable[[FollowConfig, PretrainConfig, str | None], AbstractContextManager[list[str]]]
+CheckpointEvaluator = Callable[[CheckpointEvalConfig, PretrainConfig, str | None], AbstractContextManager[list[str]]]
 """Scores the teachers of a pretraining while it goes on; the list then holds the URL of their comparison."""
 
 
-def run_stages(run: Run, following: Following | None = None) -> dict[str, Any]:
+def run_stages(run: Run, evaluator: CheckpointEvaluator | None = None) -> dict[str, Any]:
     """Ingest, embed, deduplicate, retrieve, pretrain, evaluate, distill, evaluate, publish, report.
 
     Args:
-        following: what `follow` of the configuration is carried out by.
+        evaluator: what `checkpoint_eval` of the configuration is carried out by.
 
     Returns:
         The summary that is also written to `summary.json` below the root.
@@ -40,7 +40,7 @@ def run_stages(run: Run, following: Following | None = None) -> dict[str, Any]:
     note_training(config.root, selection)
     training = [curated, *([corpora["seed"]] if "seed" in corpora else [])]
     leaks = curating.leaks(run, corpora, training)
-    teacher = _pretrain(run, corpora, training, leaks, following)
+    teacher = _pretrain(run, corpora, training, leaks, evaluator)
     _evaluate(run, "evaluate-teacher", teacher, corpora, leaks)
     students = _distill(run, teacher, training)
     for name, student in students.items():
@@ -65,23 +65,23 @@ def find_finished(config: PipelineConfig) -> dict[str, Any] | None:
 
 
 def _pretrain(
-    run: Run, corpora: dict[str, str], training: list[str], leaks: dict[str, str], following: Following | None
+    run: Run, corpora: dict[str, str], training: list[str], leaks: dict[str, str], evaluator: CheckpointEvaluator | None
 ) -> str:
     """URL of the teacher, whose states are scored while it is trained, if that is asked for."""
-    config, settings = pretrain_config(run, training), run.config.follow
+    config, settings = pretrain_config(run, training), run.config.checkpoint_eval
     if settings is None:
         return run.run("pretrain", config)
-    if following is None:  # the comparison is not known by its settings alone
+    if evaluator is None:  # the comparison is not known by its settings alone
         raise NotMade
     shared = {name: value for name, value in dict(settings).items() if name != "deployment"}
-    follow = FollowConfig(
+    eval_config = CheckpointEvalConfig(
         **shared,
         training=checkpoint_spec(config).resolve(config.out),
         datasets=_datasets(run, corpora),
         leaks=leaks,
-        out=storage.join(run.config.root, "follow"),
+        out=storage.join(run.config.root, "checkpoint-eval"),
     )
-    with following(follow, config, settings.deployment) as comparison:
+    with evaluator(eval_config, config, settings.deployment) as comparison:
         teacher = run.run("pretrain", config)
     if comparison:
         run.done("teachers", comparison[0])

@@ -29,7 +29,8 @@ def _facts(config: PlanConfig, planned: Planned) -> Table:
         "backbone": f"{size.backbone / 1e6:,.1f} M parameters",
         "trained": f"{size.trained / 1e6:,.1f} M, with heads; {size.whole / 1e6:,.1f} M with the teacher",
         "work": f"{planned.flops_per_image / 1e9:,.1f} GFLOP an image, forward and backward, teacher included",
-        "schedule": f"{planned.images:,} images: {config.schedule.steps:,} steps of {config.schedule.batch}",
+        "schedule": f"{planned.images:,} images: {config.schedule.steps:,} steps of "
+        f"{config.schedule.global_batch_size}",
         "time": f"{_span(planned.days)} on {config.gpus} x {config.gpu} at {100 * config.mfu:.0f} % of their peak "
         f"({planned.gpu_hours:,.0f} GPU-hours)",
     }
@@ -72,4 +73,4 @@ def _remedy(planned: Planned, stage: int) -> str:
         return "[red]nothing here fits[/red]: use runtime.activation_checkpointing full, more GPUs, or larger ones"
     images, best = max(fitting, key=lambda each: (each[0], -each[1]))
     does_not = f"[red]ZeRO {stage} with {planned.micro_batch} images does not fit[/red]"
-    return f"{does_not}; sharding.zero_stage {best} with runtime.micro_batch {images} does"
+    return f"{does_not}; sharding.zero_stage {best} with runtime.micro_batch_size {images} does"

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import pretrain
-from infra.artifacts import Artifact, find_planned
+from infra.artifacts import Artifact, find_existing
 from infra.corpora import Corpus
 from infra.errors import UserError
 from infra.launch.job import module_main
@@ -28,10 +28,10 @@ _TEMPERATURE = 0.07
 
 def run(config: PretrainConfig) -> Artifact:
     """Pretrain a backbone."""
-    if config.health.probe is None:
+    if config.collapse.probe is None:
         return pretrain.run(config)
-    made = find_planned(checkpoint_spec(config), config.out)
-    return made or pretrain.run(config, knn_probe(config, config.health.probe))
+    made = find_existing(checkpoint_spec(config), config.out)
+    return made or pretrain.run(config, knn_probe(config, config.collapse.probe))
 
 
 def knn_probe(config: PretrainConfig, settings: ProbeSettings) -> Probe:

@@ -19,7 +19,7 @@ CHANGED = "fovea.selection.changed"
 
 @flow(name="fovea-curation")
 def curation(config: PipelineConfig, changed: float = 0.05) -> float:
-    """Ingest, embed and curate; of a pool that grows (`grows`) only what is new.
+    """Ingest, embed and curate; of a pool that grows (`incremental`) only what is new.
 
     Args:
         changed: share of the selection that must differ from what was last trained on for the event to be sent.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from flows.config import PipelineConfig
-from flows.existing import StageConfig, find_existing
+from flows.existing import StageConfig, find_stage_output
 from infra import storage
 
 
@@ -21,7 +21,7 @@ def find_only(config: StageConfig) -> str:
     Raises:
         NotMade: it does not.
     """
-    artifact = find_existing(config)
+    artifact = find_stage_output(config)
     if artifact is None:
         raise NotMade
     return artifact.url

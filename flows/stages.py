@@ -13,7 +13,7 @@ from prefect.logging import get_run_logger
 from curation.config import CurateConfig, EmbedConfig, IngestConfig, MaterializeConfig
 from distill.config import DistillConfig, PublishConfig
 from eval.config import CompareConfig, EvaluateConfig, ReportConfig
-from flows.existing import StageConfig, find_existing
+from flows.existing import StageConfig, find_stage_output
 from flows.showing import show
 from flows.trainings import Room, train_apart
 from infra.artifacts import open_artifact
@@ -139,5 +139,5 @@ def run(config: StageConfig) -> str:
 
     Sources are listed once, by the flow of their ingest.
     """
-    existing = None if isinstance(config, IngestConfig) else find_existing(config)
+    existing = None if isinstance(config, IngestConfig) else find_stage_output(config)
     return _FLOWS[type(config)](config) if existing is None else existing.url

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from curation.scoring import score_embedded, score_known_leaks
+from curation.synthetic.ground_truth_metrics import score_known_leaks, score_synthetic
 from eval.scores import headline_rows
 from eval.verdict import MODEL
 from flows.config import PipelineConfig
@@ -21,7 +21,7 @@ SUMMARY = "summary.json"
 def curation_scores(config: PipelineConfig, urls: dict[str, str], truth: Path | None) -> dict[str, dict[str, float]]:
     """Precision and recall of curation, where the truth is known."""
     if truth is not None:
-        return score_embedded(urls.get("retrieve", urls["deduplicate"]), truth)
+        return score_synthetic(urls.get("retrieve", urls["deduplicate"]), truth)
     if config.known_leaks is not None:
         known = config.known_leaks
         return {"decontamination": score_known_leaks(urls["deduplicate"], Path(known.table), known.column)}

@@ -13,7 +13,7 @@ from typing import Literal
 from distill import specs as distill_specs
 from distill.config import DistillConfig
 from infra import storage
-from infra.artifacts import Artifact, Plan, find, find_planned, open_artifact, work_directory
+from infra.artifacts import Artifact, ArtifactSpec, find, find_existing, open_artifact, work_directory
 from infra.errors import Preempted, UserError
 from infra.launch import slurm
 from infra.launch.config import Launch
@@ -36,7 +36,7 @@ def train(room: Room, config: PretrainConfig | DistillConfig) -> Artifact | None
         The checkpoint; None where a SLURM job was queued that nobody waits for.
     """
     if config.launcher == "local":
-        if config.launch != Launch(folder=config.launch.folder):
+        if config.launch != Launch(job_dir=config.launch.job_dir):
             raise UserError("launch: read by launchers only; add --launcher torchrun, deepspeed or slurm")
         slurm.adopt_environment()
         return _made(room, config) or _train_here(room, config)
@@ -58,7 +58,7 @@ def train_apart(room: Room, config: PretrainConfig | DistillConfig) -> str:
     return spec.resolve(config.out)
 
 
-def checkpoint_spec(config: PretrainConfig | DistillConfig) -> Plan:
+def checkpoint_spec(config: PretrainConfig | DistillConfig) -> ArtifactSpec:
     """The checkpoint that a configuration asks for."""
     if isinstance(config, DistillConfig):
         return distill_specs.checkpoint_spec(config)
@@ -76,7 +76,7 @@ def _made(room: Room, config: PretrainConfig | DistillConfig) -> Artifact | None
     url = spec.resolve(config.out)
     if isinstance(config, DistillConfig):
         distill_specs.require_students(spec, config)
-    made = find_planned(spec, config.out)
+    made = find_existing(spec, config.out)
     if made is not None:
         remove_remote(url)
         return made
@@ -98,11 +98,11 @@ def _slots(settings: Launch) -> AbstractContextManager[None]:
     Raises:
         UserError: there is no such limit.
     """
-    if settings.limit is None:
+    if settings.concurrency_limit is None:
         return nullcontext()
     from flows.limits import slots
 
-    return slots(settings.limit, settings.ranks(_visible_gpus))
+    return slots(settings.concurrency_limit, settings.ranks(_visible_gpus))
 
 
 def _visible_gpus() -> int:

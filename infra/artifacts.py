@@ -71,7 +71,7 @@ class Artifact:
     def made_by(self, version: int) -> bool:
         """Whether its stage had this version."""
         made = self.manifest
-        return Plan(made.kind, made.stage, version, made.config, made.inputs).id == self.id
+        return ArtifactSpec(made.kind, made.stage, version, made.config, made.inputs).id == self.id
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class Artifact:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ArtifactSpec:
     """What is about to be made: everything that decides an artifact's id.
 
     `version` is the stage's own: it is raised when the stage's output would change for the same inputs.
@@ -225,7 +225,7 @@ def verify(artifact: Artifact) -> list[str]:
 
 
 def produce(
-    plan: Plan,
+    plan: ArtifactSpec,
     out: str,
     write: Callable[[Path], Mapping[str, Any]],
     resume_from: Sequence[str] = (),
@@ -247,7 +247,7 @@ def produce(
         Busy: another process is making it.
     """
     url = plan.resolve(out)
-    existing = find_planned(plan, out)
+    existing = find_existing(plan, out)
     if existing is not None:
         return existing
     work, record = work_directory(plan, out), plan.record(resume_from)
@@ -272,7 +272,7 @@ def produce(
     return artifact
 
 
-def find_planned(plan: Plan, out: str) -> Artifact | None:
+def find_existing(plan: ArtifactSpec, out: str) -> Artifact | None:
     """The planned artifact, if it has been made.
 
     Raises:
@@ -282,7 +282,7 @@ def find_planned(plan: Plan, out: str) -> Artifact | None:
     existing = find(url)
     if existing is not None and existing.id != plan.id:
         made = existing.manifest
-        recorded = Plan(made.kind, made.stage, plan.version, made.config, made.inputs).record()
+        recorded = ArtifactSpec(made.kind, made.stage, plan.version, made.config, made.inputs).record()
         raise UserError(
             f"{url}: holds an artifact of other settings ({staging.difference(recorded, plan.record())}); remove it or "
             "choose another --out"
@@ -290,7 +290,7 @@ def find_planned(plan: Plan, out: str) -> Artifact | None:
     return existing
 
 
-def work_directory(plan: Plan, out: str) -> Path:
+def work_directory(plan: ArtifactSpec, out: str) -> Path:
     """The local directory in which an artifact is made: its own place, or a staging one where that is remote."""
     url = plan.resolve(out)
     return storage.local_path(url) if storage.is_local(url) else cache_directory() / "work" / plan.id
@@ -300,7 +300,7 @@ def _claimed_remotely(url: str, work: Path) -> contextlib.AbstractContextManager
     return contextlib.nullcontext() if storage.is_local(url) else claims.claimed(url, work)
 
 
-def _commit(plan: Plan, url: str, work: Path, metrics: Mapping[str, Any], claim: Claim | None) -> Artifact:
+def _commit(plan: ArtifactSpec, url: str, work: Path, metrics: Mapping[str, Any], claim: Claim | None) -> Artifact:
     hidden = [path for path in work.iterdir() if path.name.startswith(".")]  # what only the making needed
     paths = sorted(
         path for path in work.rglob("*") if path.is_file() and not any(path.is_relative_to(each) for each in hidden)

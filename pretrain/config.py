@@ -32,12 +32,13 @@ class Optimizer(Config):
     """AdamW with a linear warmup and cosine schedules."""
 
     base_lr: float = Field(4e-3, gt=0)
-    """Peak learning rate at the reference batch; `lr_rule` scales it to the global batch."""
-    reference_batch: int = Field(1024, ge=1)
+    """Peak learning rate at the reference batch; `lr_scaling` scales it to the global batch."""
+    lr_reference_batch_size: int = Field(1024, ge=1)
     """Global batch for which `base_lr` is meant."""
-    lr_rule: Literal["sqrt", "linear", "none"] = "sqrt"
-    """The peak grows with the square root of global batch / `reference_batch` (DINOv2), with it (MAE), or not."""
-    decay: Literal["cosine", "constant"] = "cosine"
+    lr_scaling: Literal["sqrt", "linear", "none"] = "sqrt"
+    """How the peak depends on global batch / `lr_reference_batch_size`: on its square root (DINOv2), in proportion
+    (MAE), or not."""
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
     """How the learning rate goes on after the warmup."""
     min_lr: float = Field(1e-6, ge=0)
     """Learning rate at the end of a cosine."""
@@ -45,19 +46,19 @@ class Optimizer(Config):
     """Steps over which the learning rate rises from 0."""
     weight_decay: tuple[float, float] = (0.04, 0.4)
     """First and last weight decay; a cosine between. Biases, norms and LayerScale have none."""
-    decay_tokens: bool = False
+    weight_decay_tokens: bool = False
     """Decay class, register and mask tokens and the position table too, as DINOv2 does."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's moment factors."""
     eps: float = Field(1e-8, gt=0)
     """AdamW's guard of the division."""
-    clip: float | None = Field(3.0, gt=0)
+    grad_clip: float | None = Field(3.0, gt=0)
     """Largest norm of a gradient; null: any."""
-    clip_of: Literal["all", "parts"] = "all"
+    grad_clip_scope: Literal["all", "parts"] = "all"
     """Whose norm: the whole gradient's, or each of backbone and heads by itself, as DINOv2 does."""
-    layer_decay: float = Field(1.0, gt=0, le=1)
+    layerwise_lr_decay: float = Field(1.0, gt=0, le=1)
     """Factor of the learning rate from each block to the one before it."""
-    patch_embed_lr: float = Field(0.2, gt=0)
+    patch_embed_lr_mult: float = Field(0.2, gt=0)
     """Factor of the learning rate of the patch embedding."""
     freeze_last_layer_steps: int = Field(0, ge=0)
     """Steps in which the prototypes stay as they are."""
@@ -77,7 +78,7 @@ class Teacher(Config):
 class Sharding(Config):
     """How the training is spread over ranks."""
 
-    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    backend: Literal["deepspeed", "torch"] = "deepspeed"
     """deepspeed, or plain torch: one process, the oracle of tests."""
     zero_stage: int = Field(0, ge=0, le=3)
     """DeepSpeed ZeRO stage: 1 shards the optimiser, 2 the gradients too, 3 the parameters and the teacher too."""
@@ -94,8 +95,8 @@ class Sharding(Config):
     @model_validator(mode="after")
     def _offload_fits(self) -> Sharding:
         offloads = (self.offload_optimizer, self.offload_parameters)
-        if self.engine == "torch" and offloads != ("none", "none"):
-            raise ValueError("sharding: engine torch keeps everything where it is; offload with deepspeed")
+        if self.backend == "torch" and offloads != ("none", "none"):
+            raise ValueError("sharding: backend torch keeps everything where it is; offload with deepspeed")
         if self.offload_optimizer != "none" and self.zero_stage < (3 if self.offload_optimizer == "nvme" else 1):
             raise ValueError("sharding: offload_optimizer needs zero_stage 1 or more, nvme 3")
         if self.offload_parameters != "none" and self.zero_stage < 3:
@@ -122,11 +123,11 @@ class Guards(Config):
     """What happens when losses go wrong. A step whose loss or gradient is no finite number is always skipped, on all
     ranks, and teacher and centers stay as they were."""
 
-    spike: float | None = Field(20.0, gt=0)
+    loss_spike_threshold: float | None = Field(20.0, gt=0)
     """A loss this many mean deviations above the median of the last 200 steps is skipped too; null: never."""
-    max_skips: int = Field(20, ge=1)
+    max_consecutive_skips: int = Field(20, ge=1)
     """Skipped steps in a row after which the training goes back to its last checkpoint, and on with other samples."""
-    max_rewinds: int = Field(3, ge=0)
+    max_rollbacks: int = Field(3, ge=0)
     """Times it may go back before it stops."""
 
 
@@ -150,7 +151,7 @@ class Health(Config):
 class Retention(Config):
     """Which saved states of a training stay when newer ones have come: the last few, and all young ones."""
 
-    count: int = Field(1, ge=1)
+    latest: int = Field(1, ge=1)
     """The last states that are kept."""
     hours: float = Field(0.0, ge=0)
     """Older ones are kept until this many hours after they were written."""
@@ -159,22 +160,22 @@ class Retention(Config):
 class Runtime(Config):
     """How a run is carried out: no part of what a checkpoint is known by, and free to change when it goes on."""
 
-    micro_batch: int | None = Field(None, ge=1)
+    micro_batch_size: int | None = Field(None, ge=1)
     """Images a rank and forward pass; what is missing to the global batch is accumulated. null: the global batch by the
     number of ranks. Sinkhorn-Knopp balances the micro-batches of all ranks at once, KoLeo spreads each one's."""
 
-    workers: int = Field(2, ge=0)
+    num_workers: int = Field(2, ge=0)
     """Loader processes a rank; 0 loads in the training process."""
     cache_gb: float = Field(0.0, ge=0)
     """Parts of remote shards kept on a local disk, in GB, for all processes of a machine; 0: none, else 0.1 or more.
     Used where it holds the whole corpora, or shards are read in windows."""
-    stall_seconds: float = Field(1200.0, gt=0)
+    hang_timeout_s: float = Field(1200.0, gt=0)
     """How long no rank may move on before the job ends and names the one that the others wait for."""
-    max_unusable: float = Field(0.01, ge=0, le=1)
+    max_bad_sample_fraction: float = Field(0.01, ge=0, le=1)
     """Share of samples that may turn out unusable, each passed over for another one, before the run stops."""
     checkpoint_every: int = Field(200, ge=1)
     """Steps between states to resume from; they are written while the training goes on."""
-    teachers_every: int = Field(0, ge=0)
+    export_teacher_every: int = Field(0, ge=0)
     """Steps between teachers (of a distillation: averages) that are written beside the checkpoint, as checkpoints of
     their own that stay, for evaluation while the training goes on; 0: none."""
     trackers: list[TrackerName] = Field(default_factory=list)
@@ -200,14 +201,14 @@ class Schedule(Config):
 
     steps: int = Field(125_000, ge=1)
     """Optimiser steps."""
-    batch: int = Field(64, ge=1)
+    global_batch_size: int = Field(64, ge=1)
     """The global batch: images a step, over all ranks."""
     seed: int = Field(0, ge=0)
     """Seed of weights, order, augmentation, masks and dropout."""
 
 
 class TrainingSettings(Config):
-    """What the engine is told, whatever it trains."""
+    """Settings that pretraining and distillation share."""
 
     sampling: Sampling = Sampling()
     """Order of the samples."""
@@ -220,7 +221,7 @@ class TrainingSettings(Config):
     """
     guards: Guards = Guards()
     """What happens when losses go wrong."""
-    health: Health = Health()
+    collapse: Health = Health()
     """What counts as collapse."""
     sharding: Sharding = Sharding()
     """Ranks and precision."""
@@ -260,14 +261,14 @@ class PretrainSettings(TrainingSettings):
         contexts = {each.text.context for each in self.objectives if isinstance(each, ClipConfig | SiglipConfig)}
         if len(contexts) > 1:
             raise ValueError("objectives: clip and siglip read the same captions; give both the same text.context")
-        if self.views.global_count < 2 and (alone := {"dino", "ibot", "koleo"} & set(kinds)):
-            raise ValueError(f"objectives: {min(alone)} needs views.global_count 2")
-        if any(isinstance(each, IbotConfig) and each.tied for each in self.objectives) and "dino" not in kinds:
+        if self.views.num_global_crops < 2 and (alone := {"dino", "ibot", "koleo"} & set(kinds)):
+            raise ValueError(f"objectives: {min(alone)} needs views.num_global_crops 2")
+        if any(isinstance(each, IbotConfig) and each.share_head for each in self.objectives) and "dino" not in kinds:
             raise ValueError("objectives: ibot cannot be tied without dino")
-        if "mae" in kinds and self.model.position == "rope":
-            raise ValueError("objectives: mae needs model.position sincos or learned")
-        if "mae" in kinds and self.views.globals.size != self.model.image_size:
-            raise ValueError("objectives: mae needs views.globals.size equal to model.image_size")
+        if "mae" in kinds and self.model.pos_embed == "rope":
+            raise ValueError("objectives: mae needs model.pos_embed sincos or learned")
+        if "mae" in kinds and self.views.global_crops.size != self.model.image_size:
+            raise ValueError("objectives: mae needs views.global_crops.size equal to model.image_size")
         return self
 
 
@@ -276,7 +277,7 @@ class PretrainConfig(PretrainSettings, Output):
 
     corpora: list[str] = Field(min_length=1)
     """URLs of the corpora to train on, or of selections: of those, what they keep of their corpus."""
-    start: str | None = None
+    init_from: str | None = None
     """URL of a pretraining checkpoint to start from, weights and heads; image and crop sizes may differ (a
     high-resolution phase)."""
     out: str
@@ -300,7 +301,7 @@ class PlanConfig(PretrainSettings):
     """What a GPU costs an hour, in any currency; null: no cost is given."""
     corpora: list[str] = Field(default_factory=list)
     """Not read."""
-    start: str | None = None
+    init_from: str | None = None
     """Not read."""
     out: str | None = None
     """Not read."""
@@ -429,12 +430,12 @@ BackboneConfig = Annotated[
 ]
 
 
-PLACES = ("corpora", "start", "teacher_checkpoint", "taught", "out", "restart")  # inputs are known by their ids
+PLACES = ("corpora", "init_from", "teacher_checkpoint", "taught", "out", "restart")  # inputs are known by their ids
 LAUNCHING = ("launcher", "launch")
-_SPREADING = {"engine", "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"}
+_SPREADING = {"backend", "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"}
 
 
 def decisive(config: Config) -> dict[str, object]:
     """The settings that decide a stage's result: all but where it reads, where it writes and how it is carried out."""
-    how: dict[str, Any] = dict.fromkeys([*PLACES, *LAUNCHING, "runtime", "guards", "health"], True)
+    how: dict[str, Any] = dict.fromkeys([*PLACES, *LAUNCHING, "runtime", "guards", "collapse"], True)
     return config.model_dump(mode="json", exclude=how | {"sharding": _SPREADING})

@@ -34,7 +34,7 @@ def kernels() -> Iterator[Finding]:
         yield guarded(
             "attention xformers", lambda: _attention("xformers"), "pip install 'fovea[gpu]', or stay with sdpa"
         )
-    yield guarded("deepspeed", _deepspeed, "install deepspeed under constraints.txt, or sharding.engine torch")
+    yield guarded("deepspeed", _deepspeed, "install deepspeed under constraints.txt, or sharding.backend torch")
     yield guarded("messages", _messages, "see that torch was built with it, and that loopback is up")
 
 

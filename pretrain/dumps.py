@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from infra.artifacts import SHORT_ID, Artifact, Plan, find, produce
+from infra.artifacts import SHORT_ID, Artifact, ArtifactSpec, find, produce
 from infra.errors import UserError
 from infra.staging import recorded
 from infra.storage import is_folder, join, list_files
@@ -75,7 +75,7 @@ class Dumps:
 
     def _write(self, weights: Mapping[str, Tensor], step: int) -> None:
         planned = self.task.planned
-        plan = Plan(
+        plan = ArtifactSpec(
             "checkpoint", "teacher", VERSION, {**planned.settings, "training": planned.id, "step": step}, planned.inputs
         )
 

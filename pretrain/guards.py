@@ -26,11 +26,11 @@ def highest_loss(rows: Sequence[Mapping[str, float]], guards: Guards) -> float:
     usual = [row["loss"] for row in rows[-_WINDOW:] if SKIPPED not in row]
     high = skipped_in_a_row(rows)
     lasting = high >= _LASTING and all("loss" in row for row in rows[-high:])
-    if guards.spike is None or len(usual) < _FEWEST or lasting:
+    if guards.loss_spike_threshold is None or len(usual) < _FEWEST or lasting:
         return math.inf
     middle = statistics.median(usual)
     deviation = statistics.fmean(abs(loss - middle) for loss in usual)
-    return middle + guards.spike * max(deviation, 1e-3 * abs(middle))
+    return middle + guards.loss_spike_threshold * max(deviation, 1e-3 * abs(middle))
 
 
 def poison(loss: Tensor, highest: float) -> Tensor:

@@ -31,7 +31,7 @@ def initial_backbone(model: ModelConfig, seed: int) -> Network:
 def inference(weights: Mapping[str, Tensor], model: ModelConfig) -> Network:
     """A backbone of some weights, frozen."""
     if isinstance(model, VisionTransformerConfig):
-        model = model.model_copy(update={"attention": "sdpa", "drop_path": 0.0})
+        model = model.model_copy(update={"attention": "sdpa", "drop_path_rate": 0.0})
     backbone = build_backbone(model)
     backbone.load_state_dict(weights)
     return backbone.requires_grad_(False).eval()
@@ -54,7 +54,7 @@ def start_from(checkpoint: Checkpoint, learner: Pretraining) -> None:
     shared = ("student.", "teacher.", *(f"objectives.{kind}." for kind in known))
     state = {name: value for name, value in checkpoint.weights().items() if name.startswith(shared)}
     for name, value in wanted.items():
-        fixed = name.endswith("decoder.pos_embed") or model.position == "sincos"
+        fixed = name.endswith("decoder.pos_embed") or model.pos_embed == "sincos"
         if not name.startswith(shared):
             state[name] = value
         elif name.endswith("pos_embed") and name in state and state[name].shape != value.shape:

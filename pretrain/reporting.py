@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from infra.artifacts import Plan
+from infra.artifacts import ArtifactSpec
 from infra.hashing import hash_json
 from infra.progress import Advance, progress
 from pretrain import meter, telemetry, trackers
@@ -46,14 +46,14 @@ class Task:
     """The local folder in which the checkpoint is made."""
     url: str
     """Where the checkpoint will be; saved states lie under it."""
-    planned: Plan
+    planned: ArtifactSpec
     """What decides the checkpoint's id."""
     probe: Probe | None = None
-    """Called every `health.probe.every` steps."""
+    """Called every `collapse.probe.every` steps."""
 
     def work_and_peak(self, device: torch.device) -> tuple[float, float]:
         """FLOPs of an image, and the FLOP/s that the devices of all ranks can reach."""
-        images = min(self.settings.runtime.micro_batch or self.settings.schedule.batch, _DRY)
+        images = min(self.settings.runtime.micro_batch_size or self.settings.schedule.global_batch_size, _DRY)
         batch = self.dataset.batch(np.arange(images))
         flops = dryrun.flops_of(dryrun.shapes_of(self.build), self.settings, batch) / images
         return flops, world()[1] * hardware.peak(device, self.settings.sharding.precision)
@@ -74,7 +74,7 @@ class Reporter:
     def __init__(self, task: Task, device: torch.device, first_step: int) -> None:
         self.task, self.first_step, self.shown = task, first_step, world()[0] == 0
         self.speed: dict[str, float] = {}
-        self._meter = Meter(task.settings.schedule.batch, device, lambda: task.work_and_peak(device))
+        self._meter = Meter(task.settings.schedule.global_batch_size, device, lambda: task.work_and_peak(device))
         self._trackers: list[trackers.Tracker] = []
         self._advance: Advance | None = None
         self._made = first_step

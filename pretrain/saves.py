@@ -151,7 +151,7 @@ class Saves:
     def _prune(self) -> None:
         """Remove the states that are neither among the last few nor young."""
         oldest = time.time() - 3600 * self.retention.hours
-        for step in sorted(state_files.whole(self.url))[: -self.retention.count]:
+        for step in sorted(state_files.whole(self.url))[: -self.retention.latest]:
             if storage.modified(self._url(step, TALLY)) <= oldest:
                 storage.remove(self._url(step, TALLY))  # first: half a state must not be taken for a whole one
                 storage.remove(self._url(step))

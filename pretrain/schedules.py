@@ -38,8 +38,8 @@ class Position:
 
 def peak_lr(optimizer: Optimizer, batch: int) -> float:
     """base_lr by the optimizer's rule: times sqrt(b), b or 1, where b = global batch / reference batch."""
-    relative = batch / optimizer.reference_batch
-    return optimizer.base_lr * {"sqrt": math.sqrt(relative), "linear": relative, "none": 1.0}[optimizer.lr_rule]
+    relative = batch / optimizer.lr_reference_batch_size
+    return optimizer.base_lr * {"sqrt": math.sqrt(relative), "linear": relative, "none": 1.0}[optimizer.lr_scaling]
 
 
 def learning_rate(optimizer: Optimizer, step: int, steps: int, batch: int) -> float:
@@ -47,14 +47,16 @@ def learning_rate(optimizer: Optimizer, step: int, steps: int, batch: int) -> fl
     peak, warmup = peak_lr(optimizer, batch), optimizer.warmup_steps
     if step < warmup:
         return linear(0, peak, step, warmup)
-    return peak if optimizer.decay == "constant" else cosine(peak, optimizer.min_lr, step - warmup, steps - warmup)
+    return (
+        peak if optimizer.lr_schedule == "constant" else cosine(peak, optimizer.min_lr, step - warmup, steps - warmup)
+    )
 
 
 def at(settings: TrainingSettings, step: int) -> Position:
     """The schedules of a run at a step (DINOv2, train/train.py)."""
     optimizer, teacher, steps = settings.optimizer, settings.teacher, settings.schedule.steps
     return Position(
-        lr=learning_rate(optimizer, step, steps, settings.schedule.batch),
+        lr=learning_rate(optimizer, step, steps, settings.schedule.global_batch_size),
         weight_decay=cosine(*optimizer.weight_decay, step, steps),
         momentum=cosine(*teacher.momentum, step, steps),
         temperature=linear(*teacher.temperature, step, teacher.temperature_warmup_steps),
@@ -68,11 +70,11 @@ def spread(settings: TrainingSettings, world_size: int) -> tuple[int, int]:
     Raises:
         UserError: it cannot be spread evenly.
     """
-    batch, micro_batch = settings.schedule.batch, settings.runtime.micro_batch or 0
+    batch, micro_batch = settings.schedule.global_batch_size, settings.runtime.micro_batch_size or 0
     micro_batch = micro_batch or batch // world_size
     if not micro_batch or batch % (world_size * micro_batch):
         raise UserError(
-            f"schedule.batch: {batch} is no multiple of {world_size} ranks times runtime.micro_batch "
+            f"schedule.global_batch_size: {batch} is no multiple of {world_size} ranks times runtime.micro_batch_size "
             f"{micro_batch or 1}; change one of them"
         )
     return micro_batch, batch // (world_size * micro_batch)
@@ -95,10 +97,10 @@ def multipliers(name: str, dimensions: int, optimizer: Optimizer, part: Part, la
     """
     lr, depth = part.lr, getattr(part.student.config, "depth", None)
     if name.startswith("student.") and depth is not None:  # networks of timm have no layers that we know of
-        lr *= optimizer.layer_decay ** (depth + 1 - _layer(name.removeprefix("student."), depth))
+        lr *= optimizer.layerwise_lr_decay ** (depth + 1 - _layer(name.removeprefix("student."), depth))
     if "patch_embed" in name:
-        lr *= optimizer.patch_embed_lr
-    token = name.endswith(_TOKENS) and not optimizer.decay_tokens
+        lr *= optimizer.patch_embed_lr_mult
+    token = name.endswith(_TOKENS) and not optimizer.weight_decay_tokens
     return Multipliers(lr, 0.0 if dimensions < 2 or token else 1.0, last_layer)
 
 

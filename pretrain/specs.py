@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from infra.artifacts import Input, Plan, open_artifact
+from infra.artifacts import ArtifactSpec, Input, open_artifact
 from pretrain.config import PretrainConfig, decisive
 
 VERSION = 5
 
 
-def checkpoint_spec(config: PretrainConfig) -> Plan:
+def checkpoint_spec(config: PretrainConfig) -> ArtifactSpec:
     """The checkpoint that a configuration asks for.
 
     Raises:
         UserError: a corpus or the checkpoint to start from is missing.
     """
-    start = {"start": open_artifact(config.start, "checkpoint").as_input()} if config.start else {}
-    return Plan("checkpoint", "pretrain", VERSION, decisive(config), corpus_inputs(config.corpora) | start)
+    start = {"init_from": open_artifact(config.init_from, "checkpoint").as_input()} if config.init_from else {}
+    return ArtifactSpec("checkpoint", "pretrain", VERSION, decisive(config), corpus_inputs(config.corpora) | start)
 
 
 def corpus_inputs(urls: Sequence[str]) -> dict[str, Input]:

@@ -42,7 +42,7 @@ def build(names: Sequence[TrackerName], folder: Path, run: str, first_step: int)
         folder.mkdir(parents=True, exist_ok=True)
         lines = _Lines(folder, first_step)
     except OSError as error:
-        raise UserError(f"launch.folder: {folder}: {error.strerror}; choose another") from None
+        raise UserError(f"launch.job_dir: {folder}: {error.strerror}; choose another") from None
     makers: dict[TrackerName, Callable[[Path, str, int], Tracker]] = {
         "tensorboard": _TensorBoard,
         "wandb": _Wandb,

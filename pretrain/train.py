@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infra.artifacts import Artifact, Plan, cache_directory, find, open_artifact, produce, work_directory
+from infra.artifacts import Artifact, ArtifactSpec, cache_directory, find, open_artifact, produce, work_directory
 from infra.cache import BlockCache
 from infra.config import Output
 from infra.errors import UserError
@@ -21,7 +21,6 @@ from pretrain.data.config import Views
 from pretrain.data.loader import ViewDataset
 from pretrain.data.masks import MaskPlan
 from pretrain.data.samples import Part, Samples
-from pretrain.engine import Trained, Training
 from pretrain.learner import Learner, Pretraining
 from pretrain.models.execution import Execution
 from pretrain.models.vit import VisionTransformer
@@ -33,6 +32,7 @@ from pretrain.ranks import barrier, world
 from pretrain.reporting import Probe, Task
 from pretrain.specs import checkpoint_spec
 from pretrain.state_files import RESUME_FROM, remove_remote
+from pretrain.trainer import Trainer, TrainResult
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Artifact:
     """Train student and teacher; return the checkpoint artifact.
 
     Args:
-        probe: scores the teacher every `health.probe.every` steps.
+        probe: scores the teacher every `collapse.probe.every` steps.
 
     Raises:
         UserError: a corpus is missing or empty, or the loss is no longer finite.
@@ -50,8 +50,8 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Artifact:
     def write(directory: Path) -> Mapping[str, Any]:
         dataset, url = view_dataset(config.corpora, config), planned.resolve(config.out)
         learner = build_learner(config)
-        if config.start:
-            start_from(Checkpoint.open(config.start), learner)
+        if config.init_from:
+            start_from(Checkpoint.open(config.init_from), learner)
         build, described = (lambda: build_learner(config)), [Description.of(config)]
         trained = train(Task("pretrain", config, described, dataset, build, directory, url, planned, probe), learner)
         if world()[0] == 0:
@@ -62,25 +62,25 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Artifact:
     return produce_together(planned, config, write)
 
 
-def train(task: Task, learner: Learner) -> Trained:
+def train(task: Task, learner: Learner) -> TrainResult:
     """Train a learner to the end.
 
     Raises:
         UserError: the settings ask for a probe that is not there, or the training goes wrong.
     """
     settings = task.settings
-    if settings.health.probe is not None and task.probe is None:
-        raise UserError("health.probe: nobody scores here; `fovea pretrain` does, or pass a probe to pretrain.run")
+    if settings.collapse.probe is not None and task.probe is None:
+        raise UserError("collapse.probe: nobody scores here; `fovea pretrain` does, or pass a probe to pretrain.run")
     learner.precision = settings.sharding.precision
     execution = Execution(settings.runtime.activation_checkpointing, settings.runtime.compile)
     learner.execute(execution)
     for part in learner.parts():
         backend = getattr(part.student.config, "attention", "timm's")
         _log.info("%sattention: %s; blocks: %s", part.prefix, backend, execution)
-    return Training(task, learner).run()
+    return Trainer(task, learner).run()
 
 
-def produce_together(plan: Plan, output: Output, write: Callable[[Path], Mapping[str, Any]]) -> Artifact:
+def produce_together(plan: ArtifactSpec, output: Output, write: Callable[[Path], Mapping[str, Any]]) -> Artifact:
     """`produce` on all ranks of a training: every rank trains, the first one commits."""
     url = plan.resolve(output.out)
     if world()[0] == 0 or find(url) is not None:
@@ -150,14 +150,14 @@ def build_learner(settings: PretrainSettings) -> Pretraining:
     """Student, teacher and heads with the initial weights of the settings' seed; the teacher starts as the student."""
     torch.manual_seed(settings.schedule.seed)
     student = VisionTransformer(settings.model)
-    teacher = VisionTransformer(settings.model.model_copy(update={"drop_path": 0.0}))
+    teacher = VisionTransformer(settings.model.model_copy(update={"drop_path_rate": 0.0}))
     teacher.load_state_dict(student.state_dict())
     torch.manual_seed(settings.schedule.seed + 1)
     losses = build_objectives(settings.objectives, settings.model, settings.model)
     return Pretraining(student, teacher, losses, settings.views)
 
 
-def training_metrics(trained: Trained, dataset: ViewDataset, student: str) -> dict[str, Any]:
+def training_metrics(trained: TrainResult, dataset: ViewDataset, student: str) -> dict[str, Any]:
     """Metrics of a checkpoint.
 
     Args:

@@ -15,12 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from pretrain.config import PretrainSettings
 from pretrain.data.loader import Batch
-from pretrain.engine import parameter_groups
 from pretrain.models.execution import Execution
 from pretrain.planning.dryrun import batch_of
 from pretrain.ranks import world
 from pretrain.sharding import base
 from pretrain.train import build_learner
+from pretrain.trainer import parameter_groups
 
 
 def fullest(parts: list[Callable[[], object]]) -> int:

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from curation.config import EmbeddedSettings, IngestConfig
-from curation.embedded import TRUTH, generate
+from curation.config import IngestConfig, SyntheticSettings
 from curation.ingest import ingest
+from curation.synthetic.corpus import TRUTH, generate
 from infra.corpora import Corpus
 from pretrain.config import OpenClipBackbone
 
-SMALL = EmbeddedSettings(
+SMALL = SyntheticSettings(
     pool_per_class=12,
     seed_per_class=10,
     test_per_class=6,
@@ -34,7 +34,7 @@ SMALL = EmbeddedSettings(
 
 @dataclass(frozen=True)
 class Embedded:
-    """The embedded corpus, small, ingested."""
+    """The synthetic corpus, small, ingested."""
 
     folder: Path
     pool: str

@@ -14,9 +14,9 @@ from PIL import Image
 
 from curation import run
 from curation.config import CurateConfig
-from curation.embedded import encode
+from curation.synthetic.corpus import encode
 from infra import embeddings
-from infra.artifacts import Artifact, Plan, produce
+from infra.artifacts import Artifact, ArtifactSpec, produce
 from infra.selections import Selection
 from infra.shards import CorpusWriter
 
@@ -73,11 +73,11 @@ def pool(
     keys = keys or [f"{name}{i:04d}" for i in range(len(vectors))]
     identity = hashlib.sha256(vectors.tobytes() + repr((keys, rows)).encode()).hexdigest()
     corpus = produce(
-        Plan("corpus", "test", 1, {"identity": identity}),
+        ArtifactSpec("corpus", "test", 1, {"identity": identity}),
         str(folder / f"{name}-corpus"),
         lambda directory: _write_corpus(directory, keys, rows),
     )
-    plan = Plan("embeddings", "test", 1, {"dim": vectors.shape[1]}, {"corpus": corpus.as_input()})
+    plan = ArtifactSpec("embeddings", "test", 1, {"dim": vectors.shape[1]}, {"corpus": corpus.as_input()})
     embedded = produce(
         plan, str(folder / f"{name}-embeddings"), lambda directory: _write_embeddings(directory, keys, vectors)
     )
@@ -112,7 +112,7 @@ def written(folder: Path, images: Sequence[bytes]) -> Pool:
         return {"images": len(keys)}
 
     identity = hashlib.sha256(b"".join(images)).hexdigest()
-    corpus = produce(Plan("corpus", "test", 1, {"identity": identity}), str(folder / "corpus"), write)
+    corpus = produce(ArtifactSpec("corpus", "test", 1, {"identity": identity}), str(folder / "corpus"), write)
     return Pool(corpus.url, None, keys)
 
 

@@ -27,8 +27,8 @@ from tests.pools import halved, planted, pool
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'fovea[ray]'")
 RAY = str(Path(sys.executable).with_name("ray"))
 STEPS = [
-    {"kind": "near_duplicates", "threshold": 0.7, "cells": 60, "allow_chains": True},
-    {"kind": "decontaminate", "threshold": 0.6, "cells": 40, "drop": "components"},
+    {"kind": "near_duplicates", "threshold": 0.7, "num_cells": 60, "allow_chains": True},
+    {"kind": "decontaminate", "threshold": 0.6, "num_cells": 40, "drop": "components"},
     {"kind": "semdedup", "clusters": 20},
     {"kind": "balance", "levels": [40, 8], "target": 900},
 ]

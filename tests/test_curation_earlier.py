@@ -24,8 +24,8 @@ from tests.pools import Pool, halved, planted, pool, unit
 NONE = np.empty(0, dtype=np.int64)
 STEPS = [
     {"kind": "exact"},
-    {"kind": "near_duplicates", "threshold": 0.75, "representative": "earliest", "cells": 12, "allow_chains": True},
-    {"kind": "decontaminate", "threshold": 0.7, "drop": "components", "cells": 12},
+    {"kind": "near_duplicates", "threshold": 0.75, "representative": "earliest", "num_cells": 12, "allow_chains": True},
+    {"kind": "decontaminate", "threshold": 0.7, "drop": "components", "num_cells": 12},
 ]
 
 

@@ -13,10 +13,10 @@ from PIL import Image, ImageFilter
 from scipy.fft import dctn
 from skimage.measure import shannon_entropy
 
-from curation.embedded import encode, load_photographs
 from curation.looks import Looks, grey, look, phash
 from curation.similarity.hamming import pairs_within
 from curation.similarity.tiles import CpuTiles, Workers
+from curation.synthetic.corpus import encode, load_photographs
 from infra.corpora import Corpus
 from tests.conftest import encoded
 from tests.pools import Pool, curated, written

@@ -21,12 +21,12 @@ from torch import nn
 
 from curation.config import CurateConfig, EmbedConfig, FaceBlur, MaterializeConfig
 from curation.embed import embed
-from curation.embedded import load_photographs
 from curation.faces import FaceBlurrer
 from curation.materialize import materialize
 from curation.scorers import Head
 from curation.steps.balance_text import Entries, kept_chances
 from curation.steps.config import HeadScorer
+from curation.synthetic.corpus import load_photographs
 from infra.corpora import Corpus
 from infra.errors import UserError
 from pretrain.config import OpenClipBackbone

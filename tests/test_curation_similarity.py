@@ -401,7 +401,7 @@ def test_artifacts_of_ties_are_the_same_for_any_memory_and_moment_of_saving(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vectors = np.repeat(planted(2, 400, 16), 3, axis=0)
-    step = {"kind": "near_duplicates", "threshold": 0.7, "cells": 30, "allow_chains": True}
+    step = {"kind": "near_duplicates", "threshold": 0.7, "num_cells": 30, "allow_chains": True}
     hashes = []
     for number, (memory, seconds) in enumerate(((1.0, 60.0), (1e-4, 60.0), (3e-4, -1.0))):
         monkeypatch.setattr("curation.similarity.selfjoin._SAVE_SECONDS", seconds)

@@ -18,8 +18,8 @@ from curation import run
 from curation.config import CurateConfig, CurateSettings, EmbedConfig, MaterializeConfig
 from curation.embed import embed
 from curation.materialize import materialize
-from curation.scoring import score_embedded, score_known_leaks
 from curation.steps.balance import evenness, shares
+from curation.synthetic.ground_truth_metrics import score_known_leaks, score_synthetic
 from curation.verdicts import Verdicts
 from infra.config import load_yaml
 from infra.corpora import Corpus
@@ -119,7 +119,7 @@ def test_chains_fall_apart_where_members_are_unlike_what_stands_for_them(tmp_pat
     (worst,) = whole.metrics["steps"][0]["worst"]
     assert worst["images"] == 10
     assert worst["diameter"] == pytest.approx(0, abs=1e-3)
-    split, ledger = curated(tmp_path, pool(tmp_path, arc), {**step, "min_to_representative": 0.9})
+    split, ledger = curated(tmp_path, pool(tmp_path, arc), {**step, "min_similarity_to_representative": 0.9})
     assert split.metrics["steps"][0]["groups_split_off"] == kept(ledger).sum() - 1 == 3
     assert min(row["score"] for row in ledger if not row["keep"]) >= 0.9
     assert sum(row["weight"] for row in ledger if row["keep"]) == 10
@@ -159,7 +159,7 @@ def test_retrieval_keeps_the_neighbours_of_brute_force(tmp_path: Path, monkeypat
     vectors, seed = unit(5, 60), unit(6, 9)
     target, curated_seed = pool(tmp_path, vectors), pool(tmp_path, seed, "s")
     nearest = np.argsort(-similarities(seed, vectors), axis=1, kind="stable")[:, :5]
-    step = {"kind": "retrieve", "neighbours": 5}
+    step = {"kind": "retrieve", "k": 5}
     artifact, ledger = curated(tmp_path, target, step, curated=curated_seed.embeddings)
     assert set(np.flatnonzero(kept(ledger))) == set(nearest.ravel())
     told = artifact.metrics["steps"][0]
@@ -168,7 +168,7 @@ def test_retrieval_keeps_the_neighbours_of_brute_force(tmp_path: Path, monkeypat
     assert all(row["winner"] == f"s{best[i].argmax():04d}" for i, row in enumerate(ledger))
 
     own, ledger = curated(
-        tmp_path, target, {**step, "neighbours": 3, "distinct": True}, curated=curated_seed.embeddings
+        tmp_path, target, {**step, "k": 3, "without_replacement": True}, curated=curated_seed.embeddings
     )
     told = own.metrics["steps"][0]
     assert told["collisions"] == 0
@@ -229,7 +229,7 @@ def test_a_leak_that_is_the_image_itself_is_in_the_histogram(tmp_path: Path) -> 
 def test_a_killed_step_leaves_nothing_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between saving the verdicts of a step and removing what the step needed."""
     vectors = planted(8, 600, 16)
-    step = {"kind": "near_duplicates", "cells": 12, "allow_chains": True}
+    step = {"kind": "near_duplicates", "num_cells": 12, "allow_chains": True}
     steps = [{**step, "threshold": value} for value in (0.9, 0.7)]
     target = pool(tmp_path, vectors)
     _, whole = curated(tmp_path, target, *steps)
@@ -264,7 +264,7 @@ def test_a_balanced_draw_is_more_even_than_the_pool_and_reaches_rare_concepts(tm
     top = artifact.metrics["steps"][0]["levels"][-1]
     assert top["after"]["gini"] < top["before"]["gini"]
 
-    _, ledger = curated(tmp_path, pool(tmp_path, vectors), {**step, "target": 1200, "copies": 3})
+    _, ledger = curated(tmp_path, pool(tmp_path, vectors), {**step, "target": 1200, "max_repeats": 3})
     weights = np.array([row["weight"] for row in ledger])
     assert weights[kept(ledger)].sum() == 1200
     assert weights.max() == 3
@@ -336,11 +336,11 @@ def test_what_is_listed_goes_and_what_was_dropped_may_come_back(tmp_path: Path) 
 
 EVERYTHING: list[dict[str, Any]] = [
     {"kind": "exact"},
-    {"kind": "near_duplicates", "threshold": 0.8, "representative": "earliest", "cells": 12, "probes": 4},
+    {"kind": "near_duplicates", "threshold": 0.8, "representative": "earliest", "num_cells": 12, "nprobe": 4},
     {"kind": "decontaminate", "threshold": 0.8, "drop": "components"},
     {"kind": "semdedup", "clusters": 5, "eps": 0.3},
     {"kind": "retrieve_clusters", "clusters": 6, "min_seeds": 1, "quota": 90, "most": 330},
-    {"kind": "retrieve", "neighbours": 20},
+    {"kind": "retrieve", "k": 20},
     {"kind": "balance", "levels": [20, 5], "target": 60},
 ]
 
@@ -420,11 +420,11 @@ def test_the_embedded_pool_is_cleaned(embedded: Embedded, tmp_path: Path) -> Non
     near, ledger = curated(
         tmp_path,
         Pool(embedded.pool, likeness["pool"], []),
-        {"kind": "retrieve", "neighbours": 8},
+        {"kind": "retrieve", "k": 8},
         curated=likeness["seed"],
         selection=clean.url,
     )
-    scores = score_embedded(near.url, embedded.truth)
+    scores = score_synthetic(near.url, embedded.truth)
     assert scores["dedup"]["recall"] > 0.75
     assert scores["decontamination"]["precision"] > 0.9
     assert scores["decontamination"]["recall"] > 0.8
@@ -480,7 +480,7 @@ def test_known_leaks_of_cifar10_are_found(shared_data: Path, tmp_path: Path) -> 
     assert selection.metrics["kept"] > 0.9 * len(target)
 
 
-@pytest.mark.parametrize("recipe", ["copies", "dinov2", "dinov3", "retrieve"])
+@pytest.mark.parametrize("recipe", ["dedup", "dinov2", "dinov3", "retrieve"])
 def test_recipes_are_settings_of_curations(recipe: str) -> None:
     folder = Path(curation.__file__).parent / "recipes"
     assert CurateSettings.model_validate(load_yaml(str(folder / f"{recipe}.yaml"))).steps

@@ -31,26 +31,30 @@ from pretrain.backbones import load
 from pretrain.checkpoints import Checkpoint
 from pretrain.config import CheckpointBackbone, Optimizer, Sharding
 from pretrain.data.loader import Batch
-from pretrain.engine import parameter_groups
 from pretrain.sharding import base
+from pretrain.trainer import parameter_groups
 from tests.conftest import Embedded
 from tests.test_pretrain_training import TINY, config
 
-MODEL = {"dim": 24, "depth": 1, "heads": 2, "patch_size": 8, "image_size": 32, "registers": 2}
+MODEL = {"embed_dim": 24, "depth": 1, "num_heads": 2, "patch_size": 8, "image_size": 32, "num_register_tokens": 2}
 STUDENT = {
     "students": {"student": {"model": MODEL}},
-    "schedule": {"steps": 6, "batch": 8},
+    "schedule": {"steps": 6, "global_batch_size": 8},
     "optimizer": {"base_lr": 2e-2},
     "teacher": {"momentum": [0.5, 1.0]},
-    "sharding": {"engine": "torch"},
-    "runtime": {"workers": 0},
+    "sharding": {"backend": "torch"},
+    "runtime": {"num_workers": 0},
 }
 
 
 @pytest.fixture(scope="module")
 def teacher(embedded: Embedded, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     out = tmp_path_factory.mktemp("teacher") / "run"
-    settings = {"schedule": {"steps": 6, "batch": 8}, "sharding": {"engine": "torch"}, "runtime": {"workers": 0}}
+    settings = {
+        "schedule": {"steps": 6, "global_batch_size": 8},
+        "sharding": {"backend": "torch"},
+        "runtime": {"num_workers": 0},
+    }
     return Checkpoint.open(pretrain.run(config(embedded.seed, out, **settings)).url)
 
 
@@ -91,7 +95,7 @@ def test_distilling_moves_the_student_and_its_average_and_not_the_teacher(
     assert not torch.equal(average, last)
     learner = lesson(teacher).build()
     engine = base.build(
-        learner, parameter_groups(learner, learner_settings()), Optimizer(), Sharding(engine="torch"), (4, 1)
+        learner, parameter_groups(learner, learner_settings()), Optimizer(), Sharding(backend="torch"), (4, 1)
     )
     before = {name: value.clone() for name, value in learner.state_dict().items()}
     loss, _ = engine.forward(batch_of(embedded, teacher), 0.07)
@@ -136,10 +140,14 @@ def test_crops_must_fit_every_students_patches(teacher: Checkpoint, embedded: Em
 
 def test_a_mixed_teacher_hands_down_its_prototypes_alone(embedded: Embedded, tmp_path: Path) -> None:
     """Tied heads are DINO's, and pixels are nothing to learn from a teacher; without prototypes nothing is."""
-    settings = {"schedule": {"steps": 1, "batch": 8}, "sharding": {"engine": "torch"}, "runtime": {"workers": 0}}
+    settings = {
+        "schedule": {"steps": 1, "global_batch_size": 8},
+        "sharding": {"backend": "torch"},
+        "runtime": {"num_workers": 0},
+    }
     dino, pixels = TINY["objectives"][0], {"kind": "simmim"}  # type: ignore[index]
     mixed = config(
-        embedded.seed, tmp_path / "mixed", **settings, objectives=[dino, {"kind": "ibot", "tied": True}, pixels]
+        embedded.seed, tmp_path / "mixed", **settings, objectives=[dino, {"kind": "ibot", "share_head": True}, pixels]
     )
     checkpoint = Checkpoint.open(pretrain.run(mixed).url)
     assert [each.kind for each in lesson(checkpoint).inherited] == ["dino", "ibot"]
@@ -323,9 +331,11 @@ def test_rotary_models_load_in_transformers_with_and_without_registers(tmp_path:
     from pretrain.models.vit import VisionTransformer
 
     for registers in (0, 3):
-        shape = {"dim": 32, "depth": 2, "heads": 2, "patch_size": 8, "image_size": 32, "position": "rope"}
+        shape = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 32, "pos_embed": "rope"}
         torch.manual_seed(0)
-        vit = VisionTransformer(VisionTransformerConfig.model_validate(shape | {"registers": registers})).eval()
+        vit = VisionTransformer(
+            VisionTransformerConfig.model_validate(shape | {"num_register_tokens": registers})
+        ).eval()
         transformers_folder.write(vit, Views(), tmp_path / str(registers))
         model = AutoModel.from_pretrained(tmp_path / str(registers) / "transformers").eval()
         pixels = torch.randn(2, 3, 32, 48)

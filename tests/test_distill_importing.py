@@ -23,12 +23,16 @@ from pretrain.models.vit import VisionTransformer
 from tests.conftest import TINY_CLIP, Embedded, image_folder, ingested
 from tests.test_pretrain_training import config
 
-MODEL = {"dim": 32, "depth": 2, "heads": 2, "patch_size": 8, "image_size": 32}
+MODEL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 32}
 
 
 @pytest.mark.parametrize(
     "extra",
-    [{"registers": 2}, {"patch_size": 7, "image_size": 28}, {"position": "rope", "key_bias": False, "norm_eps": 1e-5}],
+    [
+        {"num_register_tokens": 2},
+        {"patch_size": 7, "image_size": 28},
+        {"pos_embed": "rope", "key_bias": False, "norm_eps": 1e-5},
+    ],
 )
 def test_official_weights_become_a_checkpoint(extra: dict[str, object], embedded: Embedded, tmp_path: Path) -> None:
     model = VisionTransformerConfig.model_validate(MODEL | extra)
@@ -51,12 +55,12 @@ def test_official_weights_become_a_checkpoint(extra: dict[str, object], embedded
             embedded.seed,
             tmp_path / "on",
             model=model.model_dump(),
-            start=artifact.url,
-            schedule={"steps": 1, "batch": 8},
-            views={"globals": {"size": side}, "local_count": 0},
+            init_from=artifact.url,
+            schedule={"steps": 1, "global_batch_size": 8},
+            views={"global_crops": {"size": side}, "num_local_crops": 0},
         )
     )
-    assert started.manifest.inputs["start"].id == artifact.id
+    assert started.manifest.inputs["init_from"].id == artifact.id
 
 
 def test_timms_weights_become_a_checkpoint_and_go_back(embedded: Embedded, tmp_path: Path) -> None:
@@ -66,7 +70,7 @@ def test_timms_weights_become_a_checkpoint_and_go_back(embedded: Embedded, tmp_p
         theirs = timm.create_model("vit_tiny_patch16_224", **shape, **options, num_classes=7).eval()
         path = tmp_path / f"{number}.pt"
         torch.save({"state_dict": theirs.state_dict()}, path)
-        model = MODEL | {"registers": 2 if options else 0, "layer_scale": 1e-5 if options else None}
+        model = MODEL | {"num_register_tokens": 2 if options else 0, "layer_scale_init": 1e-5 if options else None}
         settings = {"checkpoint": str(path), "layout": "timm", "model": model, "out": str(tmp_path / f"out-{number}")}
         artifact = import_weights(ImportConfig.model_validate(settings))
         pixels = torch.randn(2, 3, 32, 32)

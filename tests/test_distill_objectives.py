@@ -23,8 +23,8 @@ from pretrain.objectives.base import Outputs, Taught
 class Width:
     """Of a backbone, its widths."""
 
-    def __init__(self, dim: int, patch_dim: int) -> None:
-        self.dim, self.patch_dim = dim, patch_dim
+    def __init__(self, embed_dim: int, patch_dim: int) -> None:
+        self.embed_dim, self.patch_dim = embed_dim, patch_dim
 
 
 def outputs_of(student: Said, **teachers: Said) -> Outputs:

@@ -35,7 +35,7 @@ from tests.hub_server import Hub, serving
 from tests.test_distill_students import captioned
 from tests.test_pretrain_training import config
 
-MODEL = {"dim": 32, "depth": 2, "heads": 2, "patch_size": 8, "image_size": 32}
+MODEL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 32}
 
 
 @pytest.mark.slow
@@ -43,20 +43,20 @@ MODEL = {"dim": 32, "depth": 2, "heads": 2, "patch_size": 8, "image_size": 32}
 @pytest.mark.parametrize(
     ("kind", "model"),
     [
-        ("clip", {**MODEL, "layer_scale": None, "mlp_ratio": 2.6}),
-        ("siglip", {**MODEL, "layer_scale": 0.5, "qkv_bias": False, "position": "sincos"}),
+        ("clip", {**MODEL, "layer_scale_init": None, "mlp_ratio": 2.6}),
+        ("siglip", {**MODEL, "layer_scale_init": 0.5, "qkv_bias": False, "pos_embed": "sincos"}),
     ],
 )
 def test_clip_models_load_in_open_clip(kind: str, model: dict[str, Any], tmp_path: Path) -> None:
     corpus = captioned(tmp_path)
-    text = {"context": 8, "width": 16, "heads": 2, "layers": 1}
+    text = {"context": 8, "width": 16, "num_heads": 2, "layers": 1}
     settings = {
         "model": model,
-        "objectives": [{"kind": kind, "dim": 8, "text": text}],
-        "views": {"globals": {"size": 32}, "global_count": 1, "local_count": 0},
-        "schedule": {"steps": 6, "batch": 8},
-        "sharding": {"engine": "torch"},
-        "runtime": {"workers": 0},
+        "objectives": [{"kind": kind, "embed_dim": 8, "text": text}],
+        "views": {"global_crops": {"size": 32}, "num_global_crops": 1, "num_local_crops": 0},
+        "schedule": {"steps": 6, "global_batch_size": 8},
+        "sharding": {"backend": "torch"},
+        "runtime": {"num_workers": 0},
         "corpora": [corpus],
         "out": str(tmp_path / "teacher"),
     }
@@ -87,7 +87,7 @@ def test_only_clip_models_are_published_for_open_clip() -> None:
 def test_a_plain_vit_is_one_in_transformers(position: str, embedded: Embedded, tmp_path: Path) -> None:
     from transformers import AutoConfig
 
-    settings = {**MODEL, "layer_scale": None, "mlp_ratio": 2.6, "norm_eps": 1e-5, "position": position}
+    settings = {**MODEL, "layer_scale_init": None, "mlp_ratio": 2.6, "norm_eps": 1e-5, "pos_embed": position}
     torch.manual_seed(0)
     vit = VisionTransformer(VisionTransformerConfig.model_validate(settings)).eval().requires_grad_(False)
     transformers_folder.write(vit, Views(), tmp_path)
@@ -97,7 +97,11 @@ def test_a_plain_vit_is_one_in_transformers(position: str, embedded: Embedded, t
 
 
 def test_models_that_timm_has_not_are_published_otherwise(embedded: Embedded, tmp_path: Path) -> None:
-    settings = {"schedule": {"steps": 1, "batch": 8}, "sharding": {"engine": "torch"}, "runtime": {"workers": 0}}
+    settings = {
+        "schedule": {"steps": 1, "global_batch_size": 8},
+        "sharding": {"backend": "torch"},
+        "runtime": {"num_workers": 0},
+    }
     odd = {**MODEL, "norm_eps": 1e-4}
     url = pretrain.run(config(embedded.seed, tmp_path / "odd", **settings, model=odd)).url
     shared: dict[str, Any] = {"checkpoint": url, "images": embedded.test}
@@ -130,7 +134,11 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(shard: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     root = tmp_path_factory.mktemp("trained")
     corpus = ingested(shard, root / "corpus").artifact.url
-    settings = {"schedule": {"steps": 3, "batch": 8}, "sharding": {"engine": "torch"}, "runtime": {"workers": 0}}
+    settings = {
+        "schedule": {"steps": 3, "global_batch_size": 8},
+        "sharding": {"backend": "torch"},
+        "runtime": {"num_workers": 0},
+    }
     return Checkpoint.open(pretrain.run(config(corpus, root / "teacher", **settings)).url)
 
 

@@ -41,23 +41,27 @@ from tests.conftest import Embedded, image_folder, ingested
 from tests.test_pretrain_training import HEAD, config, losses
 
 PLAIN: dict[str, Any] = {
-    "schedule": {"steps": 6, "batch": 8},
+    "schedule": {"steps": 6, "global_batch_size": 8},
     "optimizer": {"base_lr": 2e-2},
     "teacher": {"momentum": [0.5, 1.0], "temperature": [0.06, 0.07]},
-    "sharding": {"engine": "torch"},
-    "runtime": {"workers": 0, "checkpoint_every": 2},
+    "sharding": {"backend": "torch"},
+    "runtime": {"num_workers": 0, "checkpoint_every": 2},
 }
-VIT = {"dim": 24, "depth": 1, "heads": 2, "patch_size": 8, "image_size": 32}
+VIT = {"embed_dim": 24, "depth": 1, "num_heads": 2, "patch_size": 8, "image_size": 32}
 SMALL = {"model": VIT}
-FINE = {"model": {**VIT, "patch_size": 4, "registers": 1}, "lr": 0.5}
+FINE = {"model": {**VIT, "patch_size": 4, "num_register_tokens": 1}, "lr": 0.5}
 NET = {"timm": {"name": "test_resnet", "image_size": 32}}
 SAID = [{"kind": "prototypes"}, {"kind": "features"}]
-HERE = {"globals": {"size": 32}, "local_count": 0}
+HERE = {"global_crops": {"size": 32}, "num_local_crops": 0}
 
 
 @pytest.fixture(scope="module")
 def teacher(embedded: Embedded, tmp_path_factory: pytest.TempPathFactory) -> str:
-    settings = {"schedule": {"steps": 6, "batch": 8}, "sharding": {"engine": "torch"}, "runtime": {"workers": 0}}
+    settings = {
+        "schedule": {"steps": 6, "global_batch_size": 8},
+        "sharding": {"backend": "torch"},
+        "runtime": {"num_workers": 0},
+    }
     objectives = [{"kind": kind, "head": HEAD} for kind in ("dino", "ibot")]
     out = tmp_path_factory.mktemp("teacher") / "run"
     return pretrain.run(config(embedded.seed, out, **settings, objectives=objectives)).url
@@ -85,7 +89,7 @@ def test_students_together_are_what_they_are_alone(
         "teacher_checkpoint": teacher,
         "teachers": {"timm": foreign.model_dump()},
         "objectives": SAID,
-        "optimizer": {"base_lr": 2e-2, "clip": 0.1},
+        "optimizer": {"base_lr": 2e-2, "grad_clip": 0.1},
     }
     together = distill.run(settings(embedded.seed, tmp_path / "all", **shared, students=students))
     assert together.metrics["students"] == {name: f"{tmp_path}/all-{name}" for name in students}
@@ -167,13 +171,13 @@ def test_a_stopped_family_goes_on_bit_for_bit(
 
 def test_a_students_company_is_no_part_of_its_id(embedded: Embedded, teacher: str, tmp_path: Path) -> None:
     """Its place is looked at before the training; when it is gone, nothing else is taken for it."""
-    shared = {"teacher_checkpoint": teacher, "schedule": {"steps": 1, "batch": 8}}
+    shared = {"teacher_checkpoint": teacher, "schedule": {"steps": 1, "global_batch_size": 8}}
     both = distill.run(settings(embedded.seed, tmp_path / "a", **shared, students={"x": SMALL, "y": NET}))
     other = distill.run(settings(embedded.seed, tmp_path / "b", **shared, students={"x": SMALL, "z": FINE}))
     first, second = (open_artifact(student_url(each.url, "x"), "checkpoint") for each in (both, other))
     assert first.id == second.id
     assert first.manifest.files == second.manifest.files
-    longer = {**shared, "schedule": {"steps": 2, "batch": 8}, "students": {"x": SMALL, "y": NET}}
+    longer = {**shared, "schedule": {"steps": 2, "global_batch_size": 8}, "students": {"x": SMALL, "y": NET}}
     shutil.rmtree(both.url)
     with pytest.raises(UserError, match=r"a-x: holds an artifact of other settings \(schedule\.steps 1, now 2\)"):
         distill.run(settings(embedded.seed, tmp_path / "a", **longer))
@@ -192,7 +196,7 @@ def test_students_named_like_parts_of_torch_and_teachers_in_any_order(
         "views": HERE,
         "students": {"type": SMALL, "keys": NET},
     }
-    shared |= {"schedule": {"steps": 2, "batch": 8}}
+    shared |= {"schedule": {"steps": 2, "global_batch_size": 8}}
     asked = settings(embedded.seed, tmp_path / "a", **shared, teachers=both)
     turned = settings(embedded.seed, tmp_path / "b", **shared, teachers=dict(reversed(both.items())))
     a, b = (load_file(Path(student_url(distill.run(each).url, "type")) / WEIGHTS) for each in (asked, turned))
@@ -209,11 +213,16 @@ def test_two_ranks_tell_all_pairs_apart(clip: OpenClipBackbone, tmp_path: Path) 
     asked = {
         "teachers": {"big": clip.model_dump()},
         "objectives": [
-            {"kind": "clip", "teacher": "big", "dim": 8, "text": {"context": 8, "width": 16, "heads": 2, "layers": 1}}
+            {
+                "kind": "clip",
+                "teacher": "big",
+                "dim": 8,
+                "text": {"context": 8, "width": 16, "num_heads": 2, "layers": 1},
+            }
         ],
-        "views": {**HERE, "global_count": 1},
+        "views": {**HERE, "num_global_crops": 1},
         "students": {"student": SMALL},
-        "schedule": {"steps": 2, "batch": 8},
+        "schedule": {"steps": 2, "global_batch_size": 8},
     }
     corpus = captioned(tmp_path)
     (tmp_path / "job").mkdir()
@@ -240,8 +249,8 @@ def test_two_ranks_distill_as_one(
         "teachers": {"timm": foreign.model_dump()},
         "objectives": [{"kind": "prototypes", "patches": "all"}, {"kind": "features"}],  # masks are each rank's own
         "students": {"small": SMALL, "fine": FINE},
-        "schedule": {"steps": 4, "batch": 8},
-        "health": {"every": 2},
+        "schedule": {"steps": 4, "global_batch_size": 8},
+        "collapse": {"every": 2},
         "teacher": {"momentum": [0.5, 0.5], "temperature": [0.07, 0.07]},
     }
     sharding = {"zero_stage": stage}
@@ -319,7 +328,7 @@ def test_a_teacher_says_of_crops_what_its_library_says(foreign: TimmBackbone, cl
         found = teacher(crops)
         torch.testing.assert_close(found.class_token, vectors)
         torch.testing.assert_close(found.patch_tokens, tokens.patch_tokens.flatten(1, 2))
-        assert (teacher.dim, teacher.patch_dim) == (vectors.shape[1], tokens.patch_tokens.shape[-1])
+        assert (teacher.embed_dim, teacher.patch_dim) == (vectors.shape[1], tokens.patch_tokens.shape[-1])
         assert not found.class_token.is_inference()
 
 
@@ -330,24 +339,30 @@ def test_deit_learns_classes_from_labels_and_a_classifier(tmp_path: Path) -> Non
     deit = {"kind": "deit", "classifier": "test_resnet", "checkpoint": str(tmp_path / "teacher.safetensors")}
     shared = {
         "objectives": [deit],
-        "views": {"globals": {"size": 32, "scale": [0.6, 1.0], "photometric": [{"jitter": 0.0, "grey": 0.0}]}},
-        "schedule": {"steps": 60, "batch": 24},
-        "optimizer": {"base_lr": 5e-3, "lr_rule": "none", "warmup_steps": 5},
+        "views": {
+            "global_crops": {
+                "size": 32,
+                "scale": [0.6, 1.0],
+                "photometric": [{"jitter_prob": 0.0, "grayscale_prob": 0.0}],
+            }
+        },
+        "schedule": {"steps": 60, "global_batch_size": 24},
+        "optimizer": {"base_lr": 5e-3, "lr_scaling": "none", "warmup_steps": 5},
     }
-    student = {"model": {**VIT, "registers": 1, "layer_scale": None, "init_std": 0.1}}
+    student = {"model": {**VIT, "num_register_tokens": 1, "layer_scale_init": None, "init_std": 0.1}}
     distill.run(settings(corpus, tmp_path / "a", **shared, students={"student": student}))
     rows = losses(tmp_path / "a")
     for term in ("deit_labels", "deit_teacher"):
         assert np.mean([row[term] for row in rows[-5:]]) < 0.8 * rows[0][term]
-    tuned = {"student": {**student, "start": str(tmp_path / "a")}}
+    tuned = {"student": {**student, "init_from": str(tmp_path / "a")}}
     again = distill.run(settings(corpus, tmp_path / "b", **shared, students=tuned))
     assert again.manifest.inputs["start_student"].id == open_artifact(str(tmp_path / "a"), "checkpoint").id
     assert again.manifest.inputs["classifier"].id
     assert losses(tmp_path / "b")[0]["deit_labels"] != rows[0]["deit_labels"]
-    other = {"student": {"model": {**VIT, "dim": 32}, "start": str(tmp_path / "a")}}
+    other = {"student": {"model": {**VIT, "embed_dim": 32}, "init_from": str(tmp_path / "a")}}
     with pytest.raises(UserError, match="holds another backbone than the student's"):
         distill.run(settings(corpus, tmp_path / "c", **shared, students=other))
-    eps = {"student": {"model": {**student["model"], "norm_eps": 1e-5}, "start": str(tmp_path / "a")}}
+    eps = {"student": {"model": {**student["model"], "norm_eps": 1e-5}, "init_from": str(tmp_path / "a")}}
     with pytest.raises(UserError, match=r"was made with model\.norm_eps 1e-06, not 1e-05"):
         distill.run(settings(corpus, tmp_path / "c", **shared, students=eps))
     deit_gone = [{**deit, "checkpoint": str(tmp_path / "gone")}]
@@ -373,15 +388,15 @@ def test_clip_is_distilled_by_open_clips_loss(clip: OpenClipBackbone, tmp_path: 
     from pretrain.image_text import has_texts
 
     corpus = captioned(tmp_path)
-    text = {"context": 8, "width": 16, "heads": 2, "layers": 1}
+    text = {"context": 8, "width": 16, "num_heads": 2, "layers": 1}
     asked = settings(
         corpus,
         tmp_path / "student",
         teachers={"big": clip.model_dump()},
         objectives=[{"kind": "clip", "teacher": "big", "dim": 8, "text": text, "contrast": 0.5}],
-        views={**HERE, "global_count": 1},
+        views={**HERE, "num_global_crops": 1},
         students={"student": SMALL},
-        schedule={"steps": 30, "batch": 8},
+        schedule={"steps": 30, "global_batch_size": 8},
     )
     learner, batch = learner_and_batch(asked)
     _, terms = learner.eval()(batch, 0.07)
@@ -416,7 +431,7 @@ def test_clip_is_distilled_by_open_clips_loss(clip: OpenClipBackbone, tmp_path: 
 CACHED: dict[str, Any] = {
     "objectives": [*SAID, {"kind": "relations"}],
     "students": {"small": SMALL, "net": NET},
-    "schedule": {"steps": 50, "batch": 8},
+    "schedule": {"steps": 50, "global_batch_size": 8},
     "cached_views": 2,
 }
 
@@ -457,7 +472,7 @@ def test_keeping_goes_on_after_a_kill(
     embedded: Embedded, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(taught, "_PART", 32)
-    shared = {"teacher_checkpoint": teacher, "cached_views": 1, "schedule": {"steps": 2, "batch": 8}}
+    shared = {"teacher_checkpoint": teacher, "cached_views": 1, "schedule": {"steps": 2, "global_batch_size": 8}}
     distill.run(settings(embedded.seed, tmp_path / "whole" / "run", **shared))
     honest, calls = Distillation.teach, []
 
@@ -503,7 +518,7 @@ def test_recipes_are_whole(path: Path) -> None:
     for student in asked.students.values():
         with torch.device("meta"):
             network = build_backbone(student.network)
-        assert network.dim >= 384
+        assert network.embed_dim >= 384
     if asked.views is not None:
         assert Lesson.of(asked, []).views == asked.views
 
@@ -525,19 +540,27 @@ def test_what_decides_is_in_the_id(embedded: Embedded, foreign: TimmBackbone, tm
     assert len(set(ids)) == 3
 
 
-WIDE = {"dim": 96, "depth": 4, "heads": 3, "patch_size": 8, "image_size": 32, "layer_scale": 1.0, "init_std": 0.1}
-NARROW = {**WIDE, "dim": 48, "depth": 3, "heads": 2, "init_std": 0.14}
-BY_HEADS = {"hidden": 256, "bottleneck": 64, "prototypes": 128, "init_std": 0.08}
+WIDE = {
+    "embed_dim": 96,
+    "depth": 4,
+    "num_heads": 3,
+    "patch_size": 8,
+    "image_size": 32,
+    "layer_scale_init": 1.0,
+    "init_std": 0.1,
+}
+NARROW = {**WIDE, "embed_dim": 48, "depth": 3, "num_heads": 2, "init_std": 0.14}
+BY_HEADS = {"hidden_dim": 256, "bottleneck_dim": 64, "num_prototypes": 128, "init_std": 0.08}
 LEARN: list[dict[str, Any]] = [
     {"kind": "dino", "head": BY_HEADS},
     {"kind": "ibot", "weight": 0.06, "head": BY_HEADS},
     {"kind": "koleo"},
 ]
-NAME = {"kind": "clip", "dim": 64, "text": {"context": 8, "width": 32, "heads": 2, "layers": 1}}
+NAME = {"kind": "clip", "embed_dim": 64, "text": {"context": 8, "width": 32, "num_heads": 2, "layers": 1}}
 RECIPE: dict[str, Any] = {
-    "optimizer": {"base_lr": 4e-3, "warmup_steps": 20, "weight_decay": [0.04, 0.1], "patch_embed_lr": 1.0},
-    "sharding": {"engine": "torch"},
-    "runtime": {"workers": 1, "checkpoint_every": 1000},
+    "optimizer": {"base_lr": 4e-3, "warmup_steps": 20, "weight_decay": [0.04, 0.1], "patch_embed_lr_mult": 1.0},
+    "sharding": {"backend": "torch"},
+    "runtime": {"num_workers": 1, "checkpoint_every": 1000},
 }
 STEPS = 120
 
@@ -550,12 +573,15 @@ def test_distilled_students_beat_one_trained_from_scratch(shared_data: Path, tmp
     The teacher saw the classes' names too: with images alone none of this size gets far in a minute.
     """
     corpora = [slice_of(shared_data, name, count, tmp_path) for name, count in (("train", 4000), ("test", 1000))]
-    views = {"globals": {"size": 32, "scale": [0.4, 1.0], "photometric": [{"jitter": 0.3}]}, "local_count": 0}
+    views = {
+        "global_crops": {"size": 32, "scale": [0.4, 1.0], "photometric": [{"jitter_prob": 0.3}]},
+        "num_local_crops": 0,
+    }
     shared = {**RECIPE, "corpora": [corpora[0]]}
 
     def trained(model: dict[str, Any], steps: int, objectives: list[dict[str, Any]], out: str) -> str:
-        content = {"model": model, "objectives": objectives, "views": views | {"mask_share": 0.3}}
-        content |= {"schedule": {"steps": steps, "batch": 64}, "out": str(tmp_path / out)}
+        content = {"model": model, "objectives": objectives, "views": views | {"mask_probability": 0.3}}
+        content |= {"schedule": {"steps": steps, "global_batch_size": 64}, "out": str(tmp_path / out)}
         content |= {"teacher": {"momentum": [0.97, 1.0], "temperature": [0.04, 0.04]}}
         return pretrain.run(PretrainConfig.model_validate(shared | content)).url
 
@@ -563,7 +589,7 @@ def test_distilled_students_beat_one_trained_from_scratch(shared_data: Path, tmp
     found = {"scratch": accuracy(trained(NARROW, STEPS, LEARN, "scratch"), *corpora)}
     for kind in ("prototypes", "features"):
         content = {"objectives": [{"kind": kind}], "students": {"student": {"model": NARROW}}}
-        content |= {"schedule": {"steps": STEPS, "batch": 64}, "out": str(tmp_path / kind)}
+        content |= {"schedule": {"steps": STEPS, "global_batch_size": 64}, "out": str(tmp_path / kind)}
         content |= {"teacher_checkpoint": teacher, "teacher": {"momentum": [0.9, 1.0], "temperature": [0.04, 0.04]}}
         found[kind] = accuracy(distill.run(DistillConfig.model_validate(shared | content)).url, *corpora)
     assert min(found["prototypes"], found["features"]) > found["scratch"] + 0.005, found

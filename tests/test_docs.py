@@ -33,10 +33,10 @@ if words and words[0] in ("pretrain", "distill") and "--help" not in words:
     while "--schedule.steps" in words:
         place = words.index("--schedule.steps")
         del words[place:place + 2]
-    words += ["--schedule.steps", "3", "--schedule.batch", "8", "--optimizer.warmup-steps", "1"]
+    words += ["--schedule.steps", "3", "--schedule.global-batch-size", "8", "--optimizer.warmup-steps", "1"]
 if words and words[0] == "run" and "--help" not in words:
     for stage in ("pretrain", "distill"):
-        words += [f"--{{stage}}.schedule.steps", "3", f"--{{stage}}.schedule.batch", "8"]
+        words += [f"--{{stage}}.schedule.steps", "3", f"--{{stage}}.schedule.global_batch_size", "8"]
         words += [f"--{{stage}}.optimizer.warmup-steps", "1"]
 os.execv("{fovea}", ["fovea", *words])
 """

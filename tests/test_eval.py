@@ -17,7 +17,7 @@ from eval.gallery import Picture
 from eval.page import render
 from eval.rendering import PAGE
 from eval.scores import Scorer
-from infra.artifacts import Artifact, Plan, produce
+from infra.artifacts import Artifact, ArtifactSpec, produce
 from infra.errors import UserError
 from infra.lineage import Ancestor
 
@@ -87,7 +87,7 @@ def scored(folder: Path, name: str, values: list[float]) -> list[Artifact]:
 
     return [
         produce(
-            Plan("report", "evaluate", 1, {"name": name, "number": number}),
+            ArtifactSpec("report", "evaluate", 1, {"name": name, "number": number}),
             str(folder / f"{name.strip('<i>')}-{number}"),
             lambda directory, value=value: write(directory, value),
         )
@@ -113,7 +113,9 @@ def test_groups_are_compared_report_by_report(tmp_path: Path) -> None:
     html = artifact.read_bytes(PAGE).decode()
     assert "<i>curated" not in html
     assert f"{100 * (second - first).mean():+.2f}" in html
-    bare = produce(Plan("report", "x", 1, {}), str(tmp_path / "bare"), lambda directory: {"linear": {"model": 0.1}})
+    bare = produce(
+        ArtifactSpec("report", "x", 1, {}), str(tmp_path / "bare"), lambda directory: {"linear": {"model": 0.1}}
+    )
     with pytest.raises(UserError, match="tells no scores"):
         compare(CompareConfig(groups={**urls, "bare": [bare.url]}, out=str(tmp_path / "x")))
     with pytest.raises(UserError, match="no report here"):

@@ -60,8 +60,8 @@ def runs(embedded: Embedded, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     corpus = ingest(IngestConfig(source=str(embedded.folder / "pool"), out=f"{root}/ingest/{{id}}"))
     embeddings = embed(EmbedConfig(corpus=corpus.url, out=f"{root}/embed/{{id}}"))
     selection = curation.run(CurateConfig(corpus=corpus.url, embeddings=embeddings.url, out=f"{root}/curate/{{id}}"))
-    changes: dict[str, Any] = {"sharding": {"engine": "torch"}, "runtime": {"workers": 0}}
-    training = config(embedded.seed, root / "pretrain", **changes, schedule={"steps": 2, "batch": 8})
+    changes: dict[str, Any] = {"sharding": {"backend": "torch"}, "runtime": {"num_workers": 0}}
+    training = config(embedded.seed, root / "pretrain", **changes, schedule={"steps": 2, "global_batch_size": 8})
     checkpoint = pretrain.run(training.model_copy(update={"corpora": [selection.url]}))
     reports = [
         evaluate(
@@ -160,8 +160,8 @@ def test_images_are_shown_with_their_verdicts(runs: Runs, client: TestClient) ->
     page = client.get(f"/artifacts/{runs.selection.id}/images", params={"reason": "exact_duplicate"}).text
     told = runs.selection.metrics["steps"][0]["dropped"]
     assert page.count('<figure class="dropped">') == told
-    key = page.partition("/why?key=")[2].partition('"')[0]
-    assert "dropped by the step exact" in client.get(f"/artifacts/{runs.selection.id}/why?key={key}").text
+    key = page.partition("/explain?key=")[2].partition('"')[0]
+    assert "dropped by the step exact" in client.get(f"/artifacts/{runs.selection.id}/explain?key={key}").text
     shown = client.get(f"/artifacts/{runs.corpus.id}/images/0?side=512")
     assert shown.headers["content-type"] == "image/webp"
     assert client.get(f"/artifacts/{runs.corpus.id}/images/99999999").status_code == 404
@@ -182,7 +182,7 @@ def test_what_came_from_the_web_is_escaped(tmp_path: Path) -> None:
     addresses = (
         *("/", f"/artifacts/{corpus.id}", f"/artifacts/{corpus.id}/images", f"/artifacts/{cut.id}/images"),
         *(f"/search?key={key}", f"/search?in={embedded.id}&text={EVIL}", f"/?q={EVIL}", f"/artifacts/{EVIL}"),
-        *(f"/artifacts/{cut.id}/why?key={key}", f"/artifacts/{corpus.id}/images?key={EVIL}"),
+        *(f"/artifacts/{cut.id}/explain?key={key}", f"/artifacts/{corpus.id}/images?key={EVIL}"),
     )
     for address in addresses:
         assert "<script" not in client.get(address).text, address

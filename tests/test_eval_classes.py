@@ -23,7 +23,7 @@ from eval.damages import COUNTED, DAMAGES, damaged
 from eval.frozen import Frozen
 from eval.tasks import corruptions, fine_tune, knn, linear, logistic
 from eval.tasks.config import Corruptions, FewShot, FineTune, Knn, Linear, Logistic
-from infra.artifacts import Plan, produce
+from infra.artifacts import ArtifactSpec, produce
 from infra.corpora import Corpus
 from infra.errors import UserError
 from pretrain import backbones
@@ -155,7 +155,9 @@ class FakeFrozen(Frozen):
 
     @classmethod
     def holding(cls, values: np.ndarray, folder: Path, blocks: list[int], mean: int, views: int = 1) -> Frozen:
-        artifact = produce(Plan("embeddings", "test", 1, {"at": str(folder)}), str(folder), lambda directory: {})
+        artifact = produce(
+            ArtifactSpec("embeddings", "test", 1, {"at": str(folder)}), str(folder), lambda directory: {}
+        )
         found = cls(artifact, views, 0, blocks, mean)
         found.__dict__["parts"] = [values[:7], values[7:]]
         return found

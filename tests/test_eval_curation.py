@@ -10,8 +10,8 @@ import pytest
 
 from eval.config import ReportConfig
 from eval.exhibits import Exhibits
+from eval.explain import explain, write_page
 from eval.page import PAGE, report
-from eval.why import why, write_page
 from flows.cli.main import main
 from infra.artifacts import Artifact
 from infra.errors import UserError
@@ -22,7 +22,7 @@ STEPS: list[dict[str, Any]] = [
     {"kind": "near_duplicates", "threshold": 0.8},
     {"kind": "decontaminate", "threshold": 0.8},
     {"kind": "semdedup", "clusters": 3, "eps": 0.1},
-    {"kind": "retrieve", "neighbours": 10},
+    {"kind": "retrieve", "k": 10},
     {"kind": "balance", "levels": [20, 5], "target": 40},
 ]
 
@@ -95,7 +95,7 @@ def test_clusters_of_the_seed_and_bounds_of_scores_are_shown(tmp_path: Path) -> 
 def test_why_follows_an_image_to_what_is_kept_or_compared(selection: Artifact, tmp_path: Path) -> None:
     rows = {row["key"]: row for row in ledger(selection)}
     for row in rows.values():
-        story = why(selection.url, row["key"])
+        story = explain(selection.url, row["key"])
         assert story.trail[0].key == row["key"]
         if row["reason"] == "near_duplicate":
             assert story.trail[1].key == row["winner"]
@@ -105,20 +105,20 @@ def test_why_follows_an_image_to_what_is_kept_or_compared(selection: Artifact, t
             assert "an image of" in story.trail[1].text
             assert story.trail[1].picture.mark == "reference"
     lost = next(key for key, row in rows.items() if row["reason"] == "near_duplicate")
-    write_page(why(selection.url, lost), tmp_path / "why.html")
+    write_page(explain(selection.url, lost), tmp_path / "explain.html")
     with pytest.raises(UserError, match="give --page a file in a folder that can be written"):
-        write_page(why(selection.url, lost), tmp_path / "none" / "why.html")
-    html = (tmp_path / "why.html").read_text()
+        write_page(explain(selection.url, lost), tmp_path / "none" / "explain.html")
+    html = (tmp_path / "explain.html").read_text()
     assert "<b>k" not in html
     assert html.count("data:image/webp") >= 3
     with pytest.raises(UserError, match="nobody: no image of"):
-        why(selection.url, "nobody")
+        explain(selection.url, "nobody")
 
 
 def test_the_command_tells_it_in_words(selection: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     lost = next(row for row in ledger(selection) if row["reason"] == "near_duplicate")
     with pytest.raises(SystemExit, match="0"):
-        main(["why", lost["key"], "--selection", selection.url])
+        main(["explain", lost["key"], "--selection", selection.url])
     first, second, *_ = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{lost['key']}: dropped by the step near_duplicates: near duplicate, {lost['score']:.4f}")
     assert second.startswith(f"  {lost['winner']}: ")

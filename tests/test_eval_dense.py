@@ -235,7 +235,7 @@ def test_attention_of_the_class_token_is_that_of_the_reference(tmp_path: Path) -
 
     for position in ("learned", "rope"):
         config = VisionTransformerConfig(
-            dim=32, depth=2, heads=2, patch_size=8, image_size=32, registers=2, position=position
+            embed_dim=32, depth=2, num_heads=2, patch_size=8, image_size=32, num_register_tokens=2, pos_embed=position
         )
         torch.manual_seed(0)
         model = VisionTransformer(config).eval()

@@ -110,7 +110,7 @@ def test_alpha_is_the_slope_of_a_power_law() -> None:
 
 
 def test_health_of_a_trained_teacher_tells_of_its_prototypes(embedded: Embedded, tmp_path: Path) -> None:
-    trained = pretrain.run(config(embedded.seed, tmp_path / "teacher", schedule={"steps": 2, "batch": 8}))
+    trained = pretrain.run(config(embedded.seed, tmp_path / "teacher", schedule={"steps": 2, "global_batch_size": 8}))
     opened = bench({"test": Corpus.open(embedded.test)}, [{"kind": "health", "images": 40, "views": 3}])
     task = opened.settings.tasks[0]
     assert isinstance(task, Health)

@@ -49,7 +49,7 @@ def settings(embedded: Embedded, out: Path, **changes: object) -> EvaluateConfig
 @pytest.fixture(scope="module")
 def teacher(embedded: Embedded, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     out = tmp_path_factory.mktemp("teacher") / "run"
-    return pretrain.run(config(embedded.seed, out, schedule={"steps": 2, "batch": 8}))
+    return pretrain.run(config(embedded.seed, out, schedule={"steps": 2, "global_batch_size": 8}))
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SUITES.glob("*.yaml")))

@@ -128,11 +128,11 @@ def test_templates_and_names_that_do_not_fit_are_named(tmp_path: Path) -> None:
 
 def test_a_checkpoint_with_clip_has_both_towers(tmp_path: Path) -> None:
     corpus = samples(tmp_path, {str(i): {"png": encoded(picture(i)), "txt": f"picture {i}".encode()} for i in range(8)})
-    text = {"context": 8, "width": 16, "heads": 2, "layers": 1}
+    text = {"context": 8, "width": 16, "num_heads": 2, "layers": 1}
     settings = TINY | {
-        "objectives": [{"kind": "clip", "dim": 16, "text": text}],
-        "schedule": {"steps": 2, "batch": 4},
-        "runtime": {"workers": 0},
+        "objectives": [{"kind": "clip", "embed_dim": 16, "text": text}],
+        "schedule": {"steps": 2, "global_batch_size": 4},
+        "runtime": {"num_workers": 0},
     }
     config = pretrain.config.PretrainConfig.model_validate(
         settings | {"corpora": [corpus.artifact.url], "out": str(tmp_path / "clip")}

@@ -36,8 +36,20 @@ from tests.test_pretrain_training import TINY, until_saved
 
 FOVEA = Path(sys.executable).with_name("fovea")
 COMMANDS = (
-    *("run", "ingest", "embed", "curate", "materialize", "pretrain", "distill", "eval", "follow", "compare", "ablate"),
-    *("import", "publish", "report", "deploy", "ui", "doctor", "why", "recipes", "completion"),
+    *(
+        "run",
+        "ingest",
+        "embed",
+        "curate",
+        "materialize",
+        "pretrain",
+        "distill",
+        "eval",
+        "eval-checkpoints",
+        "compare",
+        "ablate",
+    ),
+    *("import", "publish", "report", "deploy", "ui", "doctor", "explain", "recipes", "completion"),
 )
 
 
@@ -78,7 +90,7 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         (["ingest", "--out", "o"], "source: required"),
         (["ingest", "--source", "ftq://x", "--out", "o"], "ftq://x"),
         (["pretrain", "--corpora", "/nope", "--out", "o"], "/nope: no corpus or selection here"),
-        (["pretrain", "--corpora", "x", "--out", "o", "--optimizer.clip", "-1"], "optimizer.clip"),
+        (["pretrain", "--corpora", "x", "--out", "o", "--optimizer.grad-clip", "-1"], "optimizer.grad_clip"),
         (
             [
                 "eval",
@@ -103,7 +115,7 @@ def test_help_imports_nothing_heavy(command: str) -> None:
             ["eval", "pixels", "--datasets.train", "pairs:a:b", "--datasets.test", "x"],
             "pairs:a:b: give two folders of this machine",
         ),
-        (["run", "--root", "x"], "either sources or embedded"),
+        (["run", "--root", "x"], "either sources or synthetic"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], expected: str, tmp_path: Path) -> None:
@@ -120,7 +132,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], expected: s
 @pytest.mark.parametrize(("after", "code"), [(r"embed: \d", 130), (r"materialize: \d", 75)])
 def test_ctrl_c_in_a_terminal_ends_a_run_in_one_line(after: str, code: int, tmp_path: Path) -> None:
     """A terminal sends it to all processes, Prefect's server too."""
-    settings = {**pipeline(tmp_path / "run"), "pretrain": {**TINY, "schedule": {"steps": 100_000, "batch": 8}}}
+    settings = {
+        **pipeline(tmp_path / "run"),
+        "pretrain": {**TINY, "schedule": {"steps": 100_000, "global_batch_size": 8}},
+    }
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(settings))
     environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
     process = subprocess.Popen(
@@ -171,16 +186,16 @@ def test_a_key_that_stands_twice_or_a_tab_is_named(tmp_path: Path) -> None:
 
 
 def test_a_wrong_key_in_a_file_is_named_with_the_file(tmp_path: Path) -> None:
-    (tmp_path / "p.yaml").write_text("root: x\nembedded: {}\npretrian: {}\n")
+    (tmp_path / "p.yaml").write_text("root: x\nsynthetic: {}\npretrian: {}\n")
     done = fovea("run", str(tmp_path / "p.yaml"))
     assert done.returncode == 2
-    assert "p.yaml: pretrian: unknown key; allowed here: copies" in done.stderr
+    assert "p.yaml: pretrian: unknown key; allowed here: checkpoint_eval" in done.stderr
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_passes_through_the_command_line(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["pretrain", recipe, "--corpora", "/nope", "--out", "out", "--views.global-count", "2"])
+        main(["pretrain", recipe, "--corpora", "/nope", "--out", "out", "--views.num-global-crops", "2"])
     assert ended.value.code == 2
     assert "/nope: no corpus or selection here" in capsys.readouterr().err
 
@@ -223,7 +238,7 @@ def test_flags_below_a_recipes_students_reach_the_command(
     main(["distill", "dinov2_family", "--corpora", "x", "--out", "y", "--students.small.lr", "0.5"])
     (config,) = seen
     assert {name: each.lr for name, each in config.students.items()} == {"base": 1.0, "large": 1.0, "small": 0.5}
-    assert config.students["small"].model.dim == 384
+    assert config.students["small"].model.embed_dim == 384
     assert config.students["small"].model.patch_size == 14
 
 
@@ -239,8 +254,8 @@ def pipeline(root: Path) -> dict[str, object]:
     settings = {
         "name": "Test",
         "root": str(root),
-        "embedded": SMALL.settings(),
-        "copies": {"backbone": {"kind": "pixels", "whiten": 1.5}},
+        "synthetic": SMALL.settings(),
+        "dedup_embedding": {"backbone": {"kind": "pixels", "whiten": 1.5}},
         "deduplicate": {
             "steps": [
                 {"kind": "exact"},
@@ -361,7 +376,7 @@ def test_an_ablation_trains_on_each_choice_and_compares(embedded: Embedded, tmp_
         "seeds": [3],
         "train": embedded.seed,
         "test": embedded.test,
-        "pretrain": TINY | {"schedule": {"steps": 3, "batch": 16}},
+        "pretrain": TINY | {"schedule": {"steps": 3, "global_batch_size": 16}},
         "evaluate": {"tasks": [{"kind": "knn", "k": [5]}], "baselines": False, "pictures": 0},
     }
     (tmp_path / "ablate.yaml").write_text(yaml.safe_dump(settings))

@@ -113,7 +113,7 @@ def test_every_boolean_can_be_turned_on_and_off(model: type[Config], key: Key) -
 
 
 BASES: dict[str, dict[str, Any]] = {
-    "run": {"root": "r", "embedded": {}},
+    "run": {"root": "r", "synthetic": {}},
     "ingest": {"source": "s", "out": "o"},
     "embed": {"corpus": "c", "out": "o"},
     "curate": {"corpus": "c", "out": "o"},
@@ -123,7 +123,7 @@ BASES: dict[str, dict[str, Any]] = {
     "distill": {"corpora": ["c"], "out": "o"},
     "import": {"checkpoint": "c", "out": "o"},
     "eval": {"model": {"kind": "pixels"}, "datasets": {"train": "a", "test": "b"}},
-    "follow": {"training": "t", "datasets": {"train": "a", "test": "b"}},
+    "eval-checkpoints": {"training": "t", "datasets": {"train": "a", "test": "b"}},
     "ablate": {"root": "r", "corpus": "c", "selections": {"x": "s"}, "train": "a", "test": "b"},
     "publish": {"checkpoint": "c", "images": "i", "out": "o"},
     "report": {"artifacts": {"a": "u"}, "out": "o"},
@@ -149,7 +149,16 @@ def test_a_key_that_is_given_its_default_changes_nothing(name: str) -> None:
             content = {part: content}
         assert model.model_validate({**base, **content}) == expected, key.flag
         assert model.model_validate({**base, **apply_flags("x", [key.flag, flow(plain)], {}, model)}) == expected
-    assert count or name in ("ingest", "deploy", "report", "publish", "curate", "materialize", "follow", "eval")
+    assert count or name in (
+        "ingest",
+        "deploy",
+        "report",
+        "publish",
+        "curate",
+        "materialize",
+        "eval-checkpoints",
+        "eval",
+    )
 
 
 def value_at(config: Any, path: tuple[str, ...]) -> Any:
@@ -162,11 +171,15 @@ def value_at(config: Any, path: tuple[str, ...]) -> Any:
 
 
 def test_settings_of_a_nested_default_survive_one_change() -> None:
-    views = PretrainSettings.model_validate({"views": {"locals": {"size": 32}}}).views
-    assert (views.locals.size, views.locals.scale, views.locals.photometric[0].blur) == (32, (0.05, 0.32), 0.5)
-    pipeline = PipelineConfig.model_validate({"root": "x", "embedded": {}, "retrieve": {"memory_gb": 8}})
+    views = PretrainSettings.model_validate({"views": {"local_crops": {"size": 32}}}).views
+    assert (views.local_crops.size, views.local_crops.scale, views.local_crops.photometric[0].blur_prob) == (
+        32,
+        (0.05, 0.32),
+        0.5,
+    )
+    pipeline = PipelineConfig.model_validate({"root": "x", "synthetic": {}, "retrieve": {"memory_gb": 8}})
     assert [step.kind for step in pipeline.retrieve.steps] == ["retrieve"]
-    suites = PipelineConfig.model_validate({"root": "x", "embedded": {}, "evaluate": {"suite": "imagenet"}})
+    suites = PipelineConfig.model_validate({"root": "x", "synthetic": {}, "evaluate": {"suite": "imagenet"}})
     assert suites.evaluate == EvaluateSettings(suite="imagenet")
     other = EmbedConfig.model_validate({"corpus": "c", "out": "o", "backbone": {"kind": "checkpoint", "url": "u"}})
     assert other.backbone.kind == "checkpoint"
@@ -177,7 +190,7 @@ def test_settings_of_a_nested_default_survive_one_change() -> None:
     [
         (["curate", "--corpus", "a", "decon.yaml"], "decon.yaml: belongs to no flag"),
         (["curate", "--corpus", "a", "--out", "b", "missing.yaml"], "missing.yaml: belongs to no flag"),
-        (["curate", "copies", "retrieve"], "retrieve: belongs to no flag"),
+        (["curate", "dedup", "retrieve"], "retrieve: belongs to no flag"),
         (["plan", "--gpus", "1", "small_gpu"], "small_gpu: belongs to no flag"),
         (["eval", "pixels", "quick", "more"], "more: belongs to no flag"),
         (["embed", "--corpus", "a", "--no-batch"], "--no-batch: unknown flag"),
@@ -195,7 +208,7 @@ def test_settings_of_a_nested_default_survive_one_change() -> None:
             "backbone: no kind 'vgg'; give one of pixels",
         ),
         (["embed", "--corpus", "a", "--out", "b", "--batch", "many"], "batch: input should be a valid integer"),
-        (["run", "--root", "x"], "fovea: give either sources or embedded"),
+        (["run", "--root", "x"], "fovea: give either sources or synthetic"),
         (["eval", "pixels", "quick"], "datasets: required; add it"),
         (["pretrain"], "required; add it (and 1 more) (fovea pretrain --help)"),
         (["recipes", "nothing"], "nothing: no recipe, suite or pipeline of this name"),
@@ -231,9 +244,11 @@ def test_a_flag_leaves_the_files_own_content() -> None:
     content = {"students": {"a-b": {"lr": 0.5}, "c": {"lr": 2}}}
     model = COMMANDS["distill"].model
     changed = apply_flags(
-        "distill", ["--students.a-b.model.patch-size", "4", "--students.c.start=null"], content, model
+        "distill", ["--students.a-b.model.patch-size", "4", "--students.c.init-from=null"], content, model
     )
-    assert changed == {"students": {"a-b": {"lr": 0.5, "model": {"patch_size": "4"}}, "c": {"lr": 2, "start": None}}}
+    assert changed == {
+        "students": {"a-b": {"lr": 0.5, "model": {"patch_size": "4"}}, "c": {"lr": 2, "init_from": None}}
+    }
     assert content == {"students": {"a-b": {"lr": 0.5}, "c": {"lr": 2}}}
 
 
@@ -277,7 +292,7 @@ def test_help_shows_usage_what_is_required_and_the_defaults_that_hold(
 def test_help_has_defaults_of_instances(capsys: pytest.CaptureFixture[str]) -> None:
     main(["pretrain", "--help-all"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "--views.locals.scale FLOAT... Least and largest share of the image's area. [[0.05, 0.32]]" in text
+    assert "--views.local-crops.scale FLOAT... Least and largest share of the image's area. [[0.05, 0.32]]" in text
     assert "Peak learning rate at the reference batch" in text
     assert help_pages.in_yaml((0.1, None)) == "[0.1, null]"
 

@@ -19,9 +19,9 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import automations
-from flows.config import DeploySettings, FollowConfig, PipelineConfig
+from flows.checkpoint_eval import evaluating_checkpoints
+from flows.config import CheckpointEvalConfig, DeploySettings, PipelineConfig
 from flows.deployments import STAGES, content, forget_schedules, write
-from flows.following import following
 from flows.limits import slots
 from flows.recuration import curation, resource
 from infra.artifacts import find
@@ -45,7 +45,7 @@ def test_what_is_deployed_stands_in_a_file(tmp_path: Path) -> None:
     assert first["parameters"]["config"] == yaml.safe_load((tmp_path / "pipeline.yaml").read_text())
     assert first["schedules"] == [{"cron": "0 3 * * 1", "timezone": "UTC"}]
     assert first["concurrency_limit"] == 1
-    assert {each["entrypoint"].rpartition(":")[2] for each in others} == {*STAGES, "curation", "follow"}
+    assert {each["entrypoint"].rpartition(":")[2] for each in others} == {*STAGES, "curation", "eval_checkpoints"}
     variables = first["work_pool"]["job_variables"]["env"]
     assert variables == {"A": "b", "DO_NOT_TRACK": "1", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60"}
     assert all(each["tags"] == ["fovea", "weekly"] for each in told["deployments"])
@@ -94,7 +94,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def test_a_stage_runs_where_a_worker_is_and_its_form_tells_what_it_takes(server: Server, tmp_path: Path) -> None:
     deployment = server.asked("/deployments/name/fovea-pipeline/fovea")
     schema = deployment["parameter_openapi_schema"]["definitions"]
-    assert schema["Schedule"]["properties"]["batch"]["minimum"] == 1
+    assert schema["Schedule"]["properties"]["global_batch_size"]["minimum"] == 1
     image_folder(tmp_path / "images", 4)
     corpus = {"source": str(tmp_path / "images"), "out": str(tmp_path / "corpus")}
     run = server.started("ingest", {"config": corpus})
@@ -129,7 +129,7 @@ def test_a_pool_that_grows_is_curated_on_and_trained_on_when_enough_has_changed(
     others = str(tmp_path / "others")
     told = {
         "root": str(tmp_path / "run"),
-        "grows": True,
+        "incremental": True,
         "sources": {"pool": str(folder), "test": others, "train": others},
         "deduplicate": {"steps": [{"kind": "exact"}, {"kind": "near_duplicates"}]},
     }
@@ -257,13 +257,16 @@ def test_failures_are_told_to_a_block(server: Server, tmp_path: Path) -> None:
 
 @pytest.mark.multiprocess
 def test_teachers_are_scored_by_the_worker_of_a_deployment(server: Server, tmp_path: Path) -> None:
-    asked = FollowConfig(training=str(tmp_path / "teacher"), datasets={"train": "a", "test": "b"})
+    asked = CheckpointEvalConfig(training=str(tmp_path / "teacher"), datasets={"train": "a", "test": "b"})
     there = {PREFECT_API_URL: server.environment["PREFECT_API_URL"]}
-    with temporary_settings(there), following(asked, tmp_path / "job", "fovea-follow/fovea") as found:
+    with (
+        temporary_settings(there),
+        evaluating_checkpoints(asked, tmp_path / "job", "fovea-eval-checkpoints/fovea") as found,
+    ):
         pass
     assert found == []  # nobody waits for it
-    (run,) = server.asked("/flow_runs/filter", {"flows": {"name": {"any_": ["fovea-follow"]}}})
-    assert FollowConfig.model_validate(run["parameters"]["config"]) == asked
+    (run,) = server.asked("/flow_runs/filter", {"flows": {"name": {"any_": ["fovea-eval-checkpoints"]}}})
+    assert CheckpointEvalConfig.model_validate(run["parameters"]["config"]) == asked
     server.asked(f"/flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
 
 
@@ -293,8 +296,11 @@ def heard() -> Iterator[tuple[str, list[dict[str, str]]]]:
 @pytest.mark.multiprocess
 def test_a_cancelled_training_saves_its_state_and_lets_go(server: Server, embedded: Embedded, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    changes: dict[str, Any] = {"sharding": {"engine": "torch"}, "runtime": {"workers": 0, "checkpoint_every": 10_000}}
-    long = config(embedded.seed, out, **changes, schedule={"steps": 20_000, "batch": 8})
+    changes: dict[str, Any] = {
+        "sharding": {"backend": "torch"},
+        "runtime": {"num_workers": 0, "checkpoint_every": 10_000},
+    }
+    long = config(embedded.seed, out, **changes, schedule={"steps": 20_000, "global_batch_size": 8})
     run = server.started("pretrain", {"config": long.settings()})
     log = out.with_name("run.job")
     deadline = time.monotonic() + 180

@@ -23,20 +23,20 @@ from tests.conftest import image_folder, ingested
 def test_a_curation_goes_on_from_the_last_one_that_is_whole(tmp_path: Path) -> None:
     root = tmp_path / "run"
     source = {"pool": "p", "test": "t", "train": "t"}
-    config = PipelineConfig(root=str(root), sources=source, grows=True)
+    config = PipelineConfig(root=str(root), sources=source, incremental=True)
 
     def curated(images: int) -> tuple[str, dict[str, str]]:
         folder = image_folder(tmp_path / "images", images)
         corpus = ingested(folder, root / f"corpus-{images}").artifact.url
         before = Grown.since(config, corpus)
         vectors = embed(
-            EmbedConfig(corpus=corpus, out=f"{root}/embed/{{id}}", previous=before.before("embed-pool-copies"))
+            EmbedConfig(corpus=corpus, out=f"{root}/embed/{{id}}", previous=before.before("embed-pool-dedup"))
         )
         settings = {"corpus": corpus, "embeddings": vectors.url, "previous": before.before("deduplicate")}
         selection = curation.run(CurateConfig(**settings, out=f"{root}/deduplicate/{{id}}"))
-        made = {"embed-pool-copies": vectors.url, "deduplicate": selection.url, "other": "x"}
+        made = {"embed-pool-dedup": vectors.url, "deduplicate": selection.url, "other": "x"}
         before.remember(made)
-        return corpus, {name: made[name] for name in ("embed-pool-copies", "deduplicate")}
+        return corpus, {name: made[name] for name in ("embed-pool-dedup", "deduplicate")}
 
     first, made = curated(6)
     assert Grown.since(config, first).earlier == {}  # the same again is the same, not one after it
@@ -44,10 +44,10 @@ def test_a_curation_goes_on_from_the_last_one_that_is_whole(tmp_path: Path) -> N
     assert Grown.since(config, second).earlier == made
     third = ingested(image_folder(tmp_path / "images", 9), root / "corpus-9").artifact.url
     assert Grown.since(config, third).earlier == more
-    other = config.model_copy(update={"copies": config.copies.model_copy(update={"batch": 7})})
+    other = config.model_copy(update={"dedup_embedding": config.dedup_embedding.model_copy(update={"batch": 7})})
     assert Grown.since(other, third).earlier == {}  # by other settings
-    assert Grown.since(config.model_copy(update={"grows": False}), third).earlier == {}
-    shutil.rmtree(more["embed-pool-copies"])
+    assert Grown.since(config.model_copy(update={"incremental": False}), third).earlier == {}
+    shutil.rmtree(more["embed-pool-dedup"])
     assert Grown.since(config, third).earlier == {}  # of half of it nothing can go on
 
 

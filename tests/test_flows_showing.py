@@ -84,17 +84,17 @@ def test_a_jobs_way_through_the_queue_is_told_once(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_picture_is_small_enough_for_a_database(tmp_path: Path) -> None:
-    from infra.artifacts import Plan, produce
+    from infra.artifacts import ArtifactSpec, produce
 
     def write(folder: Path) -> dict[str, int]:
         Image.effect_noise((3000, 2000), 80).convert("RGB").save(folder / "pca.png")
         return {}
 
-    found = showing._picture(produce(Plan("report", "evaluate", 1, {}), str(tmp_path / "a"), write))
+    found = showing._picture(produce(ArtifactSpec("report", "evaluate", 1, {}), str(tmp_path / "a"), write))
     assert found is not None
     kind, _, data = found.partition(";base64,")
     assert kind == "data:image/jpeg"
     image = Image.open(io.BytesIO(base64.b64decode(data)))
     assert image.size == (900, 600)
     assert len(data) < 500_000
-    assert showing._picture(produce(Plan("report", "report", 1, {}), str(tmp_path / "b"), lambda _: {})) is None
+    assert showing._picture(produce(ArtifactSpec("report", "report", 1, {}), str(tmp_path / "b"), lambda _: {})) is None

@@ -19,7 +19,7 @@ from distill.config import DistillConfig
 from eval import evaluate
 from eval.config import EvaluateConfig
 from infra import storage
-from infra.artifacts import Artifact, Plan, find, produce
+from infra.artifacts import Artifact, ArtifactSpec, find, produce
 from infra.config import Output
 from infra.errors import UserError
 from infra.staging import RECORD
@@ -52,8 +52,8 @@ class Stage:
     """How a refusal names the change."""
 
 
-SHORT = {"schedule": {"steps": 6, "batch": 8}, "sharding": {"engine": "torch"}}
-RUNTIME = {"workers": 0, "checkpoint_every": 2}
+SHORT = {"schedule": {"steps": 6, "global_batch_size": 8}, "sharding": {"backend": "torch"}}
+RUNTIME = {"num_workers": 0, "checkpoint_every": 2}
 
 
 def pretraining(embedded: Embedded, **changes: Any) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def stage(request: pytest.FixtureRequest, tmp_path: Path, embedded: Embedded) ->
             return Stage(curation.curate.curate, config, "infra.selections.write", changed, named)
         case "pretrain":
             config = of(PretrainConfig, **pretraining(embedded))
-            changed = {"schedule": {"steps": 8, "batch": 8}}
+            changed = {"schedule": {"steps": 8, "global_batch_size": 8}}
             named = r"schedule\.steps 6, now 8"
             return Stage(pretrain.train.pretrain, config, "pretrain.checkpoints.write", changed, named)
         case "distill":
@@ -154,8 +154,8 @@ def test_what_may_change_resumes(embedded: Embedded, tmp_path: Path, monkeypatch
         patch.setattr("pretrain.checkpoints.write", kill)
         with pytest.raises(Killed):
             pretrain.train.pretrain(PretrainConfig(**base))
-    changes = {"guards": {"spike": 5.0}, "health": {"every": 3}, "launch": {"restarts": 2}}
-    changes |= {"runtime": {"workers": 1, "checkpoint_every": 1}}
+    changes = {"guards": {"loss_spike_threshold": 5.0}, "collapse": {"every": 3}, "launch": {"max_restarts": 2}}
+    changes |= {"runtime": {"num_workers": 1, "checkpoint_every": 1}}
     resumed = pretrain.train.pretrain(PretrainConfig(**{**base, **changes}))
     assert resumed.metrics["resumed_at"] == 6
 
@@ -183,7 +183,7 @@ def test_remote_work_is_kept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     with pytest.raises(Killed):
         produce(PLAN, url, start, ["steps/*/tally.json"])
-    other = Plan("report", "test", 1, {"b": 2, "a": [1.5, None]}, PLAN.inputs)
+    other = ArtifactSpec("report", "test", 1, {"b": 2, "a": [1.5, None]}, PLAN.inputs)
     with pytest.raises(UserError, match=r"unfinished work of other settings \(b 1, now 2\)"):
         produce(other, url, kill, ["steps/*/tally.json"])
     assert storage.exists(state)
@@ -201,7 +201,7 @@ def test_debris_that_nothing_resumes_from_is_replaced(tmp_path: Path) -> None:
 
     with pytest.raises(Killed):
         produce(PLAN, str(tmp_path / "a"), fail, ["state"])
-    other = Plan("report", "test", 1, {"b": 2}, PLAN.inputs)
+    other = ArtifactSpec("report", "test", 1, {"b": 2}, PLAN.inputs)
     made = produce(other, str(tmp_path / "a"), lambda directory: {"n": len(list(directory.iterdir()))}, ["state"])
     assert made.metrics == {"n": 1}  # the record
 

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra import storage
-from infra.artifacts import Input, Plan, find, open_artifact, produce, verify
+from infra.artifacts import ArtifactSpec, Input, find, open_artifact, produce, verify
 from infra.errors import UserError
 from infra.hashing import hash_json
 
 ROOT = Path(__file__).parents[1]
-PLAN = Plan("report", "test", 1, {"b": 1, "a": [1.5, None]}, {"x": Input(id="1", url="here")})
+PLAN = ArtifactSpec("report", "test", 1, {"b": 1, "a": [1.5, None]}, {"x": Input(id="1", url="here")})
 
 
 def write(directory: Path) -> dict[str, int]:
@@ -72,20 +72,20 @@ def test_a_folder_that_is_not_ours_is_never_emptied(tmp_path: Path) -> None:
 
 def test_another_artifact_in_the_place_is_refused(tmp_path: Path) -> None:
     produce(PLAN, str(tmp_path / "a"), write)
-    other = Plan("report", "test", 2, PLAN.settings, PLAN.inputs)
+    other = ArtifactSpec("report", "test", 2, PLAN.settings, PLAN.inputs)
     with pytest.raises(UserError, match=r"holds an artifact of other settings \(made by another version"):
         produce(other, str(tmp_path / "a"), write)
 
 
 def test_the_id_depends_on_what_decides_the_result_and_on_nothing_else() -> None:
-    same = Plan("report", "test", 1, {"a": [1.5, None], "b": 1}, {"x": Input(id="1", url="elsewhere")})
+    same = ArtifactSpec("report", "test", 1, {"a": [1.5, None], "b": 1}, {"x": Input(id="1", url="elsewhere")})
     assert same.id == PLAN.id
     for other in (
-        Plan("selection", "test", 1, PLAN.settings, PLAN.inputs),
-        Plan("report", "other", 1, PLAN.settings, PLAN.inputs),
-        Plan("report", "test", 2, PLAN.settings, PLAN.inputs),
-        Plan("report", "test", 1, {"b": 2, "a": [1.5, None]}, PLAN.inputs),
-        Plan("report", "test", 1, PLAN.settings, {"x": Input(id="2", url="here")}),
+        ArtifactSpec("selection", "test", 1, PLAN.settings, PLAN.inputs),
+        ArtifactSpec("report", "other", 1, PLAN.settings, PLAN.inputs),
+        ArtifactSpec("report", "test", 2, PLAN.settings, PLAN.inputs),
+        ArtifactSpec("report", "test", 1, {"b": 2, "a": [1.5, None]}, PLAN.inputs),
+        ArtifactSpec("report", "test", 1, PLAN.settings, {"x": Input(id="2", url="here")}),
     ):
         assert other.id != PLAN.id
 

@@ -22,12 +22,12 @@ def message(model: type, content: dict[str, object]) -> str:
 
 def test_an_unknown_key_is_named_with_those_allowed() -> None:
     text = message(PretrainSettings, {"optimizer": {"lr": 1.0}})
-    assert text.startswith("optimizer.lr: unknown key; allowed here: base_lr, betas, clip")
+    assert text.startswith("optimizer.lr: unknown key; allowed here: base_lr, betas, eps")
 
 
 def test_an_unknown_key_in_a_list_of_kinds_is_named_with_those_of_its_kind() -> None:
     text = message(CurateSettings, {"steps": [{"kind": "retrieve", "treshold": 1}]})
-    assert "allowed here: audit, distinct, index, kind, min_similarity, neighbours" in text
+    assert "allowed here: index, k, kind, min_similarity, recall_audit_images, without_replacement" in text
 
 
 def test_an_unknown_kind_names_the_kinds() -> None:
@@ -38,9 +38,9 @@ def test_an_unknown_kind_names_the_kinds() -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ({"model": {"dim": 100, "heads": 3}}, "dim 100 is no multiple of heads 3"),
-        ({"views": {"globals": {"size": 100}}}, "no multiple of patch_size"),
-        ({"optimizer": {"clip": -1}}, "optimizer.clip: input should be greater than 0, got -1"),
+        ({"model": {"embed_dim": 100, "num_heads": 3}}, "dim 100 is no multiple of heads 3"),
+        ({"views": {"global_crops": {"size": 100}}}, "no multiple of patch_size"),
+        ({"optimizer": {"grad_clip": -1}}, "optimizer.grad_clip: input should be greater than 0, got -1"),
         ({"objectives": []}, "objectives: list should have at least 1 item"),
     ],
 )
@@ -51,7 +51,7 @@ def test_a_wrong_value_is_one_line(content: dict[str, object], expected: str) ->
 
 
 def test_a_pipeline_needs_one_source_of_images() -> None:
-    assert "either sources or embedded" in message(PipelineConfig, {"root": "x"})
+    assert "either sources or synthetic" in message(PipelineConfig, {"root": "x"})
 
 
 def test_variables_in_sources_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,9 +146,9 @@ def test_the_training_of_the_manifest_is_one_that_the_command_takes(monkeypatch:
     monkeypatch.setattr(trainings, "train", lambda _, config: seen.append(config))
     main([*container["command"][1:], *container["args"]])
     (config,) = seen
-    assert config.launch.nodes == job["spec"]["completions"]
-    assert config.launch.processes == int(container["resources"]["limits"]["nvidia.com/gpu"])
-    assert config.launch.rendezvous == "fovea-training-0.fovea-training:29500"
+    assert config.launch.nnodes == job["spec"]["completions"]
+    assert config.launch.nproc_per_node == int(container["resources"]["limits"]["nvidia.com/gpu"])
+    assert config.launch.rdzv_endpoint == "fovea-training-0.fovea-training:29500"
 
 
 def test_the_job_template_makes_jobs() -> None:

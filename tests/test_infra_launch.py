@@ -24,7 +24,7 @@ from tests.rank_program import Told
 pytestmark = pytest.mark.multiprocess
 
 PROGRAM = "tests.rank_program"
-TWO = Launch(processes=2)
+TWO = Launch(nproc_per_node=2)
 ALL: tuple[Launcher, ...] = ("local", "torchrun", "deepspeed")
 
 
@@ -52,7 +52,7 @@ def test_each_launcher_starts_the_ranks_and_shows_their_logs(
 
 def test_a_hostfile_names_the_machines(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("localhost slots=2\n")
-    settings = Launch(hostfile=str(tmp_path / "hosts"), rendezvous=f"localhost:{free_ports(1)[0]}")
+    settings = Launch(hostfile=str(tmp_path / "hosts"), rdzv_endpoint=f"localhost:{free_ports(1)[0]}")
     launch(PROGRAM, told(tmp_path, "well"), tmp_path / "job", "deepspeed", settings)
     assert len(ranks(tmp_path)) == 2
     with pytest.raises(UserError, match="no such file; write a line HOST slots=N"):
@@ -73,7 +73,7 @@ def test_how_ranks_end_is_told_under_every_launcher(
 ) -> None:
     settings = told(tmp_path, end).model_copy(update={"attempts": 2})
     with pytest.raises(error, match=message):
-        launch(PROGRAM, settings, tmp_path / "job", launcher, Launch(processes=1))
+        launch(PROGRAM, settings, tmp_path / "job", launcher, Launch(nproc_per_node=1))
 
 
 def started(tmp_path: Path, launcher: str) -> tuple[subprocess.Popen[str], list[int]]:
@@ -126,7 +126,7 @@ def test_a_request_before_the_ranks_listen_is_not_lost(tmp_path: Path) -> None:
     ("launcher", "settings", "name"),
     [
         ("torchrun", Launch(hostfile="hosts"), "hostfile"),
-        ("slurm", Launch(rendezvous="here:1"), "rendezvous"),
+        ("slurm", Launch(rdzv_endpoint="here:1"), "rendezvous"),
         ("torchrun", Launch(slurm=Slurm(partition="long")), "slurm"),
     ],
 )
@@ -149,22 +149,22 @@ def test_ranks_end_with_who_started_them(launcher: str, tmp_path: Path) -> None:
 
 
 def test_several_machines_need_a_place_to_meet(tmp_path: Path) -> None:
-    for launcher, missing in (("torchrun", "launch.rendezvous"), ("deepspeed", "launch.hostfile")):
+    for launcher, missing in (("torchrun", "launch.rdzv_endpoint"), ("deepspeed", "launch.hostfile")):
         with pytest.raises(UserError, match=missing):
-            launch(PROGRAM, told(tmp_path, "well"), tmp_path / "job", launcher, Launch(nodes=2, processes=1))  # type: ignore[arg-type]
+            launch(PROGRAM, told(tmp_path, "well"), tmp_path / "job", launcher, Launch(nnodes=2, nproc_per_node=1))  # type: ignore[arg-type]
     with pytest.raises(ValidationError, match="HOST:PORT"):
-        Launch(rendezvous="somewhere")
+        Launch(rdzv_endpoint="somewhere")
 
 
 def test_what_sbatch_is_told(tmp_path: Path) -> None:
-    asked = Slurm(gpus=8, time="1-00:00:00", options=["--exclude=n3"], setup=["module load x"])
-    lines = slurm.script("pretrain", tmp_path / "my job", Launch(nodes=4, slurm=asked)).splitlines()
+    asked = Slurm(gpus_per_node=8, time="1-00:00:00", sbatch_args=["--exclude=n3"], setup=["module load x"])
+    lines = slurm.script("pretrain", tmp_path / "my job", Launch(nnodes=4, slurm=asked)).splitlines()
     assert lines[0] == "#!/bin/bash"
     options = {"nodes": "4", "ntasks-per-node": "8", "gpus-per-node": "8", "time": "1-00:00:00", "signal": "USR1@180"}
     assert {f'#SBATCH --{name}="{value}"' for name, value in options.items()} < set(lines)
     assert {"#SBATCH --exclude=n3", "#SBATCH --requeue"} < set(lines)
     assert lines.index("module load x") < next(i for i, line in enumerate(lines) if line.startswith("srun "))
-    chained = slurm.script("pretrain", tmp_path, Launch(slurm=Slurm(chain=5)))
+    chained = slurm.script("pretrain", tmp_path, Launch(slurm=Slurm(array_jobs=5)))
     assert '--array="1-5%1"' in chained
     assert "scontrol requeue" not in chained
 
@@ -201,7 +201,7 @@ def test_ranks_that_died_are_started_again_and_those_that_gave_a_reason_are_not(
     launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "_FIRST_PAUSE_SECONDS", 0.1)
-    heard, settings = Heard(), Launch(processes=1, restarts=2)
+    heard, settings = Heard(), Launch(nproc_per_node=1, max_restarts=2)
     launch(PROGRAM, told(tmp_path, "killed", attempts=3), tmp_path / "job", launcher, settings, heard)
     assert len((tmp_path / "ranks" / "rank-0.txt").read_text().splitlines()) == 3
     assert [line.partition("; ")[2] for line in heard.lines] == [
@@ -217,7 +217,7 @@ def test_ranks_that_died_are_started_again_and_those_that_gave_a_reason_are_not(
 
 def test_who_is_asked_to_stop_starts_no_rank_again(tmp_path: Path) -> None:
     """Also where the ranks die of being asked, and between two attempts."""
-    settings = Launch(processes=1, restarts=5).model_dump_json()
+    settings = Launch(nproc_per_node=1, max_restarts=5).model_dump_json()
     script = (
         "from pathlib import Path; from infra.launch.config import Launch; from infra.launch import run\n"
         "from infra.errors import Preempted; from tests.rank_program import Told\n"

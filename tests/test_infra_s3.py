@@ -86,10 +86,10 @@ def _noise(rng: np.random.Generator):  # type: ignore[no-untyped-def]
 def settings(**runtime: object) -> PretrainSettings:
     return PretrainSettings.model_validate(
         {
-            "model": {"dim": 32, "depth": 1, "heads": 2, "patch_size": 8, "image_size": 32},
-            "views": {"globals": {"size": 32}, "locals": {"size": 16}, "local_count": 1},
+            "model": {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8, "image_size": 32},
+            "views": {"global_crops": {"size": 32}, "local_crops": {"size": 16}, "num_local_crops": 1},
             "sampling": {"shuffle": "windows", "window_shards": 2},
-            "runtime": {"workers": 2, **runtime},
+            "runtime": {"num_workers": 2, **runtime},
         }
     )
 
@@ -192,7 +192,7 @@ def test_a_training_goes_on_from_a_bucket_on_another_machine(
 ) -> None:
     """Its states lie in the bucket, and go when the checkpoint is whole."""
     with reached_by(server.endpoint):
-        changes = {"runtime": {**TINY["runtime"], "workers": 0}, "sharding": {"engine": "torch"}}
+        changes = {"runtime": {**TINY["runtime"], "num_workers": 0}, "sharding": {"backend": "torch"}}
         run_module("pretrain", config(embedded.seed, tmp_path / "whole", **changes))
         settings = config(embedded.seed, tmp_path, **changes).model_copy(update={"out": "s3://photographs/run"})
         cut_short(settings, tmp_path / "job", tmp_path / "cache")

@@ -78,7 +78,9 @@ def test_center_crops_have_the_asked_side(size: tuple[int, int], side: int) -> N
 
 
 def test_an_official_checkpoint_is_a_backbone(tmp_path: Path) -> None:
-    model = VisionTransformerConfig(dim=32, depth=1, heads=2, patch_size=8, image_size=32, registers=2)
+    model = VisionTransformerConfig(
+        embed_dim=32, depth=1, num_heads=2, patch_size=8, image_size=32, num_register_tokens=2
+    )
     torch.manual_seed(0)
     vit = VisionTransformer(model).eval()
     torch.save({"teacher": to_official(vit.state_dict(), model)}, tmp_path / "teacher.pth")

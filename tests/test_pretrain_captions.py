@@ -29,10 +29,22 @@ from tests.conftest import image_folder, ingested
 
 pytestmark = pytest.mark.slow
 
-MODEL = {"dim": 64, "depth": 3, "heads": 2, "patch_size": 8, "image_size": 32, "layer_scale": None, "init_std": 0.1}
-PLAIN = {"jitter": 0.0, "grey": 0.0}
-VIEWS = {"globals": {"size": 32, "scale": [0.5, 1.0], "photometric": [PLAIN]}, "global_count": 1, "local_count": 0}
-TEXT = {"context": 16, "width": 64, "heads": 2, "layers": 2}
+MODEL = {
+    "embed_dim": 64,
+    "depth": 3,
+    "num_heads": 2,
+    "patch_size": 8,
+    "image_size": 32,
+    "layer_scale_init": None,
+    "init_std": 0.1,
+}
+PLAIN = {"jitter_prob": 0.0, "grayscale_prob": 0.0}
+VIEWS = {
+    "global_crops": {"size": 32, "scale": [0.5, 1.0], "photometric": [PLAIN]},
+    "num_global_crops": 1,
+    "num_local_crops": 0,
+}
+TEXT = {"context": 16, "width": 64, "num_heads": 2, "layers": 2}
 WORDS = ["face", "arrow", "letter", "heart", "moon", "square", "hand", "symbol"]
 
 
@@ -40,12 +52,12 @@ def trained(corpus: str, out: Path, objectives: list[dict[str, Any]], **settings
     """In this process, plainly, so that the tests of engines need not be paid for again."""
     values = {
         "model": MODEL,
-        "views": VIEWS | {"mask_share": 0.0},
-        "schedule": {"steps": 200, "batch": 64},
-        "optimizer": {"base_lr": 1e-3, "lr_rule": "none", "warmup_steps": 20, "weight_decay": [0.1, 0.1]},
+        "views": VIEWS | {"mask_probability": 0.0},
+        "schedule": {"steps": 200, "global_batch_size": 64},
+        "optimizer": {"base_lr": 1e-3, "lr_scaling": "none", "warmup_steps": 20, "weight_decay": [0.1, 0.1]},
         "teacher": {"momentum": [0.0, 0.0]},
-        "sharding": {"engine": "torch"},
-        "runtime": {"workers": 1},
+        "sharding": {"backend": "torch"},
+        "runtime": {"num_workers": 1},
     } | settings
     config = PretrainConfig.model_validate(values | {"corpora": [corpus], "objectives": objectives, "out": str(out)})
     return Checkpoint.open(pretrain.run(config).url)
@@ -110,8 +122,8 @@ def recall_at_10(space: Encoded) -> float:
 
 
 def test_mae_learns_to_fill_in(emoji: dict[str, str], tmp_path: Path) -> None:
-    objective = {"kind": "mae", "dim": 48, "depth": 1, "heads": 2}
-    model = MODEL | {"position": "sincos", "init": "xavier"}
+    objective = {"kind": "mae", "embed_dim": 48, "depth": 1, "num_heads": 2}
+    model = MODEL | {"pos_embed": "sincos", "init": "xavier"}
     checkpoint = trained(emoji["train"], tmp_path, [objective], model=model)
     first, last = terms(checkpoint, "mae")
     assert last < 0.8 * first
@@ -122,7 +134,10 @@ def test_images_and_captions_meet(
     emoji: dict[str, str], tmp_path: Path, kind: str, objective: type[Clip] | type[Siglip]
 ) -> None:
     checkpoint = trained(
-        emoji["train"], tmp_path, [{"kind": kind, "dim": 64, "text": TEXT}], schedule={"steps": 350, "batch": 64}
+        emoji["train"],
+        tmp_path,
+        [{"kind": kind, "embed_dim": 64, "text": TEXT}],
+        schedule={"steps": 350, "global_batch_size": 64},
     )
     first, last = terms(checkpoint, kind)
     assert last < 0.7 * first
@@ -132,13 +147,13 @@ def test_images_and_captions_meet(
 
 
 def test_clip_and_dino_train_together(emoji: dict[str, str], tmp_path: Path) -> None:
-    head = {"hidden": 64, "bottleneck": 32, "prototypes": 64, "init_std": 0.1}
-    objectives = [{"kind": "clip", "dim": 64, "text": TEXT}, {"kind": "dino", "head": head}, {"kind": "koleo"}]
+    head = {"hidden_dim": 64, "bottleneck_dim": 32, "num_prototypes": 64, "init_std": 0.1}
+    objectives = [{"kind": "clip", "embed_dim": 64, "text": TEXT}, {"kind": "dino", "head": head}, {"kind": "koleo"}]
     checkpoint = trained(
         emoji["train"],
         tmp_path,
         objectives,
-        views=VIEWS | {"global_count": 2},
+        views=VIEWS | {"num_global_crops": 2},
         teacher={"momentum": [0.9, 1.0], "temperature": [0.04, 0.04]},
     )
     for name in ("clip", "dino_global"):
@@ -149,4 +164,4 @@ def test_clip_and_dino_train_together(emoji: dict[str, str], tmp_path: Path) -> 
 def test_a_corpus_without_captions_is_named(tmp_path: Path) -> None:
     corpus = ingested(image_folder(tmp_path / "images", 3), tmp_path / "corpus")
     with pytest.raises(UserError, match="samples without a caption"):
-        trained(corpus.artifact.url, tmp_path / "out", [ClipConfig(dim=8).model_dump()])
+        trained(corpus.artifact.url, tmp_path / "out", [ClipConfig(embed_dim=8).model_dump()])

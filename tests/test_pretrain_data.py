@@ -30,7 +30,7 @@ from pretrain.data.samples import Part, Samples
 from pretrain.data.views import choose, cut, harmless_shrink, resized_crop_box
 from tests.conftest import encoded, image_folder, ingested, picture
 
-VIEWS = Views(globals=Crops(size=32), locals=Crops(size=16, scale=(0.1, 0.4)), local_count=2)
+VIEWS = Views(global_crops=Crops(size=32), local_crops=Crops(size=16, scale=(0.1, 0.4)), num_local_crops=2)
 MASKS = MaskPlan(patch_size=8, share=0.5, ratio=(0.1, 0.5), exact=True, shift=False)
 
 
@@ -143,8 +143,8 @@ def test_crop_boxes_lie_in_the_image(width: int, height: int, seed: int) -> None
 def test_shrinking_leaves_every_crop_its_pixels(width: int, height: int, seed: int) -> None:
     settings = Views()
     rng = np.random.default_rng(seed)
-    crops = [(crop, 224) for crop in choose((width, height), settings.globals, 2, settings, rng)]
-    crops += [(crop, 96) for crop in choose((width, height), settings.locals, 8, settings, rng)]
+    crops = [(crop, 224) for crop in choose((width, height), settings.global_crops, 2, settings, rng)]
+    crops += [(crop, 96) for crop in choose((width, height), settings.local_crops, 8, settings, rng)]
     factor = harmless_shrink(crops)
     narrow = [min(crop.box[2] - crop.box[0], crop.box[3] - crop.box[1]) for crop, _ in crops]
     assert factor == 1 or all(side / factor >= size for side, (_, size) in zip(narrow, crops, strict=True))
@@ -153,8 +153,8 @@ def test_shrinking_leaves_every_crop_its_pixels(width: int, height: int, seed: i
 
 def test_crops_of_a_shrunk_image_are_those_of_the_whole() -> None:
     image = picture(3, (1024, 768))
-    settings = Views(recolour_on="device")
-    chosen = choose((1024, 768), settings.locals, 4, settings, np.random.default_rng(0))
+    settings = Views(color_augment_on="device")
+    chosen = choose((1024, 768), settings.local_crops, 4, settings, np.random.default_rng(0))
     whole = cut(np.array(image), (1024, 768), chosen, 96, settings).pixels.astype(float)
     half = np.array(image.resize((512, 384), Image.Resampling.BOX))
     assert np.abs(cut(half, (1024, 768), chosen, 96, settings).pixels - whole).mean() < 2
@@ -190,8 +190,8 @@ def test_crop_areas_are_spread_as_torchvisions() -> None:
 
 def test_a_whole_crop_is_the_image() -> None:
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    plain = Crops(size=16, scale=(1.0, 1.0), photometric=[Photometric(jitter=0.0, grey=0.0)])
-    settings = Views(flip=0.0)
+    plain = Crops(size=16, scale=(1.0, 1.0), photometric=[Photometric(jitter_prob=0.0, grayscale_prob=0.0)])
+    settings = Views(hflip_prob=0.0)
     chosen = choose((16, 16), plain, 20, settings, np.random.default_rng(1))
     pixels = cut(image, (16, 16), chosen, 16, settings).pixels
     assert any(np.array_equal(crop, image) for crop in pixels)
@@ -254,7 +254,9 @@ def test_recolouring_in_workers_is_torchvisions_on_pillow_images(
 
 
 def test_both_ways_of_recolouring_agree() -> None:
-    spec = Photometric(jitter=0.8, grey=0.2, blur=0.5, solarize=0.0, invert=0.2, channels=0.3)
+    spec = Photometric(
+        jitter_prob=0.8, grayscale_prob=0.2, blur_prob=0.5, solarize_prob=0.0, invert_prob=0.2, channel_shuffle_prob=0.3
+    )
     rng = np.random.default_rng(0)
     table = np.stack([draw(spec, rng) for _ in range(40)])
     images = np.stack([np.array(picture(seed)) for seed in range(40)])
@@ -283,7 +285,9 @@ def test_each_image_of_a_batch_has_its_own_recolouring() -> None:
 
 
 def test_recolouring_is_drawn_as_often_as_asked() -> None:
-    spec = Photometric(jitter=0.8, grey=0.2, blur=0.5, solarize=0.2, invert=0.1, channels=0.3)
+    spec = Photometric(
+        jitter_prob=0.8, grayscale_prob=0.2, blur_prob=0.5, solarize_prob=0.2, invert_prob=0.1, channel_shuffle_prob=0.3
+    )
     rng = np.random.default_rng(0)
     table = np.stack([photometric.draw(spec, rng) for _ in range(4000)])
     shares = [
@@ -319,7 +323,7 @@ def test_dinov3s_masks_have_exactly_the_number_asked_for(shift: bool) -> None:
 
 def test_inverted_blur_blurs_with_one_minus_the_probability() -> None:
     rng = np.random.default_rng(0)
-    sure = Photometric(blur=1.0)
+    sure = Photometric(blur_prob=1.0)
     assert all(draw(sure, rng, inverted_blur=True)[BLUR] == 0 for _ in range(50))
     assert all(draw(sure, rng)[BLUR] > 0 for _ in range(50))
 
@@ -327,7 +331,7 @@ def test_inverted_blur_blurs_with_one_minus_the_probability() -> None:
 def test_plain_crops_are_the_global_crops_larger() -> None:
     gradient = np.linspace(0, 255, 64, dtype=np.uint8)
     image = np.stack([np.tile(gradient, (64, 1))] * 3, axis=-1)
-    settings = Views(recolour_on="device")
+    settings = Views(color_augment_on="device")
     chosen = choose((64, 64), Crops(size=16), 20, settings, np.random.default_rng(0))
     crops = cut(image, (64, 64), chosen, 16, settings, plain=32)
     assert crops.plain.shape == (20, 32, 32, 3)

@@ -20,7 +20,7 @@ from tests.test_pretrain_objectives import made
 
 pytestmark = pytest.mark.multiprocess
 
-TEXT = TextTower(context=8, width=16, heads=2, layers=1)
+TEXT = TextTower(context=8, width=16, num_heads=2, layers=1)
 
 
 def data() -> tuple[Tensor, Tensor]:
@@ -30,11 +30,11 @@ def data() -> tuple[Tensor, Tensor]:
 
 
 def clip(first: Tensor, second: Tensor) -> Tensor:
-    return made(Clip, ClipConfig(dim=16, text=TEXT)).contrast(first, second)["clip"]
+    return made(Clip, ClipConfig(embed_dim=16, text=TEXT)).contrast(first, second)["clip"]
 
 
 def siglip(first: Tensor, second: Tensor) -> Tensor:
-    return made(Siglip, SiglipConfig(dim=16, text=TEXT)).contrast(first, second)["siglip"]
+    return made(Siglip, SiglipConfig(embed_dim=16, text=TEXT)).contrast(first, second)["siglip"]
 
 
 def spread(first: Tensor, second: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from pretrain.models.positions import resized
 from pretrain.models.rope import AxialRope
 from pretrain.models.vit import VisionTransformer
 
-CONFIG = VisionTransformerConfig(dim=48, depth=3, heads=3, patch_size=4, image_size=32, layer_scale=0.5)
+CONFIG = VisionTransformerConfig(embed_dim=48, depth=3, num_heads=3, patch_size=4, image_size=32, layer_scale_init=0.5)
 
 
 def model(**changes: object) -> VisionTransformer:
@@ -42,7 +42,7 @@ def images(n: int, side: int, seed: int = 1) -> torch.Tensor:
 
 @pytest.mark.parametrize("registers", [0, 4])
 def test_crops_packed_together_give_what_they_give_alone(registers: int) -> None:
-    vit = model(registers=registers)
+    vit = model(num_register_tokens=registers)
     groups = [images(3, 32), images(5, 16), images(2, 24)]
     masks = [torch.rand(3, 64) < 0.3, None, None]
     together = vit(groups, masks)
@@ -61,7 +61,7 @@ def test_crops_packed_together_give_what_they_give_alone(registers: int) -> None
 @pytest.mark.parametrize("registers", [0, 4])
 @pytest.mark.parametrize("side", [32, 48])
 def test_timm_gives_the_same_features(registers: int, side: int) -> None:
-    ours = model(registers=registers)
+    ours = model(num_register_tokens=registers)
     config = timm_folder.config_json(ours, Views())
     theirs = timm.create_model(config["architecture"], **config["model_args"]).eval()
     theirs.load_state_dict(timm_folder.state_dict(ours))
@@ -113,14 +113,14 @@ def test_stochastic_depth_skips_the_asked_share_and_keeps_the_mean() -> None:
     assert len(rows.unique()) == len(rows) == 7 * 5 + 2 * 3
     assert factors[0].item() == pytest.approx(10 / 7)
     assert factors[-1].item() == pytest.approx(4 / 2)
-    vit = model(drop_path=0.5).train()
+    vit = model(drop_path_rate=0.5).train()
     assert not torch.allclose(vit([images(4, 32)])[0].class_token, vit([images(4, 32)])[0].class_token)
     vit.eval()
     torch.testing.assert_close(vit([images(4, 32)])[0].class_token, vit([images(4, 32)])[0].class_token)
 
 
 def test_head_logits_are_cosines_at_first() -> None:
-    head = PrototypeHead(16, HeadConfig(hidden=32, bottleneck=8, prototypes=20))
+    head = PrototypeHead(16, HeadConfig(hidden_dim=32, bottleneck_dim=8, num_prototypes=20))
     logits = head(torch.randn(50, 16))
     assert logits.shape == (50, 20)
     assert logits.abs().max() <= 1 + 1e-5
@@ -141,8 +141,13 @@ def gradients(vit: VisionTransformer, execution: Execution) -> tuple[torch.Tenso
 
 
 PARTS = [
-    {"drop_path": 0.3},
-    {"position": "rope", "ffn": "swiglu", "key_bias": False, "rope": RopeConfig(rescale=2.0, shift=0.1, jitter=1.5)},
+    {"drop_path_rate": 0.3},
+    {
+        "pos_embed": "rope",
+        "ffn_layer": "swiglu",
+        "key_bias": False,
+        "rope": RopeConfig(rescale=2.0, shift=0.1, jitter=1.5),
+    },
 ]
 
 
@@ -161,7 +166,7 @@ def test_activation_checkpointing_changes_nothing(checkpointing: Checkpointing, 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler (g++)")
 @pytest.mark.parametrize("drop_path", [0.0, 0.3])
 def test_compiled_blocks_change_nothing(drop_path: float) -> None:
-    vit = model(drop_path=drop_path)
+    vit = model(drop_path_rate=drop_path)
     loss, expected = gradients(vit, Execution())
     again, found = gradients(vit, Execution(compile=True))
     torch.testing.assert_close(again, loss, rtol=1e-5, atol=0)
@@ -209,7 +214,7 @@ def test_lean_layers_are_the_plain_ones(activation: Callable[..., torch.Tensor] 
 def test_keys_without_a_bias_stay_without() -> None:
     """With rotary positions, where a bias of the keys does not cancel in the softmax."""
     for key_bias in (False, True):
-        vit = model(position="rope", key_bias=key_bias)
+        vit = model(pos_embed="rope", key_bias=key_bias)
         before = vit([images(2, 32)])[0].class_token
         for block in vit.blocks:
             block.attn.qkv.bias.data.chunk(3)[1].fill_(5.0)  # type: ignore[union-attr]
@@ -227,7 +232,7 @@ def test_rope_augments_in_training_alone() -> None:
 
 def test_norms_of_their_own() -> None:
     """Class tokens of global and of local crops have norms of their own, the latter in training only."""
-    vit = model(class_norm=True, local_norm=True)
+    vit = model(untie_cls_and_patch_norms=True, untie_global_and_local_cls_norm=True)
     assert vit.cls_norm is not None
     assert vit.local_cls_norm is not None
     groups = [images(2, 32), images(3, 16)]
@@ -255,7 +260,7 @@ def test_stochastic_depth_saves_its_share_of_the_work() -> None:
     """DINOv2's way at a rate of 0.3 leaves out 28 % of a block's FLOPs and more."""
     flops = {}
     for rate in (0.0, 0.3):
-        vit = model(drop_path=rate).train()
+        vit = model(drop_path_rate=rate).train()
         with FlopCounterMode(display=False) as counter:
             vit([images(10, 32), images(20, 16)])
         flops[rate] = counter.get_total_flops()

@@ -20,8 +20,10 @@ from pretrain.objectives.ibot import Ibot
 from pretrain.objectives.koleo import Koleo, koleo
 
 B, LOCALS, DIM, PATCHES, K = 5, 3, 16, 9, 16
-HEAD = HeadConfig(hidden=24, bottleneck=8, prototypes=K, init_std=0.3)
-MODEL = VisionTransformerConfig(dim=DIM, depth=2, heads=2, patch_size=4, image_size=12, layer_scale=1.0, init_std=0.2)
+HEAD = HeadConfig(hidden_dim=24, bottleneck_dim=8, num_prototypes=K, init_std=0.3)
+MODEL = VisionTransformerConfig(
+    embed_dim=DIM, depth=2, num_heads=2, patch_size=4, image_size=12, layer_scale_init=1.0, init_std=0.2
+)
 
 
 def made(objective: type[Objective], config: object) -> Any:
@@ -129,7 +131,7 @@ def test_ibot_weighs_images_equally_whatever_their_masks(outputs: Outputs, batch
     images = batch.masks.nonzero()[:, 0]
     total = sum(losses[images == image].mean() for image in images.unique())
     torch.testing.assert_close(loss, total / len(images.unique()))
-    everywhere = made(Ibot, IbotConfig(head=HEAD, mean_over="all"))
+    everywhere = made(Ibot, IbotConfig(head=HEAD, normalize_by="all"))
     torch.testing.assert_close(everywhere(outputs, batch, 0.05)["ibot"], total / (2 * B))
 
 

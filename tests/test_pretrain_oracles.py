@@ -35,7 +35,7 @@ from pretrain.objectives.koleo import koleo
 from pretrain.objectives.mae import Mae, patchify
 from tests.test_pretrain_objectives import HEAD, LOCALS, MODEL, B, K, made, outputs_of, places
 
-TEXT = TextTower(context=8, width=16, heads=2, layers=1)
+TEXT = TextTower(context=8, width=16, num_heads=2, layers=1)
 
 
 def close(ours: Tensor, theirs: Tensor, by: list[Tensor]) -> None:
@@ -68,7 +68,7 @@ def test_dino_is_lightlys() -> None:
 def test_ibot_is_lightlys() -> None:
     from lightly.loss import IBOTPatchLoss
 
-    ibot = made(Ibot, IbotConfig(head=HEAD, centering="softmax", mean_over="all"))
+    ibot = made(Ibot, IbotConfig(head=HEAD, centering="softmax", normalize_by="all"))
     theirs = IBOTPatchLoss(output_dim=K, student_temp=0.1)
     masks = torch.rand(2 * B, 9, generator=torch.Generator().manual_seed(3)) < 0.4
     empty = torch.empty(0)
@@ -98,7 +98,7 @@ def pairs(n: int = 6, dim: int = 16) -> tuple[Tensor, Tensor]:
 def test_clip_is_open_clips() -> None:
     from open_clip.loss import ClipLoss
 
-    clip = made(Clip, ClipConfig(dim=16, text=TEXT))
+    clip = made(Clip, ClipConfig(embed_dim=16, text=TEXT))
     assert clip.scale().item() == pytest.approx(1 / 0.07)
     image, text = pairs()
     expected = ClipLoss()(image, text, clip.logit_scale.exp())
@@ -106,7 +106,7 @@ def test_clip_is_open_clips() -> None:
 
 
 def test_clips_scale_stays_below_100_and_can_fall_again() -> None:
-    clip = made(Clip, ClipConfig(dim=16, text=TEXT))
+    clip = made(Clip, ClipConfig(embed_dim=16, text=TEXT))
     clip.logit_scale.data.fill_(math.log(500))
     assert clip.scale().item() == pytest.approx(100)
     (gradient,) = torch.autograd.grad(clip.scale(), clip.logit_scale)
@@ -116,7 +116,7 @@ def test_clips_scale_stays_below_100_and_can_fall_again() -> None:
 def test_siglip_is_open_clips() -> None:
     from open_clip.loss import SigLipLoss
 
-    siglip = made(Siglip, SiglipConfig(dim=16, text=TEXT))
+    siglip = made(Siglip, SiglipConfig(embed_dim=16, text=TEXT))
     image, text = pairs()
     expected = SigLipLoss()(image, text, siglip.logit_scale.exp(), siglip.logit_bias)
     close(siglip.contrast(image, text)["siglip"], expected, [image, text, siglip.logit_scale, siglip.logit_bias])
@@ -169,10 +169,17 @@ def test_mae_is_transformers(normalize: bool) -> None:
 
     torch.manual_seed(0)
     settings = VisionTransformerConfig(
-        dim=48, depth=2, heads=3, patch_size=8, image_size=32, layer_scale=None, position="sincos", init="xavier"
+        embed_dim=48,
+        depth=2,
+        num_heads=3,
+        patch_size=8,
+        image_size=32,
+        layer_scale_init=None,
+        pos_embed="sincos",
+        init="xavier",
     )
     vit = VisionTransformer(settings)
-    mae = Mae(MaeConfig(dim=32, depth=1, heads=2, normalize_pixels=normalize), settings, settings)
+    mae = Mae(MaeConfig(embed_dim=32, depth=1, num_heads=2, normalize_pixels=normalize), settings, settings)
     config = ViTMAEConfig(
         hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=192, image_size=32, patch_size=8,
         decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
@@ -205,9 +212,9 @@ def test_sincos_positions_hold_the_column_first() -> None:
 
 
 def test_maes_loss_does_not_see_predictions_on_visible_patches() -> None:
-    settings = MODEL.model_copy(update={"position": "sincos"})
+    settings = MODEL.model_copy(update={"pos_embed": "sincos"})
     vit = VisionTransformer(settings)
-    mae = Mae(MaeConfig(dim=16, depth=1, heads=2, mask_ratio=0.5), settings, settings)
+    mae = Mae(MaeConfig(embed_dim=16, depth=1, num_heads=2, mask_ratio=0.5), settings, settings)
     images, noise = torch.randn(2, 3, 12, 12), torch.rand(2, 9)
     loss, predicted = mae.loss(Outputs(vit, Taught({}), images, None, None, None), images, noise)
     assert predicted.shape == patchify(images, 4).shape == (2, 9, 48)
@@ -243,7 +250,7 @@ def test_gram_is_computed_in_float32() -> None:
 
 
 def test_gram_follows_its_schedule() -> None:
-    gram = build([GramConfig(start=2, refresh_every=3, refreshes=1)], MODEL, MODEL)["gram"]
+    gram = build([GramConfig(start_step=2, update_every=3, max_updates=1)], MODEL, MODEL)["gram"]
     teacher = VisionTransformer(MODEL)
     outputs = outputs_of()
     batch = Batch(*[torch.empty(0)] * 7, torch.arange(B), *[torch.empty(0)] * 2)
@@ -258,7 +265,7 @@ def test_gram_follows_its_schedule() -> None:
 
 
 def test_tied_ibot_uses_dinos_heads_and_saves_them_once() -> None:
-    built = build([IbotConfig(tied=True), DinoConfig(head=HEAD)], MODEL, MODEL)
+    built = build([IbotConfig(share_head=True), DinoConfig(head=HEAD)], MODEL, MODEL)
     dino, ibot = built["dino"], built["ibot"]
     assert ibot.head is dino.head  # type: ignore[union-attr]
     assert list(ibot.state_dict()) == ["targets.center", "targets.total", "targets.count"]

@@ -19,10 +19,10 @@ from pretrain.models.official import from_official, to_official
 from pretrain.models.vit import VisionTransformer
 
 DINOV2 = {"patch_size": 14, "image_size": 518}
-NARROW = {"dim": 48, "depth": 2, "heads": 3}
+NARROW = {"embed_dim": 48, "depth": 2, "num_heads": 3}
 THEIR_SIZE = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
 SMALL = {**NARROW, "patch_size": 4, "image_size": 32}
-DINOV3 = {"position": "rope", "registers": 4, "key_bias": False, "norm_eps": 1e-5}
+DINOV3 = {"pos_embed": "rope", "num_register_tokens": 4, "key_bias": False, "norm_eps": 1e-5}
 SIZES = [(32, 32), (56, 56), (40, 24)]
 DINOV2_SIZES = [(518, 518), (224, 224), (224, 140)]
 
@@ -30,7 +30,9 @@ DINOV2_SIZES = [(518, 518), (224, 224), (224, 140)]
 def model(**settings: Any) -> VisionTransformer:
     torch.manual_seed(0)
     vit = VisionTransformer(VisionTransformerConfig(**settings))
-    spread = 2 / vit.config.dim**0.5  # far from the initial values, where special tokens and LayerScale hide errors
+    spread = (
+        2 / vit.config.embed_dim**0.5
+    )  # far from the initial values, where special tokens and LayerScale hide errors
     for name, parameter in vit.named_parameters():
         nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else spread)
         if name.endswith("qkv.bias") and not vit.config.key_bias:
@@ -47,7 +49,7 @@ def same(ours: VisionTransformer, pixels: Tensor, theirs: Tensor) -> None:
     with torch.inference_mode():
         out = ours([pixels])[0]
     torch.testing.assert_close(out.class_token, theirs[:, 0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(out.patch_tokens, theirs[:, 1 + ours.config.registers :], rtol=0, atol=1e-5)
+    torch.testing.assert_close(out.patch_tokens, theirs[:, 1 + ours.config.num_register_tokens :], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def same(ours: VisionTransformer, pixels: Tensor, theirs: Tensor) -> None:
         ("vit_small_patch14_dinov2", DINOV2, (518, 518)),
         ("vit_small_patch14_dinov2", DINOV2, (224, 224)),
         ("vit_small_patch14_dinov2", DINOV2, (224, 140)),
-        ("vit_small_patch14_reg4_dinov2", DINOV2 | {"registers": 4}, (224, 224)),
+        ("vit_small_patch14_reg4_dinov2", DINOV2 | {"num_register_tokens": 4}, (224, 224)),
         ("vit_small_patch16_dinov3_qkvb", DINOV3, (224, 224)),
         ("vit_small_patch16_dinov3_qkvb", DINOV3, (256, 256)),
         ("vit_small_patch16_dinov3_qkvb", DINOV3, (224, 128)),
@@ -82,11 +84,11 @@ def test_timm_by_its_own_loader_of_official_checkpoints(
     "settings",
     [
         {},
-        {"registers": 4},
-        {"ffn": "swiglu", "layer_scale": None},
-        {"position": "sincos", "init": "xavier", "layer_scale": None},
+        {"num_register_tokens": 4},
+        {"ffn_layer": "swiglu", "layer_scale_init": None},
+        {"pos_embed": "sincos", "init": "xavier", "layer_scale_init": None},
         DINOV3,
-        DINOV3 | {"ffn": "swiglu", "qkv_bias": False},
+        DINOV3 | {"ffn_layer": "swiglu", "qkv_bias": False},
     ],
     ids=["dinov2", "registers", "swiglu", "mae", "dinov3", "dinov3-swiglu"],
 )
@@ -101,8 +103,8 @@ def test_timm_by_the_published_format(settings: dict[str, Any], size: tuple[int,
 
 
 def test_what_timm_has_not_is_not_published() -> None:
-    with pytest.raises(UserError, match=r"model\.class_norm True: timm has no such model"):
-        require_compatible("timm", VisionTransformerConfig(**SMALL, class_norm=True), [])
+    with pytest.raises(UserError, match=r"model\.untie_cls_and_patch_norms True: timm has no such model"):
+        require_compatible("timm", VisionTransformerConfig(**SMALL, untie_cls_and_patch_norms=True), [])
 
 
 def transformers_agree(ours: VisionTransformer, theirs: Any, state: dict[str, Tensor], size: tuple[int, int]) -> None:
@@ -117,7 +119,7 @@ def transformers_agree(ours: VisionTransformer, theirs: Any, state: dict[str, Te
 def test_transformers_dinov2(ffn: str, size: tuple[int, int]) -> None:
     from transformers import Dinov2Config, Dinov2Model
 
-    ours = model(**NARROW, **DINOV2, ffn=ffn, interpolation="plain")
+    ours = model(**NARROW, **DINOV2, ffn_layer=ffn, interpolation="plain")
     theirs = Dinov2Model(Dinov2Config(**THEIR_SIZE, image_size=518, patch_size=14, use_swiglu_ffn=ffn == "swiglu"))
     transformers_agree(ours, theirs, transformers_folder.state_dict(ours), size)
 
@@ -126,7 +128,7 @@ def test_transformers_dinov2(ffn: str, size: tuple[int, int]) -> None:
 def test_transformers_dinov2_with_registers(size: tuple[int, int]) -> None:
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-    ours = model(**NARROW, **DINOV2, registers=4)
+    ours = model(**NARROW, **DINOV2, num_register_tokens=4)
     config = Dinov2WithRegistersConfig(**THEIR_SIZE, image_size=518, patch_size=14, num_register_tokens=4)
     transformers_agree(ours, Dinov2WithRegistersModel(config), transformers_folder.state_dict(ours), size)
 
@@ -136,7 +138,7 @@ def test_transformers_dinov2_with_registers(size: tuple[int, int]) -> None:
 def test_transformers_dinov3(ffn: str, size: tuple[int, int]) -> None:
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-    ours = model(**NARROW, **DINOV3, ffn=ffn)
+    ours = model(**NARROW, **DINOV3, ffn_layer=ffn)
     config = DINOv3ViTConfig(
         **THEIR_SIZE,
         image_size=224,
@@ -152,10 +154,11 @@ def test_transformers_dinov3(ffn: str, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"registers": 4}, {"register_tokens", "pos_embed", "blocks.1.mlp.fc1.weight", "blocks.0.ls1.gamma"}),
-        ({"ffn": "swiglu"}, {"cls_token", "blocks.1.mlp.w12.weight", "blocks.1.mlp.w3.bias"}),
+        ({"num_register_tokens": 4}, {"register_tokens", "pos_embed", "blocks.1.mlp.fc1.weight", "blocks.0.ls1.gamma"}),
+        ({"ffn_layer": "swiglu"}, {"cls_token", "blocks.1.mlp.w12.weight", "blocks.1.mlp.w3.bias"}),
         (
-            DINOV3 | {"ffn": "swiglu", "local_norm": True, "class_norm": True},
+            DINOV3
+            | {"ffn_layer": "swiglu", "untie_global_and_local_cls_norm": True, "untie_cls_and_patch_norms": True},
             {"storage_tokens", "rope_embed.periods", "blocks.0.attn.qkv.bias_mask", "blocks.1.mlp.w1.weight",
              "blocks.1.mlp.w2.bias", "blocks.1.mlp.w3.weight", "cls_norm.weight", "local_cls_norm.bias"},
         ),
@@ -187,11 +190,11 @@ def test_a_teacher_of_an_official_training_loads() -> None:
 def test_a_checkpoint_of_another_model_is_named() -> None:
     official = to_official(model(**SMALL).state_dict(), VisionTransformerConfig(**SMALL))
     with pytest.raises(UserError, match=r"cls_token is \[1, 1, 48\], the model settings ask for \[1, 1, 96\]"):
-        from_official(official, VisionTransformerConfig(**SMALL | {"dim": 96}))
+        from_official(official, VisionTransformerConfig(**SMALL | {"embed_dim": 96}))
     with pytest.raises(UserError, match="no place in the model settings"):
         from_official(official | {"unknown": torch.ones(1)}, VisionTransformerConfig(**SMALL))
     with pytest.raises(UserError, match="has no reg_token"):
-        from_official(official, VisionTransformerConfig(**SMALL, registers=4))
+        from_official(official, VisionTransformerConfig(**SMALL, num_register_tokens=4))
 
 
 def test_published_sizes() -> None:
@@ -200,7 +203,7 @@ def test_published_sizes() -> None:
     for size, expected in millions.items():
         settings: dict[str, Any] = {"size": size, "patch_size": 14 if size == "giant" else 16}
         if size in ("so400m", "7b"):
-            settings |= {"position": "rope", "registers": 4}
+            settings |= {"pos_embed": "rope", "num_register_tokens": 4}
         with torch.device("meta"):
             vit = VisionTransformer(VisionTransformerConfig(**settings))
         assert sum(p.numel() for p in vit.parameters()) / 1e6 == pytest.approx(expected, rel=0.01), size

@@ -19,11 +19,11 @@ from pretrain.planning.dryrun import batch_of, flops, peak, shapes_of, size
 from pretrain.train import build_learner
 from tests.test_pretrain_training import EVERY_KIND, TINY
 
-HEAD = {"hidden": 1024, "bottleneck": 256, "prototypes": 4096}
+HEAD = {"hidden_dim": 1024, "bottleneck_dim": 256, "num_prototypes": 4096}
 SMALL = {
-    "model": {"size": "small", "patch_size": 16, "image_size": 224, "drop_path": 0.3},
+    "model": {"size": "small", "patch_size": 16, "image_size": 224, "drop_path_rate": 0.3},
     "objectives": [{"kind": "dino", "head": HEAD}, {"kind": "ibot", "head": HEAD}, {"kind": "koleo"}],
-    "views": {"local_count": 2},
+    "views": {"num_local_crops": 2},
 }
 IMAGES = 4
 
@@ -37,8 +37,8 @@ def real(asked: PretrainSettings, images: int) -> Batch:
     return Batch(**{name: torch.zeros_like(value) for name, value in vars(batch_of(asked, images)).items()})
 
 
-MAE = {"objectives": [{"kind": "mae", "dim": 64, "depth": 2, "heads": 2}], "views": {"global_count": 1}}
-EVERYTHING = {**TINY, "objectives": EVERY_KIND, "views": {**TINY["views"], "plain_size": 64}}
+MAE = {"objectives": [{"kind": "mae", "embed_dim": 64, "depth": 2, "num_heads": 2}], "views": {"num_global_crops": 1}}
+EVERYTHING = {**TINY, "objectives": EVERY_KIND, "views": {**TINY["views"], "gram_crop_size": 64}}
 
 
 @pytest.mark.parametrize("changes", [{}, {"sharding": {"precision": "bf16"}}, MAE, EVERYTHING], ids=range(4))
@@ -78,15 +78,15 @@ def allocated(asked: PretrainSettings, tmp_path: Path, ranks: int) -> int:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"sharding": {"engine": "torch"}},
-        {"sharding": {"engine": "torch", "precision": "bf16"}, "runtime": {"activation_checkpointing": "selective"}},
+        {"sharding": {"backend": "torch"}},
+        {"sharding": {"backend": "torch", "precision": "bf16"}, "runtime": {"activation_checkpointing": "selective"}},
         *({"sharding": {"zero_stage": stage}} for stage in (1, 2, 3)),
     ],
     ids=["torch", "bf16", "zero 1", "zero 2", "zero 3"],
 )
 def test_memory_is_what_is_allocated_to_15_percent(changes: dict[str, object], tmp_path: Path) -> None:
     asked = settings(**changes)
-    stage, ranks = asked.sharding.zero_stage, 1 if asked.sharding.engine == "torch" else 2
+    stage, ranks = asked.sharding.zero_stage, 1 if asked.sharding.backend == "torch" else 2
     shapes = shapes_of(lambda: build_learner(asked))
     passes = memory.activations({images: peak(shapes, asked, images) for images in (2, 8)}, IMAGES)
     reckoned = memory.of_rank(size(shapes), passes, stage, ranks, False, asked.sharding).total
@@ -109,7 +109,7 @@ def test_the_plan_tells_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert "days on 8 x a100" in shown
     assert "cost" in shown
     assert "too much" in shown
-    few = ("--gpus", "8", "--gib", "12", "--tflops", "100", "--runtime.micro_batch", "64")
+    few = ("--gpus", "8", "--gib", "12", "--tflops", "100", "--runtime.micro_batch_size", "64")
     assert planned("dinov2_vitl16_short", *few) == 0
     assert "does not fit" in capsys.readouterr().out
 

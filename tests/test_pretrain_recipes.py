@@ -13,9 +13,9 @@ from infra.config import load_yaml
 from infra.errors import UserError
 from pretrain import schedules
 from pretrain.config import PretrainConfig
-from pretrain.engine import parameter_groups
 from pretrain.objectives.config import DinoConfig, IbotConfig, KoleoConfig
 from pretrain.train import build_learner
+from pretrain.trainer import parameter_groups
 
 FOLDER = Path(pretrain.__file__).parent / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -66,8 +66,8 @@ def test_schedules_are_the_recorded_ones(name: str) -> None:
     steps, batch, peak, last, warmup, decay, momentum, temperature, temperature_warmup, local_crops = values
     settings = recipe(name)
     assert settings.schedule.steps == steps
-    assert settings.schedule.batch == batch
-    assert settings.views.local_count == local_crops
+    assert settings.schedule.global_batch_size == batch
+    assert settings.views.num_local_crops == local_crops
     assert schedules.peak_lr(settings.optimizer, batch) == pytest.approx(peak, rel=1e-3)
 
     def at(step: int) -> schedules.Position:
@@ -95,14 +95,16 @@ def test_schedules_are_the_recorded_ones(name: str) -> None:
 def test_the_global_batch_is_spread_over_ranks(
     batch: int, micro_batch: int | None, ranks: int, expected: tuple[int, int]
 ) -> None:
-    runtime = {"micro_batch": micro_batch}
-    assert schedules.spread(recipe("tiny_cpu", schedule={"batch": batch}, runtime=runtime), ranks) == expected
+    runtime = {"micro_batch_size": micro_batch}
+    assert (
+        schedules.spread(recipe("tiny_cpu", schedule={"global_batch_size": batch}, runtime=runtime), ranks) == expected
+    )
 
 
 @pytest.mark.parametrize(("batch", "micro_batch", "ranks"), [(64, 12, 1), (64, 16, 8), (3, None, 2), (1, None, 2)])
 def test_a_global_batch_that_cannot_be_spread_is_refused(batch: int, micro_batch: int | None, ranks: int) -> None:
-    settings = recipe("tiny_cpu", schedule={"batch": batch}, runtime={"micro_batch": micro_batch})
-    with pytest.raises(UserError, match=f"schedule.batch: {batch} is no multiple of {ranks} ranks"):
+    settings = recipe("tiny_cpu", schedule={"global_batch_size": batch}, runtime={"micro_batch_size": micro_batch})
+    with pytest.raises(UserError, match=f"schedule.global_batch_size: {batch} is no multiple of {ranks} ranks"):
         schedules.spread(settings, ranks)
 
 
@@ -123,12 +125,19 @@ def test_models_and_heads_are_the_published_ones(name: str) -> None:
     assert isinstance(dino, DinoConfig)
     assert isinstance(ibot, IbotConfig)
     assert isinstance(koleo, KoleoConfig)
-    bottleneck = None if ibot.tied else ibot.head.bottleneck
-    found = (model.dim, model.depth, model.heads, model.ffn, model.drop_path, dino.head.prototypes)
-    found += (dino.head.bottleneck, bottleneck, dino.centering, settings.optimizer.layer_decay)
+    bottleneck = None if ibot.share_head else ibot.head.bottleneck_dim
+    found = (
+        model.embed_dim,
+        model.depth,
+        model.num_heads,
+        model.ffn_layer,
+        model.drop_path_rate,
+        dino.head.num_prototypes,
+    )
+    found += (dino.head.bottleneck_dim, bottleneck, dino.centering, settings.optimizer.layerwise_lr_decay)
     assert found == BUILT[name]
     assert koleo.weight == 0.1
-    assert ibot.mean_over == "all"
+    assert ibot.normalize_by == "all"
 
 
 def test_giants_hidden_width_is_4096() -> None:
@@ -139,7 +148,7 @@ def test_giants_hidden_width_is_4096() -> None:
 def test_known_quirks_are_kept_where_the_reference_has_them(name: str) -> None:
     settings = recipe(name)
     assert settings.views.inverted_blur
-    assert settings.optimizer.decay_tokens
+    assert settings.optimizer.weight_decay_tokens
     assert settings.views.mask_sampler == ("dinov3" if name.startswith("dinov3") else "dinov2")
 
 
@@ -150,27 +159,27 @@ def test_dino_and_ibot_never_inverted_the_blur(name: str) -> None:
 
 def test_dinov3s_parts_are_those_of_its_imagenet_configuration() -> None:
     model = recipe("dinov3_vitl16").model
-    assert (model.position, model.registers, model.key_bias, model.norm_eps) == ("rope", 0, True, 1e-6)
+    assert (model.pos_embed, model.num_register_tokens, model.key_bias, model.norm_eps) == ("rope", 0, True, 1e-6)
 
 
 def test_ours_mends_them() -> None:
     settings = recipe("small_gpu")
     assert not settings.views.inverted_blur
-    assert not settings.optimizer.decay_tokens
+    assert not settings.optimizer.weight_decay_tokens
     assert settings.views.mask_sampler == "dinov3"
     ibot, koleo = settings.objectives[1:3]
     assert isinstance(ibot, IbotConfig)
     assert isinstance(koleo, KoleoConfig)
-    assert ibot.mean_over == "masked"
+    assert ibot.normalize_by == "masked"
     assert not koleo.half_precision
 
 
 def multipliers(name: str, decay_tokens: bool = True) -> dict[str, tuple[float, float]]:
     settings = recipe(name)
-    small = settings.model.model_copy(update={"dim": 32, "heads": 2, "depth": 3, "image_size": 28})
-    heads = [each.model_copy(update={"head": each.head.model_copy(update={"prototypes": 8, "hidden": 8})})
+    small = settings.model.model_copy(update={"embed_dim": 32, "num_heads": 2, "depth": 3, "image_size": 28})
+    heads = [each.model_copy(update={"head": each.head.model_copy(update={"num_prototypes": 8, "hidden_dim": 8})})
              if isinstance(each, DinoConfig | IbotConfig) else each for each in settings.objectives]  # fmt: skip
-    optimizer = settings.optimizer.model_copy(update={"decay_tokens": decay_tokens})
+    optimizer = settings.optimizer.model_copy(update={"weight_decay_tokens": decay_tokens})
     settings = settings.model_copy(update={"model": small, "objectives": heads, "optimizer": optimizer})
     learner = build_learner(settings)
     names = {id(parameter): each for each, parameter in learner.named_parameters()}
@@ -206,7 +215,10 @@ def test_tokens_are_not_decayed_by_default() -> None:
 
 def test_dinov3s_prototypes_are_plain() -> None:
     learner = build_learner(
-        recipe("tiny_cpu", objectives=[{"kind": "dino", "head": {"hidden": 8, "prototypes": 4, "weight_norm": False}}])
+        recipe(
+            "tiny_cpu",
+            objectives=[{"kind": "dino", "head": {"hidden_dim": 8, "num_prototypes": 4, "weight_norm": False}}],
+        )
     )
     assert "objectives.dino.head.last_layer.weight" in learner.state_dict()
     assert isinstance(learner.objectives["dino"], torch.nn.Module)

@@ -74,7 +74,7 @@ def test_a_saved_state_comes_back(tmp_path: Path, remote: bool) -> None:
 @places
 def test_the_last_few_and_the_young_stay(tmp_path: Path, remote: bool) -> None:
     trained, (work, url) = engine(), place(tmp_path, remote)
-    few, folder = Saves(work, url, Retention(count=2)), Path(url.removeprefix("local://")) / "steps"
+    few, folder = Saves(work, url, Retention(latest=2)), Path(url.removeprefix("local://")) / "steps"
     for step in (1, 2, 3, 10):
         saved(few, trained, step)
     assert {path.name for path in folder.iterdir()} == {"3", "10"}
@@ -87,7 +87,7 @@ def test_the_last_few_and_the_young_stay(tmp_path: Path, remote: bool) -> None:
 @places
 def test_half_a_state_is_none(tmp_path: Path, remote: bool) -> None:
     work, url = place(tmp_path, remote)
-    saves, folder = Saves(work, url, Retention(count=3)), Path(url.removeprefix("local://")) / "steps"
+    saves, folder = Saves(work, url, Retention(latest=3)), Path(url.removeprefix("local://")) / "steps"
     for step in (2, 4):
         saved(saves, engine(), step)
     (folder / "4" / "tally.json").unlink()
@@ -145,7 +145,7 @@ def cut_short(settings: object, folder: Path, cache: Path) -> None:
 
 @pytest.mark.multiprocess
 def test_a_training_goes_on_from_a_store_on_another_machine(embedded: Embedded, tmp_path: Path) -> None:
-    changes = {"runtime": {**TINY["runtime"], "workers": 0}, "sharding": {"engine": "torch"}}
+    changes = {"runtime": {**TINY["runtime"], "num_workers": 0}, "sharding": {"backend": "torch"}}
     run_module("pretrain", config(embedded.seed, tmp_path / "whole", **changes))
     settings = config(embedded.seed, tmp_path / "x", **changes)
     settings = settings.model_copy(update={"out": f"local://{tmp_path / 'store' / 'run'}"})

@@ -28,11 +28,11 @@ pytestmark = pytest.mark.multiprocess
 # Without what each rank draws or sees by itself: masks, stochastic depth, KoLeo.
 ALIKE = {
     "objectives": TINY["objectives"][:1],
-    "model": {**TINY["model"], "drop_path": 0.0},
-    "views": {**TINY["views"], "mask_share": 0.0},
+    "model": {**TINY["model"], "drop_path_rate": 0.0},
+    "views": {**TINY["views"], "mask_probability": 0.0},
     "teacher": {"momentum": [0.9999, 0.9999], "temperature": [0.06, 0.07]},
-    "optimizer": {**TINY["optimizer"], "clip": 0.1, "clip_of": "parts"},
-    "runtime": {"workers": 0, "checkpoint_every": 5},
+    "optimizer": {**TINY["optimizer"], "grad_clip": 0.1, "grad_clip_scope": "parts"},
+    "runtime": {"num_workers": 0, "checkpoint_every": 5},
 }
 STEPS = 20
 STAGES: list[dict[str, object]] = [{"zero_stage": stage} for stage in range(4)]
@@ -66,8 +66,8 @@ def run_torchrun(
 def plain(embedded: Embedded, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process of plain torch in float32."""
     out = tmp_path_factory.mktemp("plain") / "run"
-    schedule = {"steps": STEPS, "batch": 16}
-    run_module("pretrain", config(embedded.seed, out, **ALIKE, schedule=schedule, sharding={"engine": "torch"}))
+    schedule = {"steps": STEPS, "global_batch_size": 16}
+    run_module("pretrain", config(embedded.seed, out, **ALIKE, schedule=schedule, sharding={"backend": "torch"}))
     return out
 
 
@@ -76,7 +76,7 @@ def test_two_ranks_of_every_stage_are_one_plain_process(
     embedded: Embedded, plain: Path, tmp_path: Path, sharding: dict[str, object]
 ) -> None:
     """Losses of 20 steps to 1 %, the teacher to a tenth of what it moved at a momentum of 0.9999."""
-    changes = {**ALIKE, "schedule": {"steps": STEPS, "batch": 16}, "sharding": sharding}
+    changes = {**ALIKE, "schedule": {"steps": STEPS, "global_batch_size": 16}, "sharding": sharding}
     sharded = config(embedded.seed, tmp_path / "run", **changes)
     assert under_torchrun(sharded, tmp_path / "job") == 0
     for ours, single in zip(losses(tmp_path / "run"), losses(plain), strict=True):
@@ -99,19 +99,21 @@ def test_a_training_goes_on_under_another_engine_and_world(
     embedded: Embedded, tmp_path: Path, begun: dict[str, object], ended: dict[str, object]
 ) -> None:
     """Two ranks begin, one under other settings ends it; every sample comes in its order, none twice, none missed."""
-    settings = config(embedded.seed, tmp_path / "run", **ALIKE, schedule={"steps": 12, "batch": 16})
-    both = settings.model_dump(mode="json") | {"runtime": {"workers": 0, "checkpoint_every": 4, "micro_batch": 8}}
+    settings = config(embedded.seed, tmp_path / "run", **ALIKE, schedule={"steps": 12, "global_batch_size": 16})
+    both = settings.model_dump(mode="json") | {
+        "runtime": {"num_workers": 0, "checkpoint_every": 4, "micro_batch_size": 8}
+    }
     both["sharding"] = begun
     script = tmp_path / "stops.py"
     late = _SCRIPT.replace("if step == {step} and last:", "if step in (5, 6) and last:")  # 5: the state gets whole
     script.write_text(late.replace("{body}", "__import__('time').sleep(2) if step == 5 else os._exit(3)"))
     assert under_torchrun(PretrainConfig.model_validate(both), tmp_path / "job", script=script) != 0
     assert [path.name for path in (tmp_path / "run" / "steps").glob("[0-9]")] == ["4"]
-    other = both | {"sharding": ended, "guards": {"max_rewinds": 9}}
+    other = both | {"sharding": ended, "guards": {"max_rollbacks": 9}}
     run_module("pretrain", PretrainConfig.model_validate(other))
     rows = losses(tmp_path / "run")
     assert [row["samples"] for row in rows] == list(range(16, 16 * 13, 16))
-    single = {**ALIKE, "schedule": {"steps": 12, "batch": 16}, "sharding": {"engine": "torch"}}
+    single = {**ALIKE, "schedule": {"steps": 12, "global_batch_size": 16}, "sharding": {"backend": "torch"}}
     run_module("pretrain", config(embedded.seed, tmp_path / "single", **single))
     for ours, other in zip(rows, losses(tmp_path / "single"), strict=True):
         assert ours["loss"] == pytest.approx(other["loss"], rel=1e-2)
@@ -122,8 +124,8 @@ def test_an_optimiser_goes_on_in_files(embedded: Embedded, tmp_path: Path) -> No
     """Begun in memory; wide enough that DeepSpeed writes files, which it does from 1 MiB a tensor on."""
     if not Path(os.environ.get("TORCH_EXTENSIONS_DIR", ""), "async_io", "async_io.so").exists():
         pytest.skip("TORCH_EXTENSIONS_DIR holds no async_io op; DeepSpeed's AsyncIOBuilder().load() takes 4 minutes")
-    wide = {**ALIKE, "model": {**ALIKE["model"], "dim": 256}, "schedule": {"steps": 8, "batch": 8}}
-    wide["runtime"] = {"workers": 0, "checkpoint_every": 3}
+    wide = {**ALIKE, "model": {**ALIKE["model"], "embed_dim": 256}, "schedule": {"steps": 8, "global_batch_size": 8}}
+    wide["runtime"] = {"num_workers": 0, "checkpoint_every": 3}
     settings = config(embedded.seed, tmp_path / "run", **wide, sharding=STAGES[3])
     script = tmp_path / "stops.py"
     script.write_text(_SCRIPT.format(step=5, body="os._exit(3)"))
@@ -131,7 +133,7 @@ def test_an_optimiser_goes_on_in_files(embedded: Embedded, tmp_path: Path) -> No
     nvme = {"zero_stage": 3, "offload_optimizer": "nvme", "nvme_path": str(tmp_path / "nvme")}
     run_module("pretrain", config(embedded.seed, tmp_path / "run", **wide, sharding=nvme))
     assert list((tmp_path / "nvme").rglob("exp_avg-*.swp"))
-    run_module("pretrain", config(embedded.seed, tmp_path / "single", **wide, sharding={"engine": "torch"}))
+    run_module("pretrain", config(embedded.seed, tmp_path / "single", **wide, sharding={"backend": "torch"}))
     for ours, other in zip(losses(tmp_path / "run"), losses(tmp_path / "single"), strict=True):
         assert ours == pytest.approx(other, rel=1e-3)
 
@@ -141,7 +143,7 @@ _SCRIPT = """
 import hashlib, os, sys
 import torch
 from infra.launch.job import module_main
-from pretrain import engine, run
+from pretrain import run, trainer
 from pretrain.config import PretrainConfig
 from pretrain.watch import STALLED
 from pretrain.learner import Pretraining as Learner
@@ -171,14 +173,14 @@ module_main(PretrainConfig, run)
 """
 
 
-@pytest.mark.parametrize("sharding", [{"engine": "torch"}, *STAGES, *OFFLOADED[1:]], ids=_words)
+@pytest.mark.parametrize("sharding", [{"backend": "torch"}, *STAGES, *OFFLOADED[1:]], ids=_words)
 def test_a_step_that_is_no_number_on_one_rank_is_skipped_on_all(
     embedded: Embedded, tmp_path: Path, sharding: dict[str, object]
 ) -> None:
     """Weights, teacher and centers stay as they were. Bad is the loss, or at some stages the gradient alone."""
-    ranks = 1 if "engine" in sharding else 2
+    ranks = 1 if "backend" in sharding else 2
     changes = {**ALIKE, "objectives": [{**TINY["objectives"][0], "centering": "softmax"}], "sharding": sharding}
-    settings = config(embedded.seed, tmp_path / "run", **changes, schedule={"steps": 6, "batch": 8 * ranks})
+    settings = config(embedded.seed, tmp_path / "run", **changes, schedule={"steps": 6, "global_batch_size": 8 * ranks})
     script = tmp_path / "nan.py"
     alone = sharding.get("zero_stage") == 1 or sharding == OFFLOADED[-1]
     bad = "loss = loss + 1e25 * (loss - loss.detach())" if alone else "loss = loss * torch.nan"
@@ -199,8 +201,13 @@ def test_a_step_that_is_no_number_on_one_rank_is_skipped_on_all(
 
 
 def test_a_training_that_stays_bad_goes_back_and_on_with_other_samples(embedded: Embedded, tmp_path: Path) -> None:
-    guards = {"max_skips": 2, "max_rewinds": 1}
-    changes = {**ALIKE, "guards": guards, "sharding": {"engine": "torch"}, "schedule": {"steps": 12, "batch": 8}}
+    guards = {"max_consecutive_skips": 2, "max_rollbacks": 1}
+    changes = {
+        **ALIKE,
+        "guards": guards,
+        "sharding": {"backend": "torch"},
+        "schedule": {"steps": 12, "global_batch_size": 8},
+    }
     script = tmp_path / "bad.py"
     # Samples of the seventh to ninth step are bad, wherever they come.
     body = "loss = loss * (torch.nan if ({low} <= int(batch.positions[0]) < {high}) else 1)"
@@ -221,7 +228,11 @@ def test_a_training_that_stays_bad_goes_back_and_on_with_other_samples(embedded:
 
 
 def test_a_rank_that_hangs_ends_the_job_by_name(embedded: Embedded, tmp_path: Path) -> None:
-    changes = {**ALIKE, "runtime": {"workers": 0, "stall_seconds": 5}, "schedule": {"steps": 12, "batch": 16}}
+    changes = {
+        **ALIKE,
+        "runtime": {"num_workers": 0, "hang_timeout_s": 5},
+        "schedule": {"steps": 12, "global_batch_size": 16},
+    }
     script = tmp_path / "hangs.py"
     script.write_text(_SCRIPT.format(step=3, body="__import__('time').sleep(1000)"))
     started = time.monotonic()
@@ -237,7 +248,7 @@ def test_a_rank_that_hangs_ends_the_job_by_name(embedded: Embedded, tmp_path: Pa
 def test_a_rank_that_dies_ends_the_job_by_name(embedded: Embedded, tmp_path: Path) -> None:
     script = tmp_path / "dies.py"
     script.write_text(_SCRIPT.format(step=3, body="os.kill(os.getpid(), 9)"))
-    settings = config(embedded.seed, tmp_path / "run", **ALIKE, schedule={"steps": 12, "batch": 16})
+    settings = config(embedded.seed, tmp_path / "run", **ALIKE, schedule={"steps": 12, "global_batch_size": 16})
     ended = run_torchrun(settings, tmp_path / "job", 2, script)
     assert ended.returncode != 0
     assert "local_rank: 1" in ended.stderr
@@ -248,9 +259,12 @@ def test_a_rank_that_dies_ends_the_job_by_name(embedded: Embedded, tmp_path: Pat
 def test_a_preempted_run_saves_its_state_and_ends_as_the_uninterrupted_one(
     embedded: Embedded, tmp_path: Path, number: signal.Signals
 ) -> None:
-    changes = {"runtime": {"workers": 2, "checkpoint_every": 1000}, "schedule": {"steps": 40, "batch": 8}}
-    run_module("pretrain", config(embedded.seed, tmp_path / "whole", **changes, sharding={"engine": "torch"}))
-    settings = config(embedded.seed, tmp_path / "run", **changes, sharding={"engine": "torch"})
+    changes = {
+        "runtime": {"num_workers": 2, "checkpoint_every": 1000},
+        "schedule": {"steps": 40, "global_batch_size": 8},
+    }
+    run_module("pretrain", config(embedded.seed, tmp_path / "whole", **changes, sharding={"backend": "torch"}))
+    settings = config(embedded.seed, tmp_path / "run", **changes, sharding={"backend": "torch"})
     job = tmp_path / "job"
     job.mkdir()
     (job / "config.json").write_text(settings.model_dump_json())

@@ -65,8 +65,12 @@ def command(settings: Config, file: Path) -> list[str]:
 def test_a_job_over_two_nodes_is_preempted_and_ends_as_the_uninterrupted_one(
     cluster: Slurm, embedded: Embedded, tmp_path: Path
 ) -> None:
-    changes = {**ALIKE, "schedule": {"steps": 150, "batch": 16}, "runtime": {"workers": 1, "checkpoint_every": 20}}
-    two = {"launcher": "slurm", "launch": {"nodes": 2, "processes": 1}, "sharding": {"zero_stage": 2}}
+    changes = {
+        **ALIKE,
+        "schedule": {"steps": 150, "global_batch_size": 16},
+        "runtime": {"num_workers": 1, "checkpoint_every": 20},
+    }
+    two = {"launcher": "slurm", "launch": {"nnodes": 2, "nproc_per_node": 1}, "sharding": {"zero_stage": 2}}
     whole = config(embedded.seed, tmp_path / "whole", **changes, **two)
     assert subprocess.run(command(whole, tmp_path / "whole.yaml"), timeout=PATIENCE).returncode == 0
 
@@ -90,11 +94,15 @@ def test_a_job_over_two_nodes_is_preempted_and_ends_as_the_uninterrupted_one(
 
 
 def test_a_mistake_in_a_job_is_the_command_s_one_line(cluster: Slurm, embedded: Embedded, tmp_path: Path) -> None:
-    odd = {"launcher": "slurm", "launch": {"nodes": 2, "processes": 1}, "schedule": {"steps": 2, "batch": 15}}
+    odd = {
+        "launcher": "slurm",
+        "launch": {"nnodes": 2, "nproc_per_node": 1},
+        "schedule": {"steps": 2, "global_batch_size": 15},
+    }
     settings = config(embedded.seed, tmp_path / "run", **odd)
     done = subprocess.run(command(settings, tmp_path / "odd.yaml"), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("fovea: schedule.batch: 15 is no multiple of 2 ranks")
+    assert done.stderr.splitlines()[-1].startswith("fovea: schedule.global_batch_size: 15 is no multiple of 2 ranks")
 
 
 def told(tmp_path: Path, end: str, attempts: int = 1) -> Told:
@@ -103,15 +111,15 @@ def told(tmp_path: Path, end: str, attempts: int = 1) -> Told:
 
 
 def test_jobs_of_a_chain_follow_one_another(cluster: Slurm, tmp_path: Path) -> None:
-    settings = Launch(nodes=2, processes=1, slurm=SlurmSettings(chain=3))
+    settings = Launch(nnodes=2, nproc_per_node=1, slurm=SlurmSettings(array_jobs=3))
     launch("tests.rank_program", told(tmp_path, "preempted", attempts=3), tmp_path / "my job", "slurm", settings)
     assert len((tmp_path / "ranks" / "rank-1.txt").read_text().splitlines()) == 3
     assert len(list((tmp_path / "my job").glob("slurm-*_[123].log"))) == 3
 
 
 def test_a_job_that_is_cancelled_before_it_runs_is_not_queued_again(cluster: Slurm, tmp_path: Path) -> None:
-    held = SlurmSettings(options=["--hold"])
-    settings = Launch(nodes=2, processes=1, restarts=3, slurm=held)
+    held = SlurmSettings(sbatch_args=["--hold"])
+    settings = Launch(nnodes=2, nproc_per_node=1, max_restarts=3, slurm=held)
     failures: list[Exception] = []
 
     def run() -> None:
@@ -136,13 +144,13 @@ def test_what_a_job_was_given_is_not_given_on(cluster: Slurm, tmp_path: Path, mo
     for name, value in {"SLURM_MEM_PER_NODE": "100", "SLURM_NTASKS": "7", "SLURM_JOB_ID": "1"}.items():
         monkeypatch.setenv(name, value)
     setup = [f'echo "mem=$SLURM_MEM_PER_NODE tasks=$SLURM_NTASKS" > {tmp_path}/given.txt']
-    settings = Launch(nodes=2, processes=1, slurm=SlurmSettings(setup=setup))
+    settings = Launch(nnodes=2, nproc_per_node=1, slurm=SlurmSettings(setup=setup))
     launch("tests.rank_program", told(tmp_path, "well"), tmp_path / "my job", "slurm", settings)
     assert (tmp_path / "given.txt").read_text() == "mem= tasks=2\n"
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: Slurm, tmp_path: Path) -> None:
-    settings = Launch(nodes=2, processes=1, slurm=SlurmSettings(wait=False))
+    settings = Launch(nnodes=2, nproc_per_node=1, slurm=SlurmSettings(wait=False))
     launch("tests.rank_program", told(tmp_path, "late"), tmp_path / "my job", "slurm", settings)
     job = job_of(tmp_path / "my job")
     until((tmp_path / "ranks" / "rank-1.txt").exists)
@@ -155,7 +163,7 @@ def test_a_cancelled_job_stays_cancelled(cluster: Slurm, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_a_job_is_queued_again_before_its_time_is_up(cluster: Slurm, tmp_path: Path) -> None:
     """Also, the same command finds the job that was queued before instead of queueing another."""
-    settings = Launch(nodes=2, processes=1, slurm=SlurmSettings(time="2", notice=100))
+    settings = Launch(nnodes=2, nproc_per_node=1, slurm=SlurmSettings(time="2", signal_before_s=100))
     launch(
         "tests.rank_program",
         same := told(tmp_path, "late once"),

@@ -26,7 +26,7 @@ from tests.daemons import free_ports
 from tests.test_pretrain_scale import under_torchrun
 from tests.test_pretrain_training import config, losses
 
-PLAIN = {"sharding": {"engine": "torch"}, "runtime": {"workers": 0, "micro_batch": 8}}
+PLAIN = {"sharding": {"backend": "torch"}, "runtime": {"num_workers": 0, "micro_batch_size": 8}}
 
 
 def test_rankme_counts_dimensions() -> None:
@@ -69,15 +69,15 @@ def test_a_collapsed_training_stops_if_it_should(embedded: Embedded, tmp_path: P
     """Without KoLeo and centering that works, one direction is left; here thresholds nobody can reach stand for it."""
     strict = {"every": 2, "min_rank": 1000.0, "stop_after": 3}
     with pytest.raises(UserError, match=r"collapsed at step 5: rank [\d.]+ is below 1000; lower optimizer.base_lr"):
-        pretrain.run(config(embedded.seed, tmp_path / "run", **PLAIN, health=strict))
-    pretrain.run(config(embedded.seed, tmp_path / "warned", **PLAIN, health={**strict, "stop_after": None}))
+        pretrain.run(config(embedded.seed, tmp_path / "run", **PLAIN, collapse=strict))
+    pretrain.run(config(embedded.seed, tmp_path / "warned", **PLAIN, collapse={**strict, "stop_after": None}))
     rows = losses(tmp_path / "warned")
     looked = [row["step"] for row in rows if "health_rank" in row]
     assert looked == [1, 3, 5, 7, 9, 11]
     assert {"health_dino_usage", "health_dino_kl", "health_ibot_usage", "health_ibot_kl"} < set(rows[1])
     assert 0.5 < rows[-1]["health_dino_usage"] <= 1
     plain = losses(tmp_path / "warned")
-    pretrain.run(config(embedded.seed, tmp_path / "blind", **PLAIN, health={"every": 0}))
+    pretrain.run(config(embedded.seed, tmp_path / "blind", **PLAIN, collapse={"every": 0}))
     for blind, seen in zip(losses(tmp_path / "blind"), plain, strict=True):  # looking changes nothing
         assert blind == {name: value for name, value in seen.items() if not name.startswith("health_")}
 
@@ -91,14 +91,14 @@ def test_a_probe_sees_the_teacher_of_its_step(embedded: Embedded, tmp_path: Path
         seen.append((steps, backbone))
         return {"steps": float(steps)}
 
-    pretrain.run(config(embedded.seed, tmp_path / "run", **PLAIN, health=asked), probe)
+    pretrain.run(config(embedded.seed, tmp_path / "run", **PLAIN, collapse=asked), probe)
     rows = losses(tmp_path / "run")
     assert [row.get("probe_steps") for row in rows if "probe_steps" in row] == [4, 8, 12]
     last = pretrain.checkpoints.Checkpoint.open(str(tmp_path / "run")).backbone().state_dict()
     assert seen[-1][0] == 12
     assert all(torch.equal(value, last[name]) for name, value in seen[-1][1].state_dict().items())
     assert not torch.equal(seen[0][1].norm.weight, last["norm.weight"])
-    pretraining.run(config(embedded.seed, tmp_path / "knn", **PLAIN, health=asked))
+    pretraining.run(config(embedded.seed, tmp_path / "knn", **PLAIN, collapse=asked))
     scores = [row["probe_knn"] for row in losses(tmp_path / "knn") if "probe_knn" in row]
     assert len(scores) == 3
     assert all(0 < score <= 1 for score in scores)
@@ -246,14 +246,18 @@ def test_progress_lines_of_a_killed_attempt_are_cut(tmp_path: Path) -> None:
     steps = [json.loads(line)["step"] for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2, 3]
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"launch.folder: .*choose another"):
+    with pytest.raises(UserError, match=r"launch.job_dir: .*choose another"):
         trackers.build([], tmp_path / "file", "run", 0)
 
 
 @pytest.mark.multiprocess
 def test_two_ranks_count_their_work_while_they_train(embedded: Embedded, tmp_path: Path) -> None:
     """The first rank alone runs dry, and exchanges nothing with the other while it does."""
-    changes = {"schedule": {"steps": 8, "batch": 16}, "runtime": {"workers": 0}, "health": {"every": 2}}
+    changes = {
+        "schedule": {"steps": 8, "global_batch_size": 16},
+        "runtime": {"num_workers": 0},
+        "collapse": {"every": 2},
+    }
     settings = config(embedded.seed, tmp_path / "run", **changes, sharding={"zero_stage": 3})
     script = tmp_path / "counts.py"
     script.write_text(

@@ -22,7 +22,7 @@ def test_networks_of_timm_say_what_timm_makes_of_them(name: str, side: int) -> N
     (features,) = network([images])
     with torch.inference_mode():
         torch.testing.assert_close(features.class_token, network.network(images))
-    assert features.class_token.shape == (2, network.dim)
+    assert features.class_token.shape == (2, network.embed_dim)
     assert features.patch_tokens.shape == (2, (side // network.patch_size) ** 2, network.patch_dim)
     with pytest.raises(ValueError, match="no mask token"):
         network([images], [torch.zeros(2, 4, dtype=torch.bool)])

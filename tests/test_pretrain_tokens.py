@@ -42,7 +42,7 @@ def tokened(backbone: Backbone) -> TokenBackbone:
 
 
 def test_a_checkpoints_layers_are_its_own(embedded: Embedded, tmp_path: Path) -> None:
-    trained = pretrain.run(config(embedded.seed, tmp_path / "teacher", schedule={"steps": 1, "batch": 8}))
+    trained = pretrain.run(config(embedded.seed, tmp_path / "teacher", schedule={"steps": 1, "global_batch_size": 8}))
     backbone = tokened(load(CheckpointBackbone(url=trained.url)))
     vectors, layers = backbone.layers(backbone.normalised(images(32, 48)), 5)
     assert [each.patch_tokens.shape for each in layers] == [(2, 4, 6, 32)] * 2  # two blocks are all there are
@@ -209,7 +209,7 @@ def test_weights_in_a_file_are_prepared_for_as_the_models_tags_say(clip: OpenCli
 
 
 def test_tokens_before_the_norm_are_another_matter(embedded: Embedded, tmp_path: Path) -> None:
-    trained = pretrain.run(config(embedded.seed, tmp_path / "teacher", schedule={"steps": 1, "batch": 8}))
+    trained = pretrain.run(config(embedded.seed, tmp_path / "teacher", schedule={"steps": 1, "global_batch_size": 8}))
     backbone = tokened(load(CheckpointBackbone(url=trained.url)))
     (vector, normed), (same, raw) = (backbone.layers(images(32), 1, norm=norm) for norm in (True, False))
     torch.testing.assert_close(vector, same)
@@ -222,7 +222,7 @@ def test_who_has_no_patch_tokens_is_told_so() -> None:
 
 
 def test_backbones_are_named_by_one_word(embedded: Embedded, tmp_path: Path) -> None:
-    trained = pretrain.run(config(embedded.seed, tmp_path / "teacher", schedule={"steps": 1, "batch": 8}))
+    trained = pretrain.run(config(embedded.seed, tmp_path / "teacher", schedule={"steps": 1, "global_batch_size": 8}))
     assert naming.named(trained.url) == {"kind": "checkpoint", "url": trained.url}
     assert naming.named("timm:resnet18") == {"kind": "timm", "model": "resnet18", "checkpoint": "published"}
     assert naming.named("timm:resnet18@w.pt")["checkpoint"] == "w.pt"

@@ -27,31 +27,31 @@ from infra.launch.run import run_module
 from pretrain import schedules
 from pretrain.checkpoints import WEIGHTS, Checkpoint
 from pretrain.config import PretrainConfig, PretrainSettings, decisive
-from pretrain.engine import parameter_groups
 from pretrain.sharding.base import clip
 from pretrain.sharding.plain import TorchEngine, gradients
 from pretrain.specs import checkpoint_spec
 from pretrain.telemetry import METRICS
 from pretrain.train import build_learner, view_dataset
+from pretrain.trainer import parameter_groups
 from tests.conftest import Embedded, encoded, image_folder, ingested, picture
 
-HEAD = {"hidden": 32, "bottleneck": 16, "prototypes": 16}
+HEAD = {"hidden_dim": 32, "bottleneck_dim": 16, "num_prototypes": 16}
 TINY = {
     "model": {
-        "dim": 32,
+        "embed_dim": 32,
         "depth": 2,
-        "heads": 2,
+        "num_heads": 2,
         "patch_size": 8,
         "image_size": 32,
-        "drop_path": 0.3,
-        "layer_scale": 0.5,
+        "drop_path_rate": 0.3,
+        "layer_scale_init": 0.5,
     },
     "objectives": [{"kind": "dino", "head": HEAD}, {"kind": "ibot", "head": HEAD}, {"kind": "koleo"}],
-    "views": {"globals": {"size": 32}, "locals": {"size": 16}, "local_count": 2},
-    "schedule": {"steps": 12, "batch": 16},
-    "optimizer": {"base_lr": 2e-2, "warmup_steps": 2, "layer_decay": 0.9, "freeze_last_layer_steps": 2},
+    "views": {"global_crops": {"size": 32}, "local_crops": {"size": 16}, "num_local_crops": 2},
+    "schedule": {"steps": 12, "global_batch_size": 16},
+    "optimizer": {"base_lr": 2e-2, "warmup_steps": 2, "layerwise_lr_decay": 0.9, "freeze_last_layer_steps": 2},
     "teacher": {"momentum": [0.9, 1.0], "temperature": [0.06, 0.07]},
-    "runtime": {"workers": 2, "checkpoint_every": 3, "micro_batch": 8},
+    "runtime": {"num_workers": 2, "checkpoint_every": 3, "micro_batch_size": 8},
 }
 
 
@@ -73,7 +73,7 @@ def trained(embedded: Embedded, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.mark.multiprocess
 def test_deepspeed_trains_as_plain_torch(embedded: Embedded, trained: Path, tmp_path: Path) -> None:
-    run_module("pretrain", config(embedded.seed, tmp_path / "torch", sharding={"engine": "torch"}))
+    run_module("pretrain", config(embedded.seed, tmp_path / "torch", sharding={"backend": "torch"}))
     for ours, plain in zip(losses(trained), losses(tmp_path / "torch"), strict=True):
         assert ours == pytest.approx(plain, rel=1e-3)
 
@@ -86,16 +86,16 @@ def test_zero_stages_train_alike(embedded: Embedded, trained: Path, tmp_path: Pa
         assert ours == pytest.approx(plain, rel=1e-3)
 
 
-TEXT = {"context": 16, "width": 16, "heads": 2, "layers": 1}
+TEXT = {"context": 16, "width": 16, "num_heads": 2, "layers": 1}
 EVERY_KIND: list[dict[str, object]] = [
     {"kind": "dino", "head": HEAD},
-    {"kind": "ibot", "tied": True},
+    {"kind": "ibot", "share_head": True},
     {"kind": "koleo", "distributed": True},
-    {"kind": "gram", "start": 1, "refresh_every": 1},
-    {"kind": "mae", "dim": 16, "depth": 1, "heads": 2},
+    {"kind": "gram", "start_step": 1, "update_every": 1},
+    {"kind": "mae", "embed_dim": 16, "depth": 1, "num_heads": 2},
     {"kind": "simmim"},
-    {"kind": "clip", "dim": 16, "text": TEXT},
-    {"kind": "siglip", "dim": 16, "text": TEXT},
+    {"kind": "clip", "embed_dim": 16, "text": TEXT},
+    {"kind": "siglip", "embed_dim": 16, "text": TEXT},
 ]
 
 
@@ -112,10 +112,10 @@ def test_every_objective_trains_sharded_as_plainly(tmp_path: Path) -> None:
     corpus = captioned(tmp_path)
     changes = {
         "objectives": EVERY_KIND,
-        "views": {**TINY["views"], "plain_size": 64},
-        "schedule": {"steps": 4, "batch": 8},
+        "views": {**TINY["views"], "gram_crop_size": 64},
+        "schedule": {"steps": 4, "global_batch_size": 8},
     }
-    run_module("pretrain", config(corpus, tmp_path / "plain", **changes, sharding={"engine": "torch"}))
+    run_module("pretrain", config(corpus, tmp_path / "plain", **changes, sharding={"backend": "torch"}))
     run_module("pretrain", config(corpus, tmp_path / "sharded", **changes, sharding={"zero_stage": 3}))
     plain, sharded = losses(tmp_path / "plain"), losses(tmp_path / "sharded")
     assert {kind["kind"] for kind in EVERY_KIND} - {"dino"} <= set(plain[-1])
@@ -131,7 +131,9 @@ def test_every_objective_trains_sharded_as_plainly(tmp_path: Path) -> None:
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("launcher", ["local", "torchrun"])
 def test_ctrl_c_twice_ends_with_the_code_of_a_saved_state(launcher: str, embedded: Embedded, tmp_path: Path) -> None:
-    settings = config(embedded.seed, tmp_path / "run", schedule={"steps": 100_000, "batch": 8}, launcher=launcher)
+    settings = config(
+        embedded.seed, tmp_path / "run", schedule={"steps": 100_000, "global_batch_size": 8}, launcher=launcher
+    )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(json.loads(settings.model_dump_json())))
     command = [sys.executable, "-m", "flows.cli", "pretrain", str(tmp_path / "run.yaml")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -189,7 +191,10 @@ def ends_alike(resumed: Path, whole: Path) -> None:
 @pytest.mark.multiprocess
 def test_a_killed_clip_run_ends_as_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
     corpus = captioned(tmp_path)
-    changes = {"objectives": [{"kind": "clip", "dim": 16, "text": TEXT}], "schedule": {"steps": 16, "batch": 16}}
+    changes = {
+        "objectives": [{"kind": "clip", "embed_dim": 16, "text": TEXT}],
+        "schedule": {"steps": 16, "global_batch_size": 16},
+    }
     run_module("pretrain", config(corpus, tmp_path / "whole", **changes))
     settings = config(corpus, tmp_path / "run", **changes)
     killed_once(settings, tmp_path / "job")
@@ -221,7 +226,7 @@ def test_a_slow_teacher_moves_in_bf16_training(embedded: Embedded, trained: Path
 
 @pytest.mark.multiprocess
 def test_a_trainer_dies_with_the_process_that_started_it(embedded: Embedded, tmp_path: Path) -> None:
-    long = config(embedded.seed, tmp_path / "run", schedule={"steps": 100_000, "batch": 8})
+    long = config(embedded.seed, tmp_path / "run", schedule={"steps": 100_000, "global_batch_size": 8})
     (tmp_path / "long.json").write_text(long.model_dump_json())
     script = (
         "from infra.launch.run import run_module; from pretrain.config import PretrainConfig\n"
@@ -282,7 +287,7 @@ def test_schedules_are_dinov2s() -> None:
         {
             "corpora": ["x"],
             "out": "y",
-            "schedule": {"steps": 125_000, "batch": 2048},
+            "schedule": {"steps": 125_000, "global_batch_size": 2048},
             "optimizer": {"base_lr": 4e-3, "warmup_steps": 12_500},
             "teacher": {"temperature_warmup_steps": 37_500},
         }
@@ -317,7 +322,7 @@ def test_parameter_groups_follow_dinov2() -> None:
 @pytest.mark.parametrize("clip_of", ["all", "parts"])
 def test_gradients_are_clipped_as_torch_does(clip_of: str) -> None:
     """By one norm, or backbone and head each by its own."""
-    changes = {"optimizer": {"clip_of": clip_of}, "objectives": TINY["objectives"][:1]}
+    changes = {"optimizer": {"grad_clip_scope": clip_of}, "objectives": TINY["objectives"][:1]}
     settings = PretrainConfig.model_validate({**TINY, **changes, "corpora": ["x"], "out": "y"})
     learner = build_learner(settings)
     torch.manual_seed(0)
@@ -344,13 +349,13 @@ def test_gradients_are_clipped_as_torch_does(clip_of: str) -> None:
     [
         ({"objectives": [{"kind": "gram"}]}, "gram anchors what other objectives learn"),
         ({"objectives": [{"kind": "dino"}, {"kind": "dino"}]}, "each kind may be given once"),
-        ({"objectives": [{"kind": "ibot", "tied": True}]}, "ibot cannot be tied without dino"),
-        ({"objectives": [{"kind": "mae", "dim": 48, "heads": 5}]}, "no multiple of 4 and of heads 5"),
+        ({"objectives": [{"kind": "ibot", "share_head": True}]}, "ibot cannot be tied without dino"),
+        ({"objectives": [{"kind": "mae", "embed_dim": 48, "num_heads": 5}]}, "no multiple of 4 and of heads 5"),
         ({"objectives": [{"kind": "clip", "text": {"width": 50}}]}, "width 50 is no multiple of heads 8"),
         ({"objectives": [{"kind": "clip"}, {"kind": "siglip", "text": {"context": 8}}]}, "the same text.context"),
-        ({"views": {"global_count": 1}}, "needs views.global_count 2"),
-        ({"objectives": [{"kind": "mae"}], "model": {"position": "rope"}}, "mae needs model.position"),
-        ({"sharding": {"engine": "torch", "offload_optimizer": "cpu"}}, "offload with deepspeed"),
+        ({"views": {"num_global_crops": 1}}, "needs views.num_global_crops 2"),
+        ({"objectives": [{"kind": "mae"}], "model": {"pos_embed": "rope"}}, "mae needs model.pos_embed"),
+        ({"sharding": {"backend": "torch", "offload_optimizer": "cpu"}}, "offload with deepspeed"),
         ({"sharding": {"offload_optimizer": "cpu"}}, "offload_optimizer needs zero_stage 1"),
         ({"sharding": {"zero_stage": 2, "offload_optimizer": "nvme", "nvme_path": "/x"}}, "1 or more, nvme 3"),
         ({"sharding": {"zero_stage": 2, "offload_parameters": "cpu"}}, "offload_parameters needs zero_stage 3"),
@@ -364,7 +369,7 @@ def test_settings_that_cannot_work_are_refused_at_once(changes: dict[str, object
 
 def test_how_a_training_is_sharded_is_no_part_of_what_it_is_known_by() -> None:
     nvme = {"zero_stage": 3, "offload_optimizer": "nvme", "offload_parameters": "cpu", "nvme_path": "/x"}
-    known = [decisive(config("x", Path("y"), sharding=sharding)) for sharding in ({"engine": "torch"}, nvme)]
+    known = [decisive(config("x", Path("y"), sharding=sharding)) for sharding in ({"backend": "torch"}, nvme)]
     assert known[0] == known[1]
     assert known[0]["sharding"] == {"precision": "fp32"}
 
@@ -390,26 +395,28 @@ def test_a_high_resolution_phase_starts_from_the_end_of_another(
     """Weights and heads come along, the position table is resized, and the lineage names where they came from."""
     larger = {
         "model": {**TINY["model"], "image_size": 48},
-        "views": {**TINY["views"], "globals": {"size": 48}},
-        "schedule": {"steps": 2, "batch": 8},
+        "views": {**TINY["views"], "global_crops": {"size": 48}},
+        "schedule": {"steps": 2, "global_batch_size": 8},
         "optimizer": {"base_lr": 1e-6},
-        "sharding": {"engine": "torch"},
+        "sharding": {"backend": "torch"},
     }
-    settings = config(embedded.seed, tmp_path / "high", **larger, start=str(trained))
+    settings = config(embedded.seed, tmp_path / "high", **larger, init_from=str(trained))
     artifact = pretrain.run(settings)
     before, after = Checkpoint.open(str(trained)), Checkpoint.open(artifact.url)
     assert after.weights("student.")["pos_embed"].shape == (1, 1 + 36, 32)
     name = "objectives.dino.head.mlp.0.weight"
     torch.testing.assert_close(after.weights()[name], before.weights()[name], rtol=0, atol=1e-4)
-    assert artifact.manifest.inputs["start"].id == before.artifact.id
-    assert artifact.id != checkpoint_spec(settings.model_copy(update={"start": None})).id
+    assert artifact.manifest.inputs["init_from"].id == before.artifact.id
+    assert artifact.id != checkpoint_spec(settings.model_copy(update={"init_from": None})).id
     anchored = {**larger, "objectives": [*TINY["objectives"][:1], {"kind": "gram"}]}
-    gram = Checkpoint.open(pretrain.run(config(embedded.seed, tmp_path / "gram", **anchored, start=str(trained))).url)
+    gram = Checkpoint.open(
+        pretrain.run(config(embedded.seed, tmp_path / "gram", **anchored, init_from=str(trained))).url
+    )
     anchor, teacher = (gram.weights(f"{each}.")["norm.weight"] for each in ("objectives.gram.anchor", "teacher"))
     torch.testing.assert_close(anchor, before.weights("teacher.")["norm.weight"])
     assert not torch.equal(anchor, teacher)
-    other = {**larger, "model": {**TINY["model"], "dim": 64, "image_size": 48}}
-    wider = config(embedded.seed, tmp_path / "other", **other, start=str(trained))
+    other = {**larger, "model": {**TINY["model"], "embed_dim": 64, "image_size": 48}}
+    wider = config(embedded.seed, tmp_path / "other", **other, init_from=str(trained))
     with pytest.raises(UserError, match="does not fit the settings"):
         pretrain.run(wider)
 
@@ -420,12 +427,14 @@ def test_bad_samples_are_counted_and_too_many_stop_the_run(tmp_path: Path) -> No
     for name in ("torn", "broken"):
         (folder / f"{name}.png").write_bytes(encoded(picture(99))[:-40])
     corpus = ingested(folder, tmp_path / "corpus", check="header").artifact.url
-    changes = {"schedule": {"steps": 4, "batch": 16}, "sharding": {"engine": "torch"}}
+    changes = {"schedule": {"steps": 4, "global_batch_size": 16}, "sharding": {"backend": "torch"}}
     run_module("pretrain", config(corpus, tmp_path / "run", **changes))
     rows = losses(tmp_path / "run")
     assert [row["samples"] for row in rows] == [16, 32, 48, 64]
     counted = open_artifact(str(tmp_path / "run"), "checkpoint").metrics["unusable"]
     assert counted == {"truncated": sum(row.get("unusable_truncated", 0) for row in rows)}
     assert 4 <= counted["truncated"] < 12  # each is met once an epoch, and now and then in another's place
-    with pytest.raises(UserError, match=r"samples cannot be used \(truncated \d+\), more than runtime.max_unusable 0"):
-        run_module("pretrain", config(corpus, tmp_path / "strict", **changes, runtime={"max_unusable": 0}))
+    with pytest.raises(
+        UserError, match=r"samples cannot be used \(truncated \d+\), more than runtime.max_bad_sample_fraction 0"
+    ):
+        run_module("pretrain", config(corpus, tmp_path / "strict", **changes, runtime={"max_bad_sample_fraction": 0}))

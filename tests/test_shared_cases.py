@@ -28,11 +28,15 @@ from tests.test_distill import STUDENT
 from tests.test_pretrain_training import TINY, config
 
 Case = Callable[..., Path]
-SHORT = {"schedule": {"steps": 2, "batch": 8}, "sharding": {"engine": "torch"}, "runtime": {"workers": 0}}
+SHORT = {
+    "schedule": {"steps": 2, "global_batch_size": 8},
+    "sharding": {"backend": "torch"},
+    "runtime": {"num_workers": 0},
+}
 TALL = {
     **SHORT,
-    "model": {"dim": 32, "depth": 1, "heads": 2, "patch_size": 32, "image_size": 224},
-    "views": {"globals": {"size": 64}, "locals": {"size": 32}, "local_count": 1},
+    "model": {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 32, "image_size": 224},
+    "views": {"global_crops": {"size": 64}, "local_crops": {"size": 32}, "num_local_crops": 1},
 }
 
 

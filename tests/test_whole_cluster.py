@@ -118,17 +118,17 @@ def _upload(embedded: Embedded) -> None:
 def settings(root: str) -> dict[str, Any]:
     """The pipeline of the tests, its images in the bucket and its trainings on two nodes."""
     found: dict[str, Any] = pipeline(Path("unused"))
-    del found["embedded"]
+    del found["synthetic"]
     images = {role: f"{ROOT}/images/{role}" for role in ("pool", "seed", "test")}
     found |= {"root": root, "sources": {**images, "train": images["seed"]}}
     for stage, steps in (("pretrain", STEPS), ("distill", 20)):
         found[stage] = {
             **found[stage],
             "launcher": "slurm",
-            "launch": {"nodes": 2, "processes": 1, "restarts": 2},
+            "launch": {"nnodes": 2, "nproc_per_node": 1, "max_restarts": 2},
             "sharding": {"zero_stage": 2},
-            "schedule": {"steps": steps, "batch": 16},
-            "runtime": {"workers": 0, "checkpoint_every": SAVED, "micro_batch": 8},
+            "schedule": {"steps": steps, "global_batch_size": 16},
+            "runtime": {"num_workers": 0, "checkpoint_every": SAVED, "micro_batch_size": 8},
         }
     PipelineConfig.model_validate(found)
     return found
@@ -183,8 +183,8 @@ def test_a_pipeline_whose_training_and_worker_are_killed_publishes_the_same(clus
 def test_a_cancelled_run_lets_go_of_its_job(cluster: Cluster) -> None:
     prefect, out = cluster.prefect, f"{ROOT}/cancelled"
     corpus = ingest(IngestConfig(source=f"{ROOT}/images/seed", out=f"{ROOT}/corpora/seed"))
-    long = {**settings(ROOT)["pretrain"], "schedule": {"steps": 100_000, "batch": 16}}
-    long["runtime"] = {"workers": 0, "checkpoint_every": 50_000}
+    long = {**settings(ROOT)["pretrain"], "schedule": {"steps": 100_000, "global_batch_size": 16}}
+    long["runtime"] = {"num_workers": 0, "checkpoint_every": 50_000}
     run = prefect.started("pretrain", {"config": {**long, "corpora": [corpus.url], "out": f"{out}/pretrain/run"}})
     ranks = cluster.until("both ranks are there", lambda: cluster.ranks() if len(cluster.ranks()) == 2 else None)
     (folder,) = {Path(each.cmdline()[-1]) for each in ranks}

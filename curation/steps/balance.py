@@ -22,14 +22,14 @@ def balance(context: Context, step: Balance) -> Mapping[str, Any]:
     rows = verdicts.in_order(verdicts.kept())
     generator = context.generator()
     sizes = [min(size, len(rows)) for size in step.levels]
-    members = step.members or [max(above // (2 * size), 1) for above, size in pairwise([len(rows), *sizes])]
+    members = step.sample_size or [max(above // (2 * size), 1) for above, size in pairwise([len(rows), *sizes])]
     levels = hierarchy(
-        context.vectors, rows, sizes, step.resamplings, members, context.workers, generator, context.reach
+        context.vectors, rows, sizes, step.num_resampling_steps, members, context.workers, generator, context.reach
     )
-    drawn = draw(levels, step.target, step.copies, generator)
+    drawn = draw(levels, step.target, step.max_repeats, generator)
     kept = drawn > 0
     verdicts.drop(rows[~kept], step.kind, "not_drawn", -1, np.nan)
-    if step.copies > 1:
+    if step.max_repeats > 1:
         verdicts.weight[rows[kept]] = drawn[kept]
     told = [_spread(len(level.centroids), of, drawn) for level, of in zip(levels, flattened(levels), strict=True)]
     return {"dropped": int((~kept).sum()), "drawn": int(drawn.sum()), "levels": told}

@@ -42,13 +42,13 @@ class LooksFilter(Config):
 class CellSettings(Config):
     """Which vectors are compared where comparing all would take too long."""
 
-    cells: int = Field(0, ge=0)
+    num_cells: int = Field(0, ge=0)
     """Clusters within which vectors are compared; 0: two square roots of their number, or one for 20,000 and fewer."""
-    probes: int = Field(8, ge=1)
+    nprobe: int = Field(8, ge=1)
     """Clusters that a vector visits at most. More find more and take longer."""
     margin: float = Field(0.07, ge=0, le=2)
     """It visits those whose centroid is at most this much less similar than the nearest."""
-    audit: int = Field(1000, ge=0)
+    recall_audit_images: int = Field(1000, ge=0)
     """Random vectors that are compared with all others to measure what was missed; 0 measures nothing."""
 
 
@@ -67,12 +67,12 @@ class NearDuplicates(CellSettings):
     """The field, for `field`: the highest number stays."""
     prefer: list[str] = Field(default_factory=list)
     """Values of the field in order of preference, licences say; others come after them."""
-    min_to_representative: float = Field(-1.0, ge=-1, le=1)
+    min_similarity_to_representative: float = Field(-1.0, ge=-1, le=1)
     """Members less similar than this to the image that stays are no copies of it: they form groups of their own. It
     undoes chains, where each image is like the next and the last is unlike the first. -1 leaves components whole."""
     allow_chains: bool = False
     """Accept a component of 50 images or more of which most are unlike the image that stays. false: stop, for the
-    threshold is too low for the backbone. Not read where `min_to_representative` undoes chains."""
+    threshold is too low for the backbone. Not read where `min_similarity_to_representative` undoes chains."""
 
     @model_validator(mode="after")
     def _has_field(self) -> NearDuplicates:
@@ -101,16 +101,16 @@ class Retrieve(Config):
     """Keep only what is near a curated seed: the nearest images of each seed image (DINOv2, section 3)."""
 
     kind: Literal["retrieve"] = "retrieve"
-    neighbours: int = Field(4, ge=1)
+    k: int = Field(4, ge=1)
     """Nearest images kept for each seed image."""
     min_similarity: float = Field(-1.0, ge=-1, le=1)
     """Neighbours less similar than this are not kept."""
-    distinct: bool = False
+    without_replacement: bool = False
     """Give each seed image neighbours of its own: what a more similar seed image has taken is replaced by the next."""
     index: Literal["auto", "exact", "ivfpq"] = "auto"
     """exact compares every seed image with every image; ivfpq finds candidates in a compressed FAISS index and compares
     those exactly, where there are 10,000 images or more; auto: exact up to 4e11 comparisons of one dimension."""
-    audit: int = Field(200, ge=0)
+    recall_audit_images: int = Field(200, ge=0)
     """Seed images whose neighbours in the index are checked against the exact ones."""
 
 
@@ -148,19 +148,19 @@ class Balance(Config):
     """Clusters of each level, from the finest; DINOv3 has 200 M, 8 M, 800 k, 100 k and 25 k."""
     target: int = Field(100_000, ge=1)
     """Images to draw."""
-    resamplings: int = Field(10, ge=0)
+    num_resampling_steps: int = Field(10, ge=0)
     """Times that each level's clustering is made anew on the members nearest to its centroids, which evens it out."""
-    members: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    sample_size: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
     """Members of a cluster that a resampling takes, for each level; none: half the clusters' mean size."""
-    copies: int = Field(1, ge=1)
+    max_repeats: int = Field(1, ge=1)
     """How often one image may be drawn; beyond 1 its weight says how often it was."""
 
     @model_validator(mode="after")
     def _levels_fall(self) -> Balance:
         if any(above >= below for below, above in zip(self.levels, self.levels[1:], strict=False)):
             raise ValueError(f"levels {self.levels}: each must have fewer clusters than the one before")
-        if self.members and len(self.members) != len(self.levels):
-            raise ValueError(f"members {self.members}: give one number for each of the {len(self.levels)} levels")
+        if self.sample_size and len(self.sample_size) != len(self.levels):
+            raise ValueError(f"members {self.sample_size}: give one number for each of the {len(self.levels)} levels")
         return self
 
 

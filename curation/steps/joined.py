@@ -71,8 +71,8 @@ def joined(context: Context, settings: CellSettings, threshold: float) -> Joined
     forest = join.over(partition, known, lambda done: context.reach(done / len(cells)))
     labels = forest.components()
     recall = None
-    if settings.audit:
-        sample = np.sort(np.searchsorted(rows, context.shuffled(rows, settings.audit, "audit")))
+    if settings.recall_audit_images:
+        sample = np.sort(np.searchsorted(rows, context.shuffled(rows, settings.recall_audit_images, "audit")))
         recall = audit(context.vectors, rows, labels, threshold, sample, context.workers)
     a, b, _ = forest.edges()
     found = Joined(rows, labels, forest, similarities(context.vectors, rows[a], rows[b]), cells, recall)
@@ -86,7 +86,7 @@ def _cells_and_known(context: Context, settings: CellSettings, rows: np.ndarray)
     """Those of an earlier join, as long as they are not far too few for what the corpus has become."""
     if context.earlier is not None:
         cells = context.earlier.cells(context.step)
-        if settings.cells or count_for(len(rows)) <= _OUTGROWN * len(cells):
+        if settings.num_cells or count_for(len(rows)) <= _OUTGROWN * len(cells):
             return cells, _known(context.earlier, context.step, rows, len(context.corpus))
     return _cells(context, settings, rows), None
 
@@ -104,11 +104,11 @@ def _known(before: Earlier, step: int, rows: np.ndarray, images: int) -> Known:
 
 
 def _cells(context: Context, settings: CellSettings, rows: np.ndarray) -> Cells:
-    count = min(settings.cells or count_for(len(rows)), len(rows))
+    count = min(settings.num_cells or count_for(len(rows)), len(rows))
     if count == 1:
         return Cells.one(context.vectors.dim)
     sample = context.vectors.take(context.shuffled(rows, SAMPLE * count))
     sample = sample[~blank(sample)]
     if not len(sample):
         return Cells.one(context.vectors.dim)
-    return Cells.learn(sample, min(count, len(sample)), settings.probes, settings.margin, context.workers)
+    return Cells.learn(sample, min(count, len(sample)), settings.nprobe, settings.margin, context.workers)

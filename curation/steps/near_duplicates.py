@@ -30,8 +30,8 @@ def near_duplicates(context: Context, step: NearDuplicates) -> Mapping[str, Any]
     members = np.flatnonzero(np.bincount(found.labels)[found.labels] > 1)
     order = preferred(context, step, found.rows[members], found.labels[members])
     rows, labels = found.rows[members][order], found.labels[members][order]
-    winners, scores = represent(context.vectors, rows, labels, step.min_to_representative)
-    if not step.allow_chains and step.min_to_representative <= -1:
+    winners, scores = represent(context.vectors, rows, labels, step.min_similarity_to_representative)
+    if not step.allow_chains and step.min_similarity_to_representative <= -1:
         _refuse_chains(context, labels, scores, threshold)
     losers = rows != winners
     context.verdicts.merge(rows[losers], winners[losers], step.kind, "near_duplicate", scores[losers])
@@ -58,8 +58,8 @@ def _refuse_chains(context: Context, labels: np.ndarray, scores: np.ndarray, thr
         raise UserError(
             f"near_duplicates: {sizes[largest]:,} of {len(context.corpus):,} images form one chain: "
             f"{int(unlike[largest]):,} are less similar than {threshold - _UNLIKE:.2f} to the image that stays. "
-            f"The threshold {threshold:g} is too low for this backbone; raise it, set min_to_representative, or set "
-            "allow_chains"
+            f"The threshold {threshold:g} is too low for this backbone; raise it, set "
+            "min_similarity_to_representative, or set allow_chains"
         )
 
 

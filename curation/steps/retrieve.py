@@ -24,10 +24,10 @@ def retrieve(context: Context, step: Retrieve) -> Mapping[str, Any]:
     """Keep the nearest kept images of each seed image, drop the rest."""
     verdicts, seed = context.verdicts, context.curated
     rows = verdicts.in_order(verdicts.kept())  # of equally similar images the first key counts
-    wanted = step.neighbours * (_SPARE if step.distinct else 1)
+    wanted = step.k * (_SPARE if step.without_replacement else 1)
     places, scores, told = _neighbours(context, step, rows, wanted)
     near = (scores >= step.min_similarity) & (places >= 0)
-    chosen = _own(places, scores, near, step.neighbours) if step.distinct else near
+    chosen = _own(places, scores, near, step.k) if step.without_replacement else near
     asker, column = np.nonzero(chosen)
     found, score = places[asker, column], scores[asker, column]
     order = np.lexsort((asker, -score, found))
@@ -44,7 +44,7 @@ def retrieve(context: Context, step: Retrieve) -> Mapping[str, Any]:
         "seed_images": len(seed.vectors),
         "neighbours": len(found),
         "collisions": len(found) - len(retrieved),
-        "missing": step.neighbours * len(seed.vectors) - len(found),
+        "missing": step.k * len(seed.vectors) - len(found),
         **told,
     }
 
@@ -64,7 +64,7 @@ def _neighbours(
         return ranked(queries, vectors, rows, candidates, k)
 
     places, scores = _by_block(context, search)
-    return places, scores, {"recall": _audit(context, step, rows, places)} if step.audit else {}
+    return places, scores, {"recall": _audit(context, step, rows, places)} if step.recall_audit_images else {}
 
 
 def _comparable(context: Context, rows: np.ndarray) -> bool:
@@ -84,7 +84,7 @@ def _audit(context: Context, step: Retrieve, rows: np.ndarray, places: np.ndarra
     """The share of the exact neighbours that the index found, of some seed images."""
     seed = context.curated.vectors
     generator = context.generator()
-    asked = np.sort(generator.permutation(len(seed))[: step.audit])
+    asked = np.sort(generator.permutation(len(seed))[: step.recall_audit_images])
     exact, _ = k_nearest(seed.take(asked), context.vectors, rows, places.shape[1], context.workers)
     hits = sum(len(np.intersect1d(found, true)) for found, true in zip(places[asked], exact, strict=True))
     return share(hits, exact.size)

@@ -53,11 +53,11 @@ def incompatibility(name: FormatName, model: ModelConfig, objectives: Sequence[O
 
 def family(model: VisionTransformerConfig) -> str:
     """What transformers' classes of such a model are named by: without LayerScale and registers it is a plain ViT."""
-    if model.position == "rope":
+    if model.pos_embed == "rope":
         return "DINOv3ViT"
-    if model.layer_scale is None and not model.registers and model.ffn == "mlp":
+    if model.layer_scale_init is None and not model.num_register_tokens and model.ffn_layer == "mlp":
         return "ViT"
-    return "Dinov2WithRegisters" if model.registers else "Dinov2"
+    return "Dinov2WithRegisters" if model.num_register_tokens else "Dinov2"
 
 
 def _departures(
@@ -73,9 +73,9 @@ def _departures(
 
 
 def _of_timm(model: VisionTransformerConfig, text: TextTower | None) -> dict[str, bool]:
-    rotary, gated = model.position == "rope", model.ffn == "swiglu"
+    rotary, gated = model.pos_embed == "rope", model.ffn_layer == "swiglu"
     return {
-        "class_norm": model.class_norm,
+        "untie_cls_and_patch_norms": model.untie_cls_and_patch_norms,
         "norm_eps": model.norm_eps not in ((1e-5,) if rotary else (1e-6,) if gated else (1e-6, 1e-5)),
         "pre_norm": model.pre_norm and (rotary or gated),
         "activation": model.activation != "gelu" and rotary,
@@ -85,9 +85,9 @@ def _of_timm(model: VisionTransformerConfig, text: TextTower | None) -> dict[str
 
 
 def _of_transformers(model: VisionTransformerConfig, text: TextTower | None) -> dict[str, bool]:
-    shared, gated = family(model).startswith("Dinov2"), model.ffn == "swiglu"
+    shared, gated = family(model).startswith("Dinov2"), model.ffn_layer == "swiglu"
     return {
-        "class_norm": model.class_norm,
+        "untie_cls_and_patch_norms": model.untie_cls_and_patch_norms,
         "pre_norm": model.pre_norm,
         "activation": model.activation != "gelu",
         "swiglu_multiple": gated and shared and model.swiglu_multiple != 8,
@@ -97,10 +97,10 @@ def _of_transformers(model: VisionTransformerConfig, text: TextTower | None) -> 
 
 def _of_open_clip(model: VisionTransformerConfig, text: TextTower | None) -> dict[str, bool]:
     return {
-        "registers": model.registers > 0,
-        "position": model.position == "rope",
-        "ffn": model.ffn == "swiglu",
-        "class_norm": model.class_norm,
+        "num_register_tokens": model.num_register_tokens > 0,
+        "pos_embed": model.pos_embed == "rope",
+        "ffn_layer": model.ffn_layer == "swiglu",
+        "untie_cls_and_patch_norms": model.untie_cls_and_patch_norms,
         "activation": text is not None and model.activation != text.activation,
     }
 

@@ -50,7 +50,7 @@ class _ClassTokens(nn.Module):
 def _model(backbone: Network, directory: Path) -> nn.Module:
     import timm
 
-    if isinstance(backbone, VisionTransformer) and backbone.config.position == "rope":
+    if isinstance(backbone, VisionTransformer) and backbone.config.pos_embed == "rope":
         return _ClassTokens(backbone).eval()
     return timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
 

@@ -70,7 +70,7 @@ def state_dict(backbone: VisionTransformer, towers: ImageText) -> dict[str, Tens
             out["visual.transformer.resblocks." + renamed(name.removeprefix("blocks."), IN_BLOCKS)] = value
     if not backbone.config.qkv_bias:
         for i in range(backbone.config.depth):
-            out[f"visual.transformer.resblocks.{i}.attn.in_proj_bias"] = torch.zeros(3 * backbone.config.dim)
+            out[f"visual.transformer.resblocks.{i}.attn.in_proj_bias"] = torch.zeros(3 * backbone.config.embed_dim)
     out |= {f"text.{name}": value.detach().cpu() for name, value in towers.text.state_dict().items()}
     return {name: value.contiguous().clone() for name, value in out.items()}
 
@@ -92,18 +92,18 @@ def _model(config: VisionTransformerConfig, towers: ImageText) -> dict[str, Any]
     text = towers.config.text
     bias = {"init_logit_bias": float(towers.logit_bias)} if isinstance(towers, Siglip) else {}
     return {
-        "embed_dim": towers.config.dim,
+        "embed_dim": towers.config.embed_dim,
         "custom_text": True,
         "quick_gelu": config.activation == "quick_gelu",
         **bias,
         "vision_cfg": {
             "image_size": config.image_size,
             "patch_size": config.patch_size,
-            "width": config.dim,
+            "width": config.embed_dim,
             "layers": config.depth,
-            "head_width": config.dim // config.heads,
-            "mlp_ratio": (config.hidden + 0.5) / config.dim,  # it is rounded down
-            "ls_init_value": config.layer_scale,
+            "head_width": config.embed_dim // config.num_heads,
+            "mlp_ratio": (config.hidden + 0.5) / config.embed_dim,  # it is rounded down
+            "ls_init_value": config.layer_scale_init,
             "no_ln_pre": not config.pre_norm,
             "norm_kwargs": {"eps": config.norm_eps},
         },
@@ -111,7 +111,7 @@ def _model(config: VisionTransformerConfig, towers: ImageText) -> dict[str, Any]
             "context_length": text.context,
             "vocab_size": towers.text.vocab_size,
             "width": text.width,
-            "heads": text.heads,
+            "heads": text.num_heads,
             "layers": text.layers,
         },
     }

@@ -32,10 +32,10 @@ def state_dict(backbone: Network) -> dict[str, Tensor]:
         for name, value in backbone.state_dict().items()
         if not name.startswith(TRAINING_ONLY)
     }
-    if backbone.config.layer_scale is None:  # timm cannot be told to leave it out of every architecture
-        ones = torch.ones(backbone.config.dim)
+    if backbone.config.layer_scale_init is None:  # timm cannot be told to leave it out of every architecture
+        ones = torch.ones(backbone.config.embed_dim)
         state |= {f"blocks.{i}.ls{k}.gamma": ones.clone() for i in range(backbone.config.depth) for k in (1, 2)}
-    if backbone.config.position == "rope":
+    if backbone.config.pos_embed == "rope":
         return _rotary(state, backbone.config)
     return _positioned(_unbiased(state) if backbone.config.pre_norm else state)
 
@@ -64,7 +64,7 @@ def _rotary(state: dict[str, Tensor], config: VisionTransformerConfig) -> dict[s
             query, _, value_bias = value.chunk(3)
             out[name.replace("qkv.bias", "q_bias")] = query.contiguous()
             out[name.replace("qkv.bias", "v_bias")] = value_bias.contiguous()
-        elif config.ffn == "swiglu" and ".fc1." in name:
+        elif config.ffn_layer == "swiglu" and ".fc1." in name:
             gate, linear = value.chunk(2)
             out[name.replace("fc1", "fc1_g")] = gate.contiguous()
             out[name.replace("fc1", "fc1_x")] = linear.contiguous()
@@ -83,7 +83,7 @@ def _network_json(backbone: TimmNetwork, views: Views) -> dict[str, Any]:
     return {
         "architecture": backbone.config.name,
         "num_classes": 0,
-        "num_features": backbone.dim,
+        "num_features": backbone.embed_dim,
         "model_args": {"num_classes": 0, **backbone.options},
         "pretrained_cfg": _prepared(side, views)
         | {
@@ -106,19 +106,19 @@ def _prepared(side: int, views: Views) -> dict[str, Any]:
 
 
 def _vit_json(config: VisionTransformerConfig, views: Views) -> dict[str, Any]:
-    architecture, arguments = _rotary_model(config) if config.position == "rope" else _positioned_model(config)
+    architecture, arguments = _rotary_model(config) if config.pos_embed == "rope" else _positioned_model(config)
     return {
         "architecture": architecture,
         "num_classes": 0,
-        "num_features": config.dim,
+        "num_features": config.embed_dim,
         "global_pool": "token",
         "model_args": {
             "img_size": config.image_size,
             "patch_size": config.patch_size,
-            "embed_dim": config.dim,
+            "embed_dim": config.embed_dim,
             "depth": config.depth,
-            "num_heads": config.heads,
-            "init_values": config.layer_scale or 1.0,
+            "num_heads": config.num_heads,
+            "init_values": config.layer_scale_init or 1.0,
             "qkv_bias": config.qkv_bias,
             "global_pool": "token",
             "num_classes": 0,
@@ -142,19 +142,19 @@ def _crop_share(side: int) -> float:
 
 # Every dimension of the named architectures is overridden by model_args; they choose the parts.
 def _positioned_model(config: VisionTransformerConfig) -> tuple[str, dict[str, Any]]:
-    shared = {"reg_tokens": config.registers, "no_embed_class": True}
-    if config.ffn == "mlp":
-        parts: dict[str, Any] = {"mlp_ratio": (config.hidden + 0.5) / config.dim, "pre_norm": config.pre_norm}
+    shared = {"reg_tokens": config.num_register_tokens, "no_embed_class": True}
+    if config.ffn_layer == "mlp":
+        parts: dict[str, Any] = {"mlp_ratio": (config.hidden + 0.5) / config.embed_dim, "pre_norm": config.pre_norm}
         parts |= {} if config.activation == "gelu" else {"act_layer": "quick_gelu"}
         architecture = "vit_base_patch16_224" if config.norm_eps == 1e-6 else "vit_base_patch16_clip_224"
         return architecture, {**shared, **parts}
-    return "vit_giant_patch14_dinov2", {**shared, "mlp_ratio": (2 * config.hidden + 0.5) / config.dim}
+    return "vit_giant_patch14_dinov2", {**shared, "mlp_ratio": (2 * config.hidden + 0.5) / config.embed_dim}
 
 
 def _rotary_model(config: VisionTransformerConfig) -> tuple[str, dict[str, Any]]:
     return "vit_small_patch16_dinov3", {
-        "num_reg_tokens": config.registers,
-        "mlp_ratio": (config.hidden + 0.5) / config.dim,
-        "swiglu_mlp": config.ffn == "swiglu",
+        "num_reg_tokens": config.num_register_tokens,
+        "mlp_ratio": (config.hidden + 0.5) / config.embed_dim,
+        "swiglu_mlp": config.ffn_layer == "swiglu",
         "swiglu_align_to": 1,
     }

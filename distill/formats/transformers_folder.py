@@ -58,17 +58,17 @@ def write(backbone: Network, views: Views, directory: Path) -> None:
 def state_dict(backbone: VisionTransformer) -> dict[str, Tensor]:
     """Weights under the names of transformers' modules, which keep queries, keys and values apart."""
     config = backbone.config
-    rotary, plain = config.position == "rope", family(config) == "ViT"
+    rotary, plain = config.pos_embed == "rope", family(config) == "ViT"
     names = _ROTARY if rotary else _POSITIONED
     state = _layers(
         dict(backbone.state_dict()), "layers" if plain else "model.layer" if rotary else "encoder.layer", config
     )
-    state = _gated(state) if config.ffn == "swiglu" else _projected(state) if rotary else state
+    state = _gated(state) if config.ffn_layer == "swiglu" else _projected(state) if rotary else state
     state = _plain(state) if plain else state
     state = {name: value for name, value in state.items() if not name.startswith("local_cls_norm.")}
     if rotary:
         state["mask_token"] = state["mask_token"][None]
-        state.setdefault("reg_token", torch.zeros(1, 0, config.dim))
+        state.setdefault("reg_token", torch.zeros(1, 0, config.embed_dim))
         if not config.key_bias:
             state = {name: value for name, value in state.items() if not name.endswith("k_proj.bias")}
     return {names.get(name, name): value.detach().cpu().contiguous() for name, value in state.items()}
@@ -84,8 +84,8 @@ def _layers(state: dict[str, Tensor], layers: str, config: VisionTransformerConf
                 out[name.replace("attn.qkv.", f"attention.{part}_proj.")] = chunk
         else:
             out[name] = value
-    if config.layer_scale is None and family(config) != "ViT":  # others have one in every block
-        ones = torch.ones(config.dim)
+    if config.layer_scale_init is None and family(config) != "ViT":  # others have one in every block
+        ones = torch.ones(config.embed_dim)
         out |= {f"{layers}.{i}.layer_scale{k}.lambda1": ones.clone() for i in range(config.depth) for k in (1, 2)}
     return out
 
@@ -112,9 +112,9 @@ def _projected(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _shared(config: VisionTransformerConfig) -> dict[str, Any]:
     return {
-        "hidden_size": config.dim,
+        "hidden_size": config.embed_dim,
         "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
+        "num_attention_heads": config.num_heads,
         "image_size": config.image_size,
         "patch_size": config.patch_size,
         "layer_norm_eps": config.norm_eps,
@@ -122,29 +122,29 @@ def _shared(config: VisionTransformerConfig) -> dict[str, Any]:
 
 
 def _scale(config: VisionTransformerConfig) -> dict[str, float]:
-    return {"layerscale_value": config.layer_scale or 1.0}
+    return {"layerscale_value": config.layer_scale_init or 1.0}
 
 
 def _settings(config: VisionTransformerConfig) -> dict[str, Any]:
     if family(config) == "ViT":
         plain = {"intermediate_size": config.hidden, "hidden_act": "gelu", "qkv_bias": config.qkv_bias}
         return _shared(config) | plain
-    return _rotary_settings(config) if config.position == "rope" else _positioned_settings(config)
+    return _rotary_settings(config) if config.pos_embed == "rope" else _positioned_settings(config)
 
 
 def _positioned_settings(config: VisionTransformerConfig) -> dict[str, Any]:
-    gated = config.ffn == "swiglu"
+    gated = config.ffn_layer == "swiglu"
     settings = _shared(config) | _scale(config) | {"qkv_bias": config.qkv_bias, "use_swiglu_ffn": gated}
     settings |= {"mlp_ratio": int(config.mlp_ratio)}
-    return settings | ({"num_register_tokens": config.registers} if config.registers else {})
+    return settings | ({"num_register_tokens": config.num_register_tokens} if config.num_register_tokens else {})
 
 
 def _rotary_settings(config: VisionTransformerConfig) -> dict[str, Any]:
-    gated = config.ffn == "swiglu"
+    gated = config.ffn_layer == "swiglu"
     return {
         **_shared(config),
         **_scale(config),
-        "num_register_tokens": config.registers,
+        "num_register_tokens": config.num_register_tokens,
         "intermediate_size": config.hidden,
         "use_gated_mlp": gated,
         "hidden_act": "silu" if gated else "gelu",

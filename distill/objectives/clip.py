@@ -53,4 +53,4 @@ class ClipLogits(Objective):
 
 def towers(config: ClipLogitsConfig) -> ClipConfig:
     """The objective whose modules the student's towers are."""
-    return ClipConfig(dim=config.dim, text=config.text, scale=config.scale)
+    return ClipConfig(embed_dim=config.embed_dim, text=config.text, scale=config.scale)

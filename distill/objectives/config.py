@@ -64,7 +64,7 @@ class ClipLogitsConfig(Config):
     """Name of the teacher, of kind open_clip."""
     contrast: float = Field(1.0, ge=0)
     """Share of CLIP's own loss."""
-    dim: int = Field(512, ge=1)
+    embed_dim: int = Field(512, ge=1)
     """Width of the shared space."""
     text: TextTower = TextTower()
     """The text tower that is trained."""

@@ -19,8 +19,8 @@ class Deit(Objective):
     def __init__(self, config: DeitConfig, student: Wide, classes: int) -> None:
         super().__init__(config.weight)
         self.config = config
-        self.by_label = _linear(student.dim, classes)
-        self.by_teacher = _linear(student.dim, classes)
+        self.by_label = _linear(student.embed_dim, classes)
+        self.by_teacher = _linear(student.embed_dim, classes)
 
     def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
         """`deit_labels` and `deit_teacher`, means over the global crops."""

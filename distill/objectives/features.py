@@ -58,7 +58,7 @@ class TeacherHeads(nn.Module):
 
     def __init__(self, student: Wide, teacher: Wide, hidden: int) -> None:
         super().__init__()
-        self.class_token = _head(student.dim, hidden or teacher.dim, teacher.dim)
+        self.class_token = _head(student.embed_dim, hidden or teacher.embed_dim, teacher.embed_dim)
         self.patch_tokens = _head(student.patch_dim, hidden or teacher.patch_dim, teacher.patch_dim)
 
 
@@ -71,7 +71,7 @@ class Standards(nn.Module):
 
     def __init__(self, teacher: Wide) -> None:
         super().__init__()
-        self.class_token = Standard(teacher.dim)
+        self.class_token = Standard(teacher.embed_dim)
         self.patch_tokens = Standard(teacher.patch_dim)
 
 

@@ -22,8 +22,8 @@ from starlette.routing import Route
 from eval.browse import pages
 from eval.browse.catalogue import Catalogue
 from eval.browse.search import Searcher, thumbnails
+from eval.explain import explain
 from eval.rendering import PAGE, rendered
-from eval.why import why
 from infra.artifacts import Artifact
 from infra.corpora import Corpus
 from infra.errors import UserError
@@ -96,10 +96,10 @@ class Browser:
         (data,) = thumbnails(corpus, [row], side)
         return Response(data, media_type="image/webp", headers={"Cache-Control": "max-age=86400"})
 
-    def why(self, request: Request) -> Response:
+    def explain_image(self, request: Request) -> Response:
         """What became of one image in a selection."""
         artifact = self._asked(request, "selection")
-        return _page("why", story=why(artifact.url, request.query_params.get("key", "")))
+        return _page("explain", story=explain(artifact.url, request.query_params.get("key", "")))
 
     def search(self, request: Request, image: bytes | None = None) -> Response:
         asked = dict(request.query_params)
@@ -159,7 +159,7 @@ def application(root: str, hosts: list[str]) -> Starlette:
         Route(f"{artifact}/files/{{path:path}}", _answered(browser.file)),
         Route(f"{artifact}/images", _answered(browser.images)),
         Route(f"{artifact}/images/{{row:int}}", _answered(browser.thumbnail)),
-        Route(f"{artifact}/why", _answered(browser.why)),
+        Route(f"{artifact}/explain", _answered(browser.explain_image)),
     ]
     handlers: dict[Any, Any] = {HTTPException: _refused, UserError: _mistaken}
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]

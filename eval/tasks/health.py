@@ -124,7 +124,7 @@ def _prototypes(subject: Subject, vectors: np.ndarray, scorer: Scorer) -> Iterat
         return
     assert isinstance(checkpoint.model, VisionTransformerConfig)
     assert checkpoint.description.temperature is not None
-    head = PrototypeHead(checkpoint.model.dim, dino.head).eval()
+    head = PrototypeHead(checkpoint.model.embed_dim, dino.head).eval()
     head.load_state_dict(checkpoint.weights("objectives.dino.teacher_head."))
     temperature = checkpoint.description.temperature
     with torch.no_grad():

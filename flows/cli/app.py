@@ -34,7 +34,7 @@ for _order, _command in enumerate(COMMANDS.values()):
 
 
 @app.command(sort_key=30)
-def why(key: str, /, *, selection: str, page: Path | None = None) -> None:
+def explain(key: str, /, *, selection: str, page: Path | None = None) -> None:
     """Explain why an image was kept or dropped, what it lost to and what it stands for.
 
     Args:
@@ -42,9 +42,10 @@ def why(key: str, /, *, selection: str, page: Path | None = None) -> None:
         selection: URL of the selection.
         page: HTML file to write the same to, with pictures.
     """
-    from eval.why import why, write_page
+    from eval.explain import explain as explain_image
+    from eval.explain import write_page
 
-    story = why(selection, key)
+    story = explain_image(selection, key)
     print(story.text())
     if page is not None:
         write_page(story, page)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from curation.config import CurateConfig, EmbedConfig, IngestConfig, MaterializeConfig
     from distill.config import DistillConfig, ImportConfig, PublishConfig
     from eval.config import EvaluateConfig, ReportConfig
-    from flows.config import AblateConfig, DeploySettings, FollowConfig, PipelineConfig
+    from flows.config import AblateConfig, CheckpointEvalConfig, DeploySettings, PipelineConfig
     from infra.artifacts import Artifact
     from infra.config import Config
     from pretrain.config import PlanConfig, PretrainConfig
@@ -134,13 +134,13 @@ def _evaluate(config: EvaluateConfig) -> None:
     print_url(artifact)
 
 
-def _follow(config: FollowConfig) -> None:
+def _eval_checkpoints(config: CheckpointEvalConfig) -> None:
     set_up_prefect()
+    from flows.checkpoint_eval import eval_checkpoints
     from flows.ephemeral_server import start_ephemeral_server
-    from flows.following import follow
 
     start_ephemeral_server()
-    _print_comparison(follow(config))
+    _print_comparison(eval_checkpoints(config))
 
 
 def _ablate(config: AblateConfig) -> None:
@@ -227,7 +227,7 @@ COMMANDS = {
             words=_RECIPE,
             room="curation",
             notes=(
-                "Example: fovea curate copies --corpus runs/photos/corpus --embeddings runs/photos/vectors --out "
+                "Example: fovea curate dedup --corpus runs/photos/corpus --embeddings runs/photos/vectors --out "
                 "runs/photos/selection",
             ),
         ),
@@ -272,7 +272,7 @@ COMMANDS = {
             "distill.config:ImportConfig",
             _import,
             "Import weights of others as a checkpoint: to evaluate, to publish, or to start a pretraining from "
-            "(--start).",
+            "(--init-from).",
         ),
         Command(
             "eval",
@@ -286,10 +286,10 @@ COMMANDS = {
             ),
         ),
         Command(
-            "follow",
-            "flows.config:FollowConfig",
-            _follow,
-            "Score the teachers of a running training as they are written (--runtime.teachers-every of fovea "
+            "eval-checkpoints",
+            "flows.config:CheckpointEvalConfig",
+            _eval_checkpoints,
+            "Score the teachers of a running training as they are written (--runtime.export-teacher-every of fovea "
             "pretrain).",
         ),
         Command(

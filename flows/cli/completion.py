@@ -7,7 +7,7 @@ from flows.cli.recipes import recipes_of
 from flows.cli.schema import leaves
 from infra.errors import UserError
 
-_PLAIN = ("why", "compare", "ui", "doctor", "recipes", "completion")
+_PLAIN = ("explain", "compare", "ui", "doctor", "recipes", "completion")
 _COMMON = ("--help", "--help-all", "--print-config")
 
 _BASH = """\

@@ -65,7 +65,7 @@ def hardware() -> Iterator[Finding]:
     shared = Path("/dev/shm")
     if shared.is_dir():
         size = shutil.disk_usage(shared).total / 1e9
-        remedy = "give the container more (docker run --shm-size=8g), or set runtime.workers to 0"
+        remedy = "give the container more (docker run --shm-size=8g), or set runtime.num_workers to 0"
         enough = size >= _SHARED_MEMORY
         yield ok("shared memory", f"{size:.1f} GB") if enough else warn("shared memory", f"{size:.1f} GB", remedy)
     for name, find in (("disk here", Path.cwd), ("cache", cache_directory)):

@@ -63,16 +63,16 @@ def launch(
     # A SLURM job goes on when who waits for it is asked to stop; ranks of our own are asked in turn.
     listening: AbstractContextManager[list[int]] = nullcontext([]) if launcher == "slurm" else _asked()
     with listening as asked:
-        for attempt in range(settings.restarts + 1):
+        for attempt in range(settings.max_restarts + 1):
             try:
                 _run_once(module, config, job, launcher, settings, watcher, asked)
                 return
             except Died as error:
                 if asked:
                     raise Preempted(f"{error} when asked to stop; run again to go on") from None
-                if attempt == settings.restarts:
+                if attempt == settings.max_restarts:
                     raise
-                watcher.tell(f"{error}; started again, {attempt + 1} of at most {settings.restarts} times")
+                watcher.tell(f"{error}; started again, {attempt + 1} of at most {settings.max_restarts} times")
                 _pause(min(_FIRST_PAUSE_SECONDS * 2**attempt, _LONGEST_PAUSE_SECONDS), asked)
 
 
@@ -106,9 +106,9 @@ def _check(launcher: Launcher, settings: Launch) -> None:
     """Refuse settings that a launcher would not read."""
     unread = {
         "hostfile": launcher != "deepspeed" and settings.hostfile is not None,
-        "rendezvous": launcher in ("local", "slurm") and settings.rendezvous is not None,
+        "rdzv_endpoint": launcher in ("local", "slurm") and settings.rdzv_endpoint is not None,
         "slurm": launcher != "slurm" and settings.slurm != Slurm(),
-        "nodes": launcher == "deepspeed" and settings.hostfile is not None and settings.nodes > 1,
+        "nnodes": launcher == "deepspeed" and settings.hostfile is not None and settings.nnodes > 1,
     }
     for name in (name for name, is_unread in unread.items() if is_unread):
         raise UserError(f"launch.{name}: not read by --launcher {launcher}; leave it out or choose another launcher")
@@ -149,27 +149,27 @@ def _command(module: str, job: Job, launcher: Launcher, settings: Launch) -> lis
 
 
 def _torchrun(settings: Launch) -> list[str]:
-    if settings.nodes > 1 and settings.rendezvous is None:
-        raise UserError("launch.rendezvous: required for several machines; give HOST:PORT of the first one")
+    if settings.nnodes > 1 and settings.rdzv_endpoint is None:
+        raise UserError("launch.rdzv_endpoint: required for several machines; give HOST:PORT of the first one")
     where = ["--standalone"]
-    if settings.rendezvous is not None:
-        where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", settings.rendezvous, "--rdzv-id", "fovea"]
-    ranks = ["--nnodes", str(settings.nodes), "--nproc-per-node", str(_processes(settings))]
+    if settings.rdzv_endpoint is not None:
+        where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", settings.rdzv_endpoint, "--rdzv-id", "fovea"]
+    ranks = ["--nnodes", str(settings.nnodes), "--nproc-per-node", str(_processes(settings))]
     return [sys.executable, "-m", "torch.distributed.run", *where, *ranks]
 
 
 def _deepspeed(settings: Launch) -> list[str]:
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning", "--no_ssh_check"]
     if settings.hostfile is None:
-        if settings.nodes > 1:
+        if settings.nnodes > 1:
             raise UserError("launch.hostfile: required for several machines; give a file of lines HOST slots=N")
         return [*runner, "--num_gpus", str(_processes(settings)), "--master_port", str(_free_port())]
     if not Path(settings.hostfile).is_file():
         raise UserError(
             f"launch.hostfile: {settings.hostfile}: no such file; write a line HOST slots=N for each machine"
         )
-    count = [] if settings.processes is None else ["--num_gpus", str(settings.processes)]
-    host, _, port = (settings.rendezvous or "").rpartition(":")
+    count = [] if settings.nproc_per_node is None else ["--num_gpus", str(settings.nproc_per_node)]
+    host, _, port = (settings.rdzv_endpoint or "").rpartition(":")
     meet = ["--master_addr", host, "--master_port", port] if host else []
     return [*runner, "--hostfile", settings.hostfile, *count, *meet]
 
@@ -182,8 +182,8 @@ def _free_port() -> int:
 
 
 def _processes(settings: Launch) -> int:
-    if settings.processes is not None:
-        return settings.processes
+    if settings.nproc_per_node is not None:
+        return settings.nproc_per_node
     import torch
 
     return max(torch.cuda.device_count(), 1)

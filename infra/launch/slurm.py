@@ -68,20 +68,20 @@ def script(module: str, folder: Path, settings: Launch) -> str:
     slurm, python = settings.slurm, shlex.quote(sys.executable)
     options = {
         "job-name": f"fovea-{module.rpartition('.')[2]}",
-        "nodes": settings.nodes,
-        "ntasks-per-node": settings.processes or slurm.gpus or 1,
-        "gpus-per-node": slurm.gpus,
+        "nodes": settings.nnodes,
+        "ntasks-per-node": settings.nproc_per_node or slurm.gpus_per_node or 1,
+        "gpus-per-node": slurm.gpus_per_node,
         "partition": slurm.partition,
         "account": slurm.account,
         "qos": slurm.qos,
         "time": slurm.time,
-        "output": f"{folder}".replace("%", "%%") + ("/slurm-%j.log" if slurm.chain == 1 else "/slurm-%A_%a.log"),
+        "output": f"{folder}".replace("%", "%%") + ("/slurm-%j.log" if slurm.array_jobs == 1 else "/slurm-%A_%a.log"),
         "open-mode": "append",
-        "signal": f"USR1@{slurm.notice}",
-        "array": None if slurm.chain == 1 else f"1-{slurm.chain}%1",
+        "signal": f"USR1@{slurm.signal_before_s}",
+        "array": None if slurm.array_jobs == 1 else f"1-{slurm.array_jobs}%1",
     }
     lines = [f'--{name}="{value}"' for name, value in options.items() if value is not None]
-    lines += ["--requeue" if slurm.chain == 1 else "--no-requeue", *slurm.options]
+    lines += ["--requeue" if slurm.array_jobs == 1 else "--no-requeue", *slurm.sbatch_args]
     rank = f"trap '' USR1; exec {python} -m {module} {shlex.quote(str(folder))}"  # deaf until it listens
     # Each rank saves its state and ends by itself: none may be killed because another was a moment faster. The shell
     # must outlive the signals that SLURM sends it too, to queue the job again; not if it was cancelled, though.
@@ -95,7 +95,7 @@ def script(module: str, folder: Path, settings: Launch) -> str:
             "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",  # srun no longer takes it from sbatch by itself
             f"srun --kill-on-bad-exit=0 --wait=60 bash -c {shlex.quote(rank)}",
             "code=$?",
-            *(_requeue(folder) if slurm.chain == 1 else ()),
+            *(_requeue(folder) if slurm.array_jobs == 1 else ()),
             "exit $code",
             "",
         ]

@@ -15,7 +15,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Photometric(Config):
     """How strongly one kind of crop is recoloured. Probabilities are per image."""
 
-    jitter: float = Field(0.8, ge=0, le=1)
+    jitter_prob: float = Field(0.8, ge=0, le=1)
     """Probability of colour jitter."""
     brightness: float = Field(0.4, ge=0)
     """Brightness is scaled by a factor in 1 ± this."""
@@ -25,15 +25,15 @@ class Photometric(Config):
     """Saturation is scaled by a factor in 1 ± this."""
     hue: float = Field(0.1, ge=0, le=0.5)
     """Hue is turned by up to this share of the circle."""
-    grey: float = Field(0.2, ge=0, le=1)
+    grayscale_prob: float = Field(0.2, ge=0, le=1)
     """Probability of a grey image."""
-    blur: float = Field(0.0, ge=0, le=1)
+    blur_prob: float = Field(0.0, ge=0, le=1)
     """Probability of a Gaussian blur with sigma 0.1 to 2 pixels."""
-    solarize: float = Field(0.0, ge=0, le=1)
+    solarize_prob: float = Field(0.0, ge=0, le=1)
     """Probability of inverting the values of 128 and above."""
-    invert: float = Field(0.0, ge=0, le=1)
+    invert_prob: float = Field(0.0, ge=0, le=1)
     """Probability of a negative."""
-    channels: float = Field(0.0, ge=0, le=1)
+    channel_shuffle_prob: float = Field(0.0, ge=0, le=1)
     """Probability of a random order of the colour channels."""
 
 
@@ -51,28 +51,28 @@ class Crops(Config):
 class Views(Config):
     """Multi-crop views (SwAV, arXiv 2006.09882; scales and colours of DINOv2, arXiv 2304.07193)."""
 
-    globals: Crops = Crops(photometric=[Photometric(blur=1.0), Photometric(blur=0.1, solarize=0.2)])
+    global_crops: Crops = Crops(photometric=[Photometric(blur_prob=1.0), Photometric(blur_prob=0.1, solarize_prob=0.2)])
     """The global crops."""
-    global_count: int = Field(2, ge=1, le=2)
+    num_global_crops: int = Field(2, ge=1, le=2)
     """Global crops an image. Self-distillation compares two; MAE, CLIP and SigLIP need one."""
-    locals: Crops = Crops(size=96, scale=(0.05, 0.32), photometric=[Photometric(blur=0.5)])
+    local_crops: Crops = Crops(size=96, scale=(0.05, 0.32), photometric=[Photometric(blur_prob=0.5)])
     """The local crops."""
-    local_count: int = Field(8, ge=0)
+    num_local_crops: int = Field(8, ge=0)
     """Local crops an image."""
-    plain_size: int | None = Field(None, ge=8)
+    gram_crop_size: int | None = Field(None, ge=8)
     """Side in pixels of further global crops, cut alike but not recoloured: what Gram anchoring's teacher sees."""
     inverted_blur: bool = False
     """Blur with one minus the probability, as DINOv2 and DINOv3 do unawares (dinov3 issue 286)."""
-    recolour_on: Literal["workers", "device"] = "workers"
+    color_augment_on: Literal["workers", "device"] = "workers"
     """Where crops are recoloured: by the loader's processes in 8 bits, as Pillow would, or on the training device in
     floating point, which spares the CPU where there are few cores to a GPU."""
-    flip: float = Field(0.5, ge=0, le=1)
+    hflip_prob: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip, drawn for each crop."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Mean of each channel that is subtracted, values 0 to 1."""
     std: tuple[float, float, float] = IMAGENET_STD
     """Standard deviation of each channel that is divided by."""
-    mask_share: float = Field(0.5, ge=0, le=1)
+    mask_probability: float = Field(0.5, ge=0, le=1)
     """Share of the global crops whose patch tokens are masked for the student."""
     mask_ratio: tuple[float, float] = (0.1, 0.5)
     """Least and largest share of masked patch tokens in such a crop."""
@@ -83,10 +83,10 @@ class Views(Config):
 
     def sizes(self) -> dict[str, int]:
         """Sides in pixels of all crops there are, by the keys that set them."""
-        found = {"views.globals.size": self.globals.size}
-        if self.local_count:
-            found["views.locals.size"] = self.locals.size
-        return found if self.plain_size is None else found | {"views.plain_size": self.plain_size}
+        found = {"views.global_crops.size": self.global_crops.size}
+        if self.num_local_crops:
+            found["views.local_crops.size"] = self.local_crops.size
+        return found if self.gram_crop_size is None else found | {"views.gram_crop_size": self.gram_crop_size}
 
 
 class Sampling(Config):

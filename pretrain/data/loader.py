@@ -170,16 +170,16 @@ class ViewDataset(Dataset[Batch | UserError]):
         image, views = open_image(data), self.views
         size = upright_size(image)
         rng = order.generator(self.seed, order.AUGMENTATION, key)
-        large = choose(size, views.globals, views.global_count, views, rng)
-        small = choose(size, views.locals, views.local_count, views, rng)
-        sizes = (max(views.globals.size, views.plain_size or 0), views.locals.size)
+        large = choose(size, views.global_crops, views.num_global_crops, views, rng)
+        small = choose(size, views.local_crops, views.num_local_crops, views, rng)
+        sizes = (max(views.global_crops.size, views.gram_crop_size or 0), views.local_crops.size)
         factor = harmless_shrink(
             [(crop, side) for crops, side in zip((large, small), sizes, strict=True) for crop in crops]
         )
         pixels = np.array(decode(image, factor, depth=depth))
         return (
-            cut(pixels, size, large, views.globals.size, views, views.plain_size),
-            cut(pixels, size, small, views.locals.size, views),
+            cut(pixels, size, large, views.global_crops.size, views, views.gram_crop_size),
+            cut(pixels, size, small, views.local_crops.size, views),
         )
 
     def _texts(self, rows: np.ndarray) -> Tensor:
@@ -192,9 +192,9 @@ class ViewDataset(Dataset[Batch | UserError]):
         return torch.tensor(labels, dtype=torch.int64)
 
     def _masks(self, positions: np.ndarray) -> np.ndarray:
-        side = self.views.globals.size // self.masks.patch_size
+        side = self.views.global_crops.size // self.masks.patch_size
         rng = order.generator(self.seed, order.MASKS, int(positions[0]))
-        return batch_masks(self.views.global_count * len(positions), (side, side), self.masks, rng)
+        return batch_masks(self.views.num_global_crops * len(positions), (side, side), self.masks, rng)
 
 
 def _stack_images(samples: Sequence[np.ndarray]) -> Tensor:

@@ -28,7 +28,7 @@ class MaskPlan:
     def of(cls, views: Views, patch_size: int) -> MaskPlan:
         """As the settings of the views say."""
         exact = views.mask_sampler == "dinov3"
-        return cls(patch_size, views.mask_share, views.mask_ratio, exact, views.mask_shift)
+        return cls(patch_size, views.mask_probability, views.mask_ratio, exact, views.mask_shift)
 
 
 def block_mask(height: int, width: int, target: int, rng: np.random.Generator) -> np.ndarray:

@@ -28,18 +28,18 @@ def neutral() -> np.ndarray:
 
 def draw(spec: Photometric, rng: np.random.Generator, inverted_blur: bool = False) -> np.ndarray:
     """Parameters for one image, float32 `[9]`."""
-    blur = 1 - spec.blur if inverted_blur else spec.blur
+    blur = 1 - spec.blur_prob if inverted_blur else spec.blur_prob
     values = neutral()
     chance = rng.random(6)
-    if chance[0] < spec.jitter:
+    if chance[0] < spec.jitter_prob:
         strength = np.array([spec.brightness, spec.contrast, spec.saturation])
         values[:3] = rng.uniform(np.maximum(0, 1 - strength), 1 + strength)
         values[HUE] = rng.uniform(-spec.hue, spec.hue)
-    values[GREY] = chance[1] < spec.grey
+    values[GREY] = chance[1] < spec.grayscale_prob
     values[BLUR] = rng.uniform(0.1, 2.0) if chance[2] < blur else 0
-    values[SOLARIZE] = chance[3] < spec.solarize
-    values[INVERT] = chance[4] < spec.invert
-    values[CHANNELS] = rng.integers(1, 6) if chance[5] < spec.channels else 0
+    values[SOLARIZE] = chance[3] < spec.solarize_prob
+    values[INVERT] = chance[4] < spec.invert_prob
+    values[CHANNELS] = rng.integers(1, 6) if chance[5] < spec.channel_shuffle_prob else 0
     return values
 
 

@@ -50,7 +50,7 @@ def choose(size: tuple[int, int], crops: Crops, count: int, views: Views, rng: n
     return [
         Crop(
             resized_crop_box(*size, crops.scale, rng),
-            bool(rng.random() < views.flip),
+            bool(rng.random() < views.hflip_prob),
             draw(crops.photometric[min(i, len(crops.photometric) - 1)], rng, views.inverted_blur),
         )
         for i in range(count)
@@ -86,7 +86,7 @@ def cut(
         size: side of the crops in pixels.
         plain: side of further crops that are not recoloured.
     """
-    in_place = views.recolour_on == "workers"
+    in_place = views.color_augment_on == "workers"
     pixels = np.empty((len(crops), size, size, 3), dtype=np.uint8)
     further = np.empty((len(crops) if plain else 0, plain or 0, plain or 0, 3), dtype=np.uint8)
     for i, crop in enumerate(crops):

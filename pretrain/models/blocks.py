@@ -21,10 +21,10 @@ class Attend(nn.Module):
 
     def __init__(self, config: VisionTransformerConfig) -> None:
         super().__init__()
-        self.heads = config.heads
+        self.heads = config.num_heads
         self.keyless = config.qkv_bias and not config.key_bias
-        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=config.qkv_bias)
-        self.proj = nn.Linear(config.dim, config.dim)
+        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
         self.attention: Attention = attention(config.attention)
 
     def forward(
@@ -50,11 +50,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: VisionTransformerConfig) -> None:
         super().__init__()
-        gated = config.ffn == "swiglu"
+        gated = config.ffn_layer == "swiglu"
         plain = F.gelu if config.activation == "gelu" else _quick_gelu
         self.activation: Callable[[Tensor], Tensor] = _swiglu if gated else plain
-        self.fc1 = nn.Linear(config.dim, config.hidden * (2 if gated else 1))
-        self.fc2 = nn.Linear(config.hidden, config.dim)
+        self.fc1 = nn.Linear(config.embed_dim, config.hidden * (2 if gated else 1))
+        self.fc2 = nn.Linear(config.hidden, config.embed_dim)
 
     def forward(
         self, x: Tensor, norm: nn.LayerNorm, shapes: Sequence[Shape], rotations: Rotations, scale: Tensor | None
@@ -84,14 +84,14 @@ class Block(nn.Module):
 
     def __init__(self, config: VisionTransformerConfig) -> None:
         super().__init__()
-        self.drop_path = config.drop_path
-        self.norm1 = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.drop_path = config.drop_path_rate
+        self.norm1 = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
         self.attn = Attend(config)
-        self.norm2 = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
         self.mlp = FeedForward(config)
-        if config.layer_scale is not None:
-            self.ls1 = LayerScale(config.dim, config.layer_scale)
-            self.ls2 = LayerScale(config.dim, config.layer_scale)
+        if config.layer_scale_init is not None:
+            self.ls1 = LayerScale(config.embed_dim, config.layer_scale_init)
+            self.ls2 = LayerScale(config.embed_dim, config.layer_scale_init)
 
     def forward(self, x: Tensor, shapes: Sequence[Shape], rotations: Rotations = None) -> Tensor:
         scale1, scale2 = (self.ls1.gamma, self.ls2.gamma) if hasattr(self, "ls1") else (None, None)

@@ -16,18 +16,18 @@ Size = Literal["tiny", "small", "base", "large", "so400m", "huge", "giant", "7b"
 
 # Widths, depths and heads as published: DeiT (tiny), ViT (small to huge), DINOv2 (giant), DINOv3 (so400m, 7b).
 SIZES: dict[Size, dict[str, Any]] = {
-    "tiny": {"dim": 192, "depth": 12, "heads": 3},
-    "small": {"dim": 384, "depth": 12, "heads": 6},
-    "base": {"dim": 768, "depth": 12, "heads": 12},
-    "large": {"dim": 1024, "depth": 24, "heads": 16},
-    "so400m": {"dim": 1152, "depth": 27, "heads": 18, "mlp_ratio": 3.777777778},
-    "huge": {"dim": 1280, "depth": 32, "heads": 16},
-    "giant": {"dim": 1536, "depth": 40, "heads": 24, "ffn": "swiglu"},
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "so400m": {"embed_dim": 1152, "depth": 27, "num_heads": 18, "mlp_ratio": 3.777777778},
+    "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
+    "giant": {"embed_dim": 1536, "depth": 40, "num_heads": 24, "ffn_layer": "swiglu"},
     "7b": {
-        "dim": 4096,
+        "embed_dim": 4096,
         "depth": 40,
-        "heads": 32,
-        "ffn": "swiglu",
+        "num_heads": 32,
+        "ffn_layer": "swiglu",
         "mlp_ratio": 3.0,
         "swiglu_multiple": 64,
         "qkv_bias": False,
@@ -53,26 +53,26 @@ class VisionTransformerConfig(Config):
 
     size: Size | None = None
     """Takes width, depth, heads and feed-forward network of a published size; other keys win over it."""
-    dim: int = Field(384, ge=8)
+    embed_dim: int = Field(384, ge=8)
     """Width of the token vectors."""
     depth: int = Field(12, ge=1)
     """Number of blocks."""
-    heads: int = Field(6, ge=1)
+    num_heads: int = Field(6, ge=1)
     """Attention heads; divides `dim`."""
     patch_size: int = Field(16, ge=2)
     """Side of a patch in pixels."""
     image_size: int = Field(224, ge=8)
     """Side in pixels for which the position embedding is made; it is interpolated for others."""
-    registers: int = Field(0, ge=0)
+    num_register_tokens: int = Field(0, ge=0)
     """Register tokens (arXiv 2309.16588)."""
-    position: Literal["learned", "sincos", "rope"] = "learned"
+    pos_embed: Literal["learned", "sincos", "rope"] = "learned"
     """Position of patches: a learned table, MAE's fixed sines and cosines, or DINOv3's axial rotation."""
     interpolation: Interpolation = "antialias"
     """How a position table is resized, bicubically: antialiased (timm; DINOv2 with registers), with DINOv2's offset of
     0.1 patches (its models without registers), or plainly (transformers)."""
     rope: RopeConfig = RopeConfig()
     """Of `position: rope`."""
-    ffn: Literal["mlp", "swiglu"] = "mlp"
+    ffn_layer: Literal["mlp", "swiglu"] = "mlp"
     """Feed-forward network: two layers with a GELU, or a gated unit of two thirds the width (arXiv 2002.05202)."""
     mlp_ratio: float = Field(4.0, gt=0)
     """Hidden width of the feed-forward network as a multiple of `dim`; SwiGLU takes two thirds of it."""
@@ -82,15 +82,15 @@ class VisionTransformerConfig(Config):
     """Queries, keys and values have a bias."""
     key_bias: bool = True
     """Keys have a bias of their own. Without rotary positions it cancels in the softmax; large DINOv3 has none."""
-    layer_scale: float | None = Field(1e-5, gt=0)
+    layer_scale_init: float | None = Field(1e-5, gt=0)
     """Initial value of LayerScale; null: no LayerScale."""
     activation: Activation = "gelu"
     """Of the two-layer feed-forward network: GELU, or the sigmoid that OpenAI's CLIP has in its place."""
     pre_norm: bool = False
     """All tokens are normed before the first block (CLIP)."""
-    class_norm: bool = False
+    untie_cls_and_patch_norms: bool = False
     """Class token and registers have a final norm of their own (DINOv3)."""
-    local_norm: bool = False
+    untie_global_and_local_cls_norm: bool = False
     """Class token and registers of local crops have a final norm of their own in training (DINOv3)."""
     norm_eps: float = Field(1e-6, gt=0)
     """LayerNorm's epsilon."""
@@ -98,7 +98,7 @@ class VisionTransformerConfig(Config):
     """Initial weights: normal of `init_std`, cut at 2, or Xavier's uniform (MAE)."""
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of the initial weights. 0.02 suits a width of 768 and more; about 1/sqrt(dim) narrow ones."""
-    drop_path: float = Field(0.0, ge=0, lt=1)
+    drop_path_rate: float = Field(0.0, ge=0, lt=1)
     """Share of each batch that skips a branch in training (stochastic depth)."""
     attention: Backend = "sdpa"
     """Kernel: sdpa (PyTorch), xformers (CUDA) or reference (plain, for tests)."""
@@ -113,18 +113,18 @@ class VisionTransformerConfig(Config):
 
     @model_validator(mode="after")
     def _divides(self) -> VisionTransformerConfig:
-        if self.dim % self.heads:
-            raise ValueError(f"dim {self.dim} is no multiple of heads {self.heads}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"dim {self.embed_dim} is no multiple of heads {self.num_heads}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
-        if self.position != "learned" and self.dim // self.heads % 4:
-            raise ValueError(f"position {self.position} needs a head width, dim / heads, that is a multiple of 4")
+        if self.pos_embed != "learned" and self.embed_dim // self.num_heads % 4:
+            raise ValueError(f"position {self.pos_embed} needs a head width, dim / heads, that is a multiple of 4")
         return self
 
     @property
     def patch_dim(self) -> int:
         """Width of the patch tokens."""
-        return self.dim
+        return self.embed_dim
 
     @property
     def grid(self) -> int:
@@ -134,9 +134,9 @@ class VisionTransformerConfig(Config):
     @property
     def hidden(self) -> int:
         """Hidden width of the feed-forward network."""
-        if self.ffn == "mlp":
-            return int(self.dim * self.mlp_ratio)
-        narrowed = int(int(self.dim * self.mlp_ratio) * 2 / 3)
+        if self.ffn_layer == "mlp":
+            return int(self.embed_dim * self.mlp_ratio)
+        narrowed = int(int(self.embed_dim * self.mlp_ratio) * 2 / 3)
         return -(-narrowed // self.swiglu_multiple) * self.swiglu_multiple
 
 
@@ -161,11 +161,11 @@ ModelConfig = VisionTransformerConfig | TimmNetworkConfig
 class HeadConfig(Config):
     """A DINO projection head."""
 
-    hidden: int = Field(2048, ge=1)
+    hidden_dim: int = Field(2048, ge=1)
     """Width of the two hidden layers."""
-    bottleneck: int = Field(256, ge=1)
+    bottleneck_dim: int = Field(256, ge=1)
     """Width of the normalised vector before the prototypes."""
-    prototypes: int = Field(65536, ge=2)
+    num_prototypes: int = Field(65536, ge=2)
     """Number of prototypes, K."""
     weight_norm: bool = True
     """Prototypes are a direction and a learned length (DINO, DINOv2), or plain weights (DINOv3)."""

@@ -17,17 +17,17 @@ class PrototypeHead(nn.Module):
     def __init__(self, dim: int, config: HeadConfig) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(dim, config.hidden),
+            nn.Linear(dim, config.hidden_dim),
             nn.GELU(),
-            nn.Linear(config.hidden, config.hidden),
+            nn.Linear(config.hidden_dim, config.hidden_dim),
             nn.GELU(),
-            nn.Linear(config.hidden, config.bottleneck),
+            nn.Linear(config.hidden_dim, config.bottleneck_dim),
         )
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=config.init_std)
                 nn.init.zeros_(layer.bias)
-        prototypes = nn.Linear(config.bottleneck, config.prototypes, bias=False)
+        prototypes = nn.Linear(config.bottleneck_dim, config.num_prototypes, bias=False)
         if config.weight_norm:
             prototypes = weight_norm(prototypes)
             nn.init.ones_(prototypes.parametrizations.weight.original0)

@@ -21,7 +21,7 @@ _DERIVED = ("rope_embed.", "qkv.bias_mask")  # buffers that follow from the conf
 
 def family_of(config: VisionTransformerConfig) -> Family:
     """Rotary positions are DINOv3's, a table is DINOv2's."""
-    return "dinov3" if config.position == "rope" else "dinov2"
+    return "dinov3" if config.pos_embed == "rope" else "dinov2"
 
 
 def to_official(state: Mapping[str, Tensor], config: VisionTransformerConfig) -> dict[str, Tensor]:
@@ -30,14 +30,14 @@ def to_official(state: Mapping[str, Tensor], config: VisionTransformerConfig) ->
     out: dict[str, Tensor] = {}
     for name, value in state.items():
         name = name.replace("reg_token", _REGISTERS[family])
-        if config.ffn == "swiglu" and ".mlp." in name:
+        if config.ffn_layer == "swiglu" and ".mlp." in name:
             out |= _split_gate(name, value) if family == "dinov3" else {_renamed_gate(name): value}
         else:
             out[name] = value
         if family == "dinov3" and name.endswith("qkv.bias") and not config.key_bias:
             out[f"{name}_mask"] = _bias_mask(value)
     if family == "dinov3":
-        half = config.dim // config.heads // 2
+        half = config.embed_dim // config.num_heads // 2
         out["rope_embed.periods"] = config.rope.base ** (torch.arange(half // 2) / (half / 2))
     return out
 
@@ -57,7 +57,7 @@ def from_official(state: Mapping[str, Tensor], config: VisionTransformerConfig) 
         if f"{key}_mask" in state:  # a masked key bias may hold anything
             value = value * state[f"{key}_mask"].nan_to_num(1).ne(0)
         name = name.replace(_REGISTERS[family], "reg_token")
-        if config.ffn == "swiglu" and ".mlp." in name:
+        if config.ffn_layer == "swiglu" and ".mlp." in name:
             name = name.replace(".w12.", ".fc1.").replace(".w3.", ".fc2.")
         out[name] = value
     _join_gates(out)

@@ -45,7 +45,7 @@ class TimmNetwork(nn.Module):
             self.any_size = _takes(shapes, self.image_size + _OTHER)
             side = _SIDE if self.any_size else self.image_size  # small maps are rounded up: they tell no patch size
             vector, ((grid, _),) = layers(shapes, torch.empty(1, 3, side, side), 1)
-        self.dim, self.patch_dim = vector.shape[1], grid.shape[1]
+        self.embed_dim, self.patch_dim = vector.shape[1], grid.shape[1]
         self.patch_size = side // grid.shape[-1]
         self.whole = _patch(shapes)
 

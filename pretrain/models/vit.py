@@ -39,7 +39,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: VisionTransformerConfig) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, config.dim, config.patch_size, config.patch_size)
+        self.proj = nn.Conv2d(3, config.embed_dim, config.patch_size, config.patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(images)
@@ -57,24 +57,32 @@ class VisionTransformer(nn.Module):
         self.config, self.image_size = config, config.image_size
         self.execution = Execution()
         self.patch_embed = PatchEmbed(config)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
-        self.reg_token = nn.Parameter(torch.empty(1, config.registers, config.dim)) if config.registers else None
-        self.mask_token = nn.Parameter(torch.zeros(1, config.dim))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.embed_dim))
+        self.reg_token = (
+            nn.Parameter(torch.empty(1, config.num_register_tokens, config.embed_dim))
+            if config.num_register_tokens
+            else None
+        )
+        self.mask_token = nn.Parameter(torch.zeros(1, config.embed_dim))
         self._place(config)
-        self.norm_pre = nn.LayerNorm(config.dim, eps=config.norm_eps) if config.pre_norm else None
+        self.norm_pre = nn.LayerNorm(config.embed_dim, eps=config.norm_eps) if config.pre_norm else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.cls_norm = nn.LayerNorm(config.dim, eps=config.norm_eps) if config.class_norm else None
-        self.local_cls_norm = nn.LayerNorm(config.dim, eps=config.norm_eps) if config.local_norm else None
+        self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
+        self.cls_norm = (
+            nn.LayerNorm(config.embed_dim, eps=config.norm_eps) if config.untie_cls_and_patch_norms else None
+        )
+        self.local_cls_norm = (
+            nn.LayerNorm(config.embed_dim, eps=config.norm_eps) if config.untie_global_and_local_cls_norm else None
+        )
         self._initialise()
 
     def _place(self, config: VisionTransformerConfig) -> None:
         self.pos_embed: nn.Parameter | None = None
-        self.rope = AxialRope(config.rope, config.dim // config.heads) if config.position == "rope" else None
-        if config.position == "learned":
-            self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.grid**2, config.dim))
-        elif config.position == "sincos":
-            table = positions.sincos(config.grid, config.dim)
+        self.rope = AxialRope(config.rope, config.embed_dim // config.num_heads) if config.pos_embed == "rope" else None
+        if config.pos_embed == "learned":
+            self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.grid**2, config.embed_dim))
+        elif config.pos_embed == "sincos":
+            table = positions.sincos(config.grid, config.embed_dim)
             self.pos_embed = nn.Parameter(table, requires_grad=False)
 
     def _initialise(self) -> None:
@@ -87,7 +95,7 @@ class VisionTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
         if xavier:
             nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
-        if self.config.position == "learned":
+        if self.config.pos_embed == "learned":
             assert self.pos_embed is not None
             nn.init.trunc_normal_(self.pos_embed, std=std)
         for token in (self.cls_token, self.reg_token):
@@ -104,7 +112,7 @@ class VisionTransformer(nn.Module):
 
         Args:
             crops: groups of images `[B, 3, H, W]`; sizes may differ between groups, sides are multiples of the patch.
-                With `local_norm`, groups after the first are local crops in training.
+                With `untie_global_and_local_cls_norm`, groups after the first are local crops in training.
             masks: for each group, None or bool `[B, patches]`: patch tokens that the mask token replaces.
             kept: int64 `[B, n]`: the patches that a pass of one group sees at all (MAE), and whose tokens it returns;
                 not with rotary positions.
@@ -125,7 +133,7 @@ class VisionTransformer(nn.Module):
 
     def _only(self, tokens: Tensor, kept: Tensor) -> Tensor:
         """Class token, registers and some of the patches."""
-        prefix = 1 + self.config.registers
+        prefix = 1 + self.config.num_register_tokens
         patches = tokens[:, prefix:].gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[-1]))
         return torch.cat([tokens[:, :prefix], patches], dim=1)
 
@@ -153,17 +161,17 @@ class VisionTransformer(nn.Module):
         outputs = [x.unflatten(0, shape) for x in found]
         if norm:
             return [Features(*self._features(x, local=False)) for x in outputs]
-        return [Features(x[:, 0], x[:, 1 + self.config.registers :]) for x in outputs]
+        return [Features(x[:, 0], x[:, 1 + self.config.num_register_tokens :]) for x in outputs]
 
     @property
-    def dim(self) -> int:
+    def embed_dim(self) -> int:
         """Width of the class token."""
-        return self.config.dim
+        return self.config.embed_dim
 
     @property
     def patch_dim(self) -> int:
         """Width of the patch tokens."""
-        return self.config.dim
+        return self.config.embed_dim
 
     @property
     def patch_size(self) -> int:
@@ -182,7 +190,7 @@ class VisionTransformer(nn.Module):
         before = islice(self._through(x, [shape], [grid]), len(self.blocks) - 1)
         x = deque(chain([x], before), maxlen=1).pop()
         weights = last.attn.weights(x, last.norm1, shape, self._rotations([grid]))
-        return weights[:, :, 0, 1 + self.config.registers :].unflatten(-1, grid)
+        return weights[:, :, 0, 1 + self.config.num_register_tokens :].unflatten(-1, grid)
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         return images.shape[-2] // self.config.patch_size, images.shape[-1] // self.config.patch_size
@@ -190,10 +198,10 @@ class VisionTransformer(nn.Module):
     def _rotations(self, grids: Sequence[tuple[int, ...]]) -> Rotations:
         if self.rope is None:
             return None
-        return [self.rope(height, width, 1 + self.config.registers) for height, width in grids]
+        return [self.rope(height, width, 1 + self.config.num_register_tokens) for height, width in grids]
 
     def _features(self, x: Tensor, local: bool) -> tuple[Tensor, ...]:
-        prefix = 1 + self.config.registers
+        prefix = 1 + self.config.num_register_tokens
         norm = self.norm
         if local and self.training and self.local_cls_norm is not None:
             norm = self.local_cls_norm

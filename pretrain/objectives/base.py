@@ -102,7 +102,7 @@ class Wide(Protocol):
     """Of a backbone, as far as most objectives must know it."""
 
     @property
-    def dim(self) -> int:
+    def embed_dim(self) -> int:
         """Width of its class token."""
 
     @property

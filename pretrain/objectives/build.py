@@ -36,7 +36,7 @@ def build(configs: Sequence[ObjectiveConfig], student: Wide, teacher: Wide) -> d
     for config in configs:
         built[config.kind] = _KINDS[config.kind](config, student, teacher)
     for config in configs:
-        if isinstance(config, IbotConfig) and config.tied:
+        if isinstance(config, IbotConfig) and config.share_head:
             dino, ibot = built["dino"], built["ibot"]
             assert isinstance(dino, Dino)
             assert isinstance(ibot, Ibot)

@@ -37,9 +37,9 @@ class IbotConfig(PrototypeConfig):
     """Prediction of masked patch tokens (iBOT)."""
 
     kind: Literal["ibot"] = "ibot"
-    tied: bool = False
+    share_head: bool = False
     """Use DINO's heads instead of own ones; `head` is then not read."""
-    mean_over: Literal["masked", "all"] = "masked"
+    normalize_by: Literal["masked", "all"] = "masked"
     """Divide by the number of masked crops; or of all global crops, masked or not, as DINOv2 does."""
 
 
@@ -61,11 +61,11 @@ class GramConfig(Config):
     kind: Literal["gram"] = "gram"
     weight: float = Field(2.0, ge=0)
     """Factor of the loss."""
-    start: int = Field(0, ge=0)
+    start_step: int = Field(0, ge=0)
     """First step; the teacher of that moment becomes the anchor."""
-    refresh_every: int = Field(10_000, ge=1)
+    update_every: int = Field(10_000, ge=1)
     """Steps after which the present teacher becomes the anchor."""
-    refreshes: int = Field(3, ge=0)
+    max_updates: int = Field(3, ge=0)
     """At most so many new anchors after the first."""
 
 
@@ -77,19 +77,19 @@ class MaeConfig(Config):
     """Factor of the loss."""
     mask_ratio: float = Field(0.75, gt=0, lt=1)
     """Share of hidden patches."""
-    dim: int = Field(512, ge=8)
+    embed_dim: int = Field(512, ge=8)
     """Width of the decoder."""
     depth: int = Field(8, ge=1)
     """Blocks of the decoder."""
-    heads: int = Field(16, ge=1)
+    num_heads: int = Field(16, ge=1)
     """Attention heads of the decoder."""
     normalize_pixels: bool = True
     """Targets have mean 0 and variance 1 in each patch."""
 
     @model_validator(mode="after")
     def _divides(self) -> MaeConfig:
-        if self.dim % self.heads or self.dim % 4:
-            raise ValueError(f"dim {self.dim} is no multiple of 4 and of heads {self.heads}")
+        if self.embed_dim % self.num_heads or self.embed_dim % 4:
+            raise ValueError(f"dim {self.embed_dim} is no multiple of 4 and of heads {self.num_heads}")
         return self
 
 
@@ -108,7 +108,7 @@ class TextTower(Config):
     """Tokens a caption; longer ones are cut."""
     width: int = Field(512, ge=8)
     """Width of the token vectors."""
-    heads: int = Field(8, ge=1)
+    num_heads: int = Field(8, ge=1)
     """Attention heads."""
     layers: int = Field(12, ge=1)
     """Number of blocks."""
@@ -117,8 +117,8 @@ class TextTower(Config):
 
     @model_validator(mode="after")
     def _divides(self) -> TextTower:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.num_heads}")
         return self
 
 
@@ -127,7 +127,7 @@ class ImageTextConfig(Config):
 
     weight: float = Field(1.0, ge=0)
     """Factor of the loss."""
-    dim: int = Field(512, ge=1)
+    embed_dim: int = Field(512, ge=1)
     """Width of the shared space."""
     text: TextTower = TextTower()
     """The text tower."""

@@ -43,10 +43,10 @@ class Gram(Objective):
 
     def begin_step(self, step: int, teacher: nn.Module | None) -> Iterator[tuple[nn.Module, nn.Module]]:
         assert teacher is not None
-        since = step - self.config.start
+        since = step - self.config.start_step
         self.started = since >= 0
-        turn, left = divmod(since, self.config.refresh_every)
-        if left == 0 and 0 <= turn <= self.config.refreshes:
+        turn, left = divmod(since, self.config.update_every)
+        if left == 0 and 0 <= turn <= self.config.max_updates:
             yield teacher, self.anchor
 
     def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ class Ibot(PrototypeObjective):
     def tie(self, dino: Dino) -> None:
         """Use DINO's heads, which stay its modules: here they are seen, but neither trained nor saved twice."""
         self.__dict__["head"], self.__dict__["teacher_head"] = dino.head, dino.teacher_head
-        self.targets = Targets(dino.config.head.prototypes, self.config.centering)
+        self.targets = Targets(dino.config.head.num_prototypes, self.config.centering)
 
     def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
         """`ibot`: mean over the masked tokens of a crop, then over crops."""
@@ -37,5 +37,5 @@ class Ibot(PrototypeObjective):
             outputs.health |= of_prototypes("ibot", targets, logits, self.student_temperature)
         tokens = masks.sum(1)
         weights = (1 / tokens.clamp_min(1)).unsqueeze(1).expand_as(masks).flatten()[masked]
-        crops = len(masks) if self.config.mean_over == "all" else (tokens > 0).sum().clamp_min(1)
+        crops = len(masks) if self.config.normalize_by == "all" else (tokens > 0).sum().clamp_min(1)
         return {"ibot": (losses * weights).sum() / crops}

@@ -40,15 +40,15 @@ class ImageText(Objective):
 
         super().__init__(config.weight)
         self.config = config
-        self.project = nn.Linear(student.dim, config.dim, bias=False)
-        nn.init.normal_(self.project.weight, std=student.dim**-0.5)
+        self.project = nn.Linear(student.embed_dim, config.embed_dim, bias=False)
+        nn.init.normal_(self.project.weight, std=student.embed_dim**-0.5)
         text = config.text
         self.text = TextTransformer(
             context_length=text.context,
             width=text.width,
-            heads=text.heads,
+            heads=text.num_heads,
             layers=text.layers,
-            output_dim=config.dim,
+            output_dim=config.embed_dim,
             act_layer=nn.GELU if text.activation == "gelu" else QuickGELU,
         )
         self.logit_scale = nn.Parameter(torch.tensor([math.log(config.scale)]))  # DeepSpeed refuses scalars

@@ -31,20 +31,20 @@ class Decoder(nn.Module):
     def __init__(self, config: MaeConfig, encoder: VisionTransformerConfig) -> None:
         super().__init__()
         shape = VisionTransformerConfig(
-            dim=config.dim,
+            embed_dim=config.embed_dim,
             depth=config.depth,
-            heads=config.heads,
+            num_heads=config.num_heads,
             patch_size=encoder.patch_size,
             image_size=encoder.image_size,
-            layer_scale=None,
+            layer_scale_init=None,
             norm_eps=encoder.norm_eps,
         )
-        self.embed = nn.Linear(encoder.dim, config.dim)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, config.dim))
-        self.pos_embed = nn.Parameter(positions.sincos(shape.grid, config.dim), requires_grad=False)
+        self.embed = nn.Linear(encoder.embed_dim, config.embed_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, config.embed_dim))
+        self.pos_embed = nn.Parameter(positions.sincos(shape.grid, config.embed_dim), requires_grad=False)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.dim, eps=shape.norm_eps)
-        self.pixels = nn.Linear(config.dim, 3 * encoder.patch_size**2)
+        self.norm = nn.LayerNorm(config.embed_dim, eps=shape.norm_eps)
+        self.pixels = nn.Linear(config.embed_dim, 3 * encoder.patch_size**2)
         nn.init.normal_(self.mask_token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):

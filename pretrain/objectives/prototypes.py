@@ -25,14 +25,14 @@ class PrototypeObjective(Objective):
         super().__init__(config.weight)
         self.config = config
         self.student_temperature = config.student_temperature
-        if not (isinstance(config, IbotConfig) and config.tied):
-            dim = student.patch_dim if isinstance(config, IbotConfig) else student.dim
-            self._make_heads(config.head, dim, teacher.dim)
+        if not (isinstance(config, IbotConfig) and config.share_head):
+            dim = student.patch_dim if isinstance(config, IbotConfig) else student.embed_dim
+            self._make_heads(config.head, dim, teacher.embed_dim)
 
     def _make_heads(self, head: HeadConfig, dim: int, teacher_dim: int) -> None:
         self.head = PrototypeHead(dim, head)
         self.teacher_head = teacher_copy(self.head, head, dim, teacher_dim)
-        self.targets = Targets(head.prototypes, self.config.centering)
+        self.targets = Targets(head.num_prototypes, self.config.centering)
 
     def train(self, mode: bool = True) -> PrototypeObjective:
         super().train(mode)

@@ -19,7 +19,7 @@ class Simmim(Objective):
     ) -> None:
         super().__init__(config.weight)
         self.patch_size = student.patch_size
-        self.pixels = nn.Linear(student.dim, 3 * student.patch_size**2)
+        self.pixels = nn.Linear(student.embed_dim, 3 * student.patch_size**2)
 
     def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
         """`simmim`"""

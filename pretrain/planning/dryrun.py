@@ -165,21 +165,21 @@ def _step(learner: Learner, batch: Batch) -> None:
 def batch_of(settings: PretrainSettings, images: int) -> Batch:
     """A batch of the shapes that some images have; its values mean nothing."""
     views, patch = settings.views, settings.model.patch_size
-    large, small = views.global_count * images, views.local_count * images
-    side = views.globals.size // patch
+    large, small = views.num_global_crops * images, views.num_local_crops * images
+    side = views.global_crops.size // patch
     masks = batch_masks(large, (side, side), MaskPlan.of(views, patch), np.random.default_rng(0))
     captioned = [each for each in settings.objectives if isinstance(each, ClipConfig | SiglipConfig)]
     context = captioned[0].text.context if captioned else 0
-    plain = views.plain_size or 0
+    plain = views.gram_crop_size or 0
 
     def crops(count: int, size: int) -> Tensor:
         return torch.empty((count if size else 0, 3, size, size), dtype=torch.uint8)
 
     uncoloured = torch.empty(0, len(neutral()))  # recolouring multiplies no matrices
     return Batch(
-        global_crops=crops(large, views.globals.size),
+        global_crops=crops(large, views.global_crops.size),
         global_photometric=uncoloured,
-        local_crops=crops(small, views.locals.size if small else 0),
+        local_crops=crops(small, views.local_crops.size if small else 0),
         local_photometric=uncoloured,
         masks=torch.empty(masks.shape, dtype=torch.bool),
         plain_crops=crops(large, plain),

@@ -54,7 +54,7 @@ def plan(config: PlanConfig) -> Planned:
     learner = shapes_of(lambda: build_learner(plain))
     peaks = {images: peak(learner, config, images) for images in _DRY}
     flops_per_image = flops(learner, config, _DRY[-1]) / _DRY[-1]
-    images = config.schedule.steps * config.schedule.batch
+    images = config.schedule.steps * config.schedule.global_batch_size
     gpu_hours = images * flops_per_image / (_reach(config) * config.mfu) / 3600
     return Planned(
         size=size(learner),
@@ -80,11 +80,11 @@ def _reach(config: PlanConfig) -> float:
 def _sizes(own: int, config: PlanConfig) -> list[int]:
     """Micro-batches that make up the global batch, from a quarter of the recipe's own to four times it."""
     worth = {max(own // 4, 1), max(own // 2, 1), own, 2 * own, 4 * own}
-    return sorted(each for each in worth if config.schedule.batch % (each * config.gpus) == 0)
+    return sorted(each for each in worth if config.schedule.global_batch_size % (each * config.gpus) == 0)
 
 
 def _fit(size: Size, peaks: dict[int, int], images: int, config: PlanConfig) -> Fit:
     passes = memory.activations(peaks, images)
-    accumulates = config.schedule.batch > images * config.gpus
+    accumulates = config.schedule.global_batch_size > images * config.gpus
     found = {stage: memory.of_rank(size, passes, stage, config.gpus, accumulates, config.sharding) for stage in STAGES}
     return Fit(images, found)

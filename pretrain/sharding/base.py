@@ -94,13 +94,13 @@ def build(
     # On a CPU, where an offloaded optimiser steps, the fused kernel is the one that goes through memory once.
     kernel = {"foreach": True} if sharding.offload_optimizer == "none" else {"fused": True}
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps, **kernel)
-    if sharding.engine == "torch":
+    if sharding.backend == "torch":
         from pretrain.sharding.plain import TorchEngine
 
-        return TorchEngine(module, adamw, optimizer.clip, spread[1], device)
+        return TorchEngine(module, adamw, optimizer.grad_clip, spread[1], device)
     from pretrain.sharding.zero import ZeroEngine
 
-    return ZeroEngine(module, adamw, optimizer.clip, sharding, spread, device)
+    return ZeroEngine(module, adamw, optimizer.grad_clip, sharding, spread, device)
 
 
 def averaged(pairs: Pairs) -> tuple[list[Tensor], list[Tensor]]:

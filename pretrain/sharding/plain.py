@@ -25,7 +25,7 @@ class TorchEngine:
         device: torch.device | None = None,
     ) -> None:
         if world()[1] > 1:
-            raise UserError("sharding.engine: torch runs in one process; choose deepspeed for several ranks")
+            raise UserError("sharding.backend: torch runs in one process; choose deepspeed for several ranks")
         self.module, self.optimizer, self.device = module, adamw, device or torch.device("cpu")
         self.largest_norm, self.accumulation = largest_norm, accumulation
         self._micro_steps = 0

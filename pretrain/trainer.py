@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass
-class Trained:
+class TrainResult:
     """What a training leaves behind."""
 
     weights: dict[str, Tensor]
@@ -57,7 +57,7 @@ class Trained:
     """What it took: `devices`, of a `device`, and `flops_per_image` where it was counted."""
 
 
-class Training:
+class Trainer:
     """One training of a learner, resumable from its last saved state."""
 
     def __init__(self, task: Task, learner: Learner) -> None:
@@ -70,7 +70,7 @@ class Training:
         groups = parameter_groups(learner, settings)
         spread = (self.micro_batch, self.accumulation)
         self.engine = base.build(learner, groups, settings.optimizer, settings.sharding, spread)
-        self.dumps = Dumps(task) if self.rank == 0 and settings.runtime.teachers_every else None
+        self.dumps = Dumps(task) if self.rank == 0 and settings.runtime.export_teacher_every else None
         self.preemption = Preemption()
         self.metrics: list[dict[str, float]] = []
         self.tally = Tally()
@@ -78,7 +78,7 @@ class Training:
         self.unusable: Counter[str] = Counter()
         self.watch: Watch | None = None
 
-    def run(self) -> Trained:
+    def run(self) -> TrainResult:
         """Train from wherever the work directory says to the last step.
 
         Raises:
@@ -94,7 +94,7 @@ class Training:
         with reporter.reporting(), self.preemption.listening(), self._watched(), self._settling():
             step = first
             while step < steps:
-                source = batches(self.dataset, self._place(step), self.settings.runtime.workers)
+                source = batches(self.dataset, self._place(step), self.settings.runtime.num_workers)
                 for _ in range(step, steps):
                     self._step(step, source)
                     reporter.step(self.metrics[-1])
@@ -102,7 +102,7 @@ class Training:
                     self._look_after_health()
                     self._dump(step)
                     bad = guards.skipped_in_a_row(self.metrics)
-                    if bad >= self.settings.guards.max_skips:
+                    if bad >= self.settings.guards.max_consecutive_skips:
                         step = self._rewind()
                         break
                     due = _due(step, self.settings.runtime.checkpoint_every)
@@ -122,7 +122,7 @@ class Training:
         speed = (self.tally.samples - begun) / max(seconds, 1e-9)
         unusable = dict(sorted(self.unusable.items()))
         weights, compute = state.weights(self.engine), self._compute(reporter)
-        return Trained(weights, self.metrics, speed, first, unusable, self.tally, reporter.speed, compute)
+        return TrainResult(weights, self.metrics, speed, first, unusable, self.tally, reporter.speed, compute)
 
     def _compute(self, reporter: Reporter) -> dict[str, Any]:
         device = torch.cuda.get_device_name(self.engine.device) if self.engine.device.type == "cuda" else "CPU"
@@ -133,7 +133,7 @@ class Training:
     def _watched(self) -> Iterator[None]:
         """Among several ranks, end the job where one of them hangs."""
         if several_ranks():
-            self.watch = Watch(shared_store(), self.rank, self.world_size, self.settings.runtime.stall_seconds)
+            self.watch = Watch(shared_store(), self.rank, self.world_size, self.settings.runtime.hang_timeout_s)
             with self.watch.looking():
                 yield
         else:
@@ -170,7 +170,7 @@ class Training:
         position = schedules.at(self.settings, step)
         self._apply(position)
         self.engine.follow(self.learner.begin_step(step), 0.0)
-        self.learner.looking = _due(step + 1, self.settings.health.every)
+        self.learner.looking = _due(step + 1, self.settings.collapse.every)
         _seed_dropout(self.settings.schedule.seed, step, self.rank)
         buffers = [(buffer, buffer.clone()) for buffer in self.learner.buffers()]
         totals, facts, places, stepped = self._micro_batches(step, source, position.temperature)
@@ -181,7 +181,7 @@ class Training:
                 buffer.copy_(before)
         losses = dict(zip(totals, all_reduce_mean(torch.stack(list(totals.values()))).tolist(), strict=True))
         losses = health.known(losses)
-        self.tally = replace(self.tally, samples=self.tally.samples + self.settings.schedule.batch)
+        self.tally = replace(self.tally, samples=self.tally.samples + self.settings.schedule.global_batch_size)
         row = {"step": step, "samples": self.tally.samples, "lr": position.lr, "momentum": position.momentum}
         row |= {"gradient_norm": stepped.gradient_norm} | losses | self._count(facts[:-2]) | self._probed(step + 1)
         self.metrics.append(row if stepped.applied else self._skip(row, places))
@@ -191,7 +191,7 @@ class Training:
 
     def _probed(self, steps: int) -> dict[str, float]:
         """What the caller's probe says of the released backbone, if it is due."""
-        settings = self.settings.health.probe
+        settings = self.settings.collapse.probe
         if self.task.probe is None or settings is None or not _due(steps, settings.every):
             return {}
         self._arrive(steps, "probing")
@@ -208,7 +208,7 @@ class Training:
 
     def _look_after_health(self) -> None:
         """Warn of collapse, and stop where that is asked for."""
-        row, settings = self.metrics[-1], self.settings.health
+        row, settings = self.metrics[-1], self.settings.collapse
         found = "; ".join(health.alarms(row, settings))
         if not found:
             return
@@ -220,7 +220,7 @@ class Training:
                 telemetry.write(self.work / METRICS, self.metrics)
             raise UserError(
                 f"{self.title}: collapsed at step {row['step']:.0f}: {found}; lower optimizer.base_lr or the teacher's "
-                "temperature, or loosen health"
+                "temperature, or loosen collapse"
             )
 
     def _micro_batches(
@@ -263,14 +263,14 @@ class Training:
         if new and not self.unusable and self.rank == 0:
             _log.warning("%s: samples are passed over (%s); metrics.jsonl counts them", self.title, ", ".join(new))
         self.unusable.update(new)
-        ceiling = self.settings.runtime.max_unusable
+        ceiling = self.settings.runtime.max_bad_sample_fraction
         if self.unusable.total() > ceiling * max(self.tally.samples, _FEW):
             reasons = ", ".join(f"{reason} {count}" for reason, count in self.unusable.items())
             self.saves.settle()
             share = f"{self.unusable.total()} of {self.tally.samples} samples"
             raise UserError(
                 f"{self.title}: {share} cannot be used ({reasons}), more than "
-                f"runtime.max_unusable {ceiling:g}; ingest the corpora again, or raise it"
+                f"runtime.max_bad_sample_fraction {ceiling:g}; ingest the corpora again, or raise it"
             )
         return {UNUSABLE_PREFIX + reason: float(count) for reason, count in new.items()}
 
@@ -295,11 +295,11 @@ class Training:
     def _rewind(self) -> int:
         """Go back to the last checkpoint, and on from there with samples that were not seen; return its step."""
         now = replace(self.tally, rewinds=self.tally.rewinds + 1)
-        story = f"{self.title}: {self.settings.guards.max_skips} steps in a row were skipped"
+        story = f"{self.title}: {self.settings.guards.max_consecutive_skips} steps in a row were skipped"
         if self.rank == 0:
             telemetry.write(self.work / METRICS, self.metrics)  # what is reported, should this be the end
         self.saves.settle()
-        if now.rewinds > self.settings.guards.max_rewinds:
+        if now.rewinds > self.settings.guards.max_rollbacks:
             raise UserError(
                 f"{story}, after {self.tally.rewinds} times back; see metrics.jsonl and {_SKIPPED_SAMPLES} in "
                 f"{self.work}, lower optimizer.base_lr, and remove {self.saves.folder} to start afresh"
@@ -314,7 +314,7 @@ class Training:
 
     def _dump(self, step: int) -> None:
         """Write out what would be released now, if it is due; the last one is the checkpoint itself."""
-        every, steps = self.settings.runtime.teachers_every, self.settings.schedule.steps
+        every, steps = self.settings.runtime.export_teacher_every, self.settings.schedule.steps
         if not _due(step, every) or step == steps:
             return
         self._arrive(step, "gathering its teacher")
@@ -364,7 +364,7 @@ def parameter_groups(learner: Learner, settings: TrainingSettings) -> list[dict[
             if parameter.requires_grad and name.startswith(part.prefix):
                 own = name.removeprefix(part.prefix)
                 key = schedules.multipliers(own, parameter.ndim, settings.optimizer, part, id(parameter) in last_layers)
-                clipped = part.prefix + (_kind(own) if settings.optimizer.clip_of == "parts" else "")
+                clipped = part.prefix + (_kind(own) if settings.optimizer.grad_clip_scope == "parts" else "")
                 groups.setdefault((clipped, key), []).append(parameter)
     return [
         {

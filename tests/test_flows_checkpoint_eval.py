@@ -23,7 +23,7 @@ from tests.conftest import Embedded
 from tests.test_pretrain_training import TINY, config
 
 FOVEA = Path(sys.executable).with_name("fovea")
-RUNTIME = {"workers": 0, "checkpoint_every": 3, "teachers_every": 4}
+RUNTIME = {"num_workers": 0, "checkpoint_every": 3, "export_teacher_every": 4}
 
 
 def test_teachers_are_what_the_probe_sees_at_their_steps(embedded: Embedded, tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_teachers_are_what_the_probe_sees_at_their_steps(embedded: Embedded, tmp
         return {}
 
     health = {"probe": {"train": embedded.seed, "test": embedded.test, "every": 4}}
-    settings = config(embedded.seed, tmp_path / "run", runtime=RUNTIME, health=health)
+    settings = config(embedded.seed, tmp_path / "run", runtime=RUNTIME, collapse=health)
     trained = pretrain.run(settings, probe)
     written = dumps.written(trained.url)
     assert [step for step, _ in written] == [4, 8]  # after the twelfth step comes the checkpoint itself
@@ -44,7 +44,7 @@ def test_teachers_are_what_the_probe_sees_at_their_steps(embedded: Embedded, tmp
         for name, value in checkpoint.backbone().state_dict().items():
             torch.testing.assert_close(value, seen[step][name], rtol=0, atol=0)
         assert any(name.startswith("dino.teacher_head.") for name in checkpoint.weights("objectives."))
-    plain = pretrain.run(config(embedded.seed, tmp_path / "plain", runtime={"workers": 0}))
+    plain = pretrain.run(config(embedded.seed, tmp_path / "plain", runtime={"num_workers": 0}))
     assert plain.id == trained.id  # how often teachers are written changes nothing else
     assert dumps.written(plain.url) == []
     reseeded = settings.schedule.model_copy(update={"seed": 9})
@@ -61,7 +61,7 @@ def test_a_killed_training_writes_the_same_teachers(embedded: Embedded, tmp_path
     def dying(backbone: VisionTransformer, steps: int) -> dict[str, float]:
         raise KeyboardInterrupt
 
-    probed = {"health": {"probe": {"train": embedded.seed, "test": embedded.test, "every": 6}}}
+    probed = {"collapse": {"probe": {"train": embedded.seed, "test": embedded.test, "every": 6}}}
     with pytest.raises(KeyboardInterrupt):
         pretrain.run(config(embedded.seed, tmp_path / "killed", runtime=RUNTIME, **probed), dying)
     again = pretrain.run(settings)
@@ -93,7 +93,7 @@ def test_a_running_training_is_followed(embedded: Embedded, tmp_path: Path) -> N
     )
     environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
     follower = subprocess.Popen(
-        [str(FOVEA), "follow", str(tmp_path / "follow.yaml")],
+        [str(FOVEA), "eval-checkpoints", str(tmp_path / "follow.yaml")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -119,7 +119,7 @@ import sys
 from prefect import flow
 from flows import pipeline_stages, stages
 from flows.config import PipelineConfig
-from flows.pipeline import follow_training
+from flows.pipeline import evaluate_beside
 from flows.running import Run
 
 config = PipelineConfig.model_validate_json(sys.argv[1])
@@ -127,7 +127,7 @@ config = PipelineConfig.model_validate_json(sys.argv[1])
 @flow
 def part(train: str, test: str) -> dict[str, str]:
     run = Run(config, stages.run)
-    pipeline_stages._pretrain(run, {"train": train, "test": test}, [train], {}, follow_training)
+    pipeline_stages._pretrain(run, {"train": train, "test": test}, [train], {}, evaluate_beside)
     return run.urls
 
 print(part(sys.argv[2], sys.argv[3])["teachers"])
@@ -138,7 +138,12 @@ print(part(sys.argv[2], sys.argv[3])["teachers"])
 @pytest.mark.multiprocess
 def test_a_pipeline_follows_its_pretraining(embedded: Embedded, tmp_path: Path) -> None:
     config = PipelineConfig.model_validate(
-        {"root": str(tmp_path / "run"), "embedded": {}, "pretrain": {**TINY, "runtime": RUNTIME}, "follow": FOLLOW}
+        {
+            "root": str(tmp_path / "run"),
+            "synthetic": {},
+            "pretrain": {**TINY, "runtime": RUNTIME},
+            "checkpoint_eval": FOLLOW,
+        }
     )
     environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_LOGGING_LEVEL": "CRITICAL"}
     done = subprocess.run(

@@ -16,8 +16,8 @@ Ledger = list[dict[str, Any]]
 _DUPLICATES = ("exact_duplicate", "near_duplicate")
 
 
-def score_embedded(url: str, truth_file: Path) -> dict[str, dict[str, float]]:
-    """Score the last selection over the embedded corpus: `dedup`, `decontamination` and, if it ran, `retrieval`."""
+def score_synthetic(url: str, truth_file: Path) -> dict[str, dict[str, float]]:
+    """Score the last selection over the synthetic corpus: `dedup`, `decontamination` and, if it ran, `retrieval`."""
     truth = json.loads(truth_file.read_text())
     ledger = Selection.open(url).ledger.to_pylist()
     scores = {"dedup": _duplicates(ledger, truth), "decontamination": _leaks(ledger, truth)}

@@ -1,4 +1,4 @@
-"""The embedded corpus: a small web-like pool with known truth, made from pictures that come with dependencies.
+"""The synthetic corpus: a small web-like pool with known truth, made from pictures that come with dependencies.
 
 Classes are photographs of scikit-image and scikit-learn. An image is a random crop of one at a random scale, 32x32,
 with random tint, gamma, channel order and inversion, so that colour alone says nothing. Pool and seed are cut from the
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from curation.config import EmbeddedSettings
+from curation.config import SyntheticSettings
 from infra.hashing import hash_json
 from infra.progress import progress
 
@@ -68,8 +68,8 @@ class PoolImage:
     """A copy of an evaluation image."""
 
 
-def generate(settings: EmbeddedSettings, root: Path) -> Path:
-    """Write the embedded corpus below `root` once; return its directory: `pool`, `seed`, `test`, `truth.json`."""
+def generate(settings: SyntheticSettings, root: Path) -> Path:
+    """Write the synthetic corpus below `root` once; return its directory: `pool`, `seed`, `test`, `truth.json`."""
     name = hash_json({"version": _VERSION, **settings.settings()})[:12]
     directory = root / name
     if directory.exists():
@@ -159,7 +159,7 @@ def near_copy(pixels: np.ndarray, rng: np.random.Generator) -> tuple[bytes, str]
 def _pool(
     photographs: dict[str, np.ndarray],
     test: list[tuple[str, np.ndarray]],
-    settings: EmbeddedSettings,
+    settings: SyntheticSettings,
     rng: np.random.Generator,
 ) -> list[PoolImage]:
     originals = [(pixels, "photo") for _, pixels in _labelled(photographs, "left", settings.pool_per_class, rng)]
@@ -180,7 +180,7 @@ def _pool(
     return pool
 
 
-def _junk(settings: EmbeddedSettings, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
+def _junk(settings: SyntheticSettings, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
     from sklearn.datasets import load_digits
 
     digits: Any = load_digits()
@@ -221,7 +221,7 @@ def _write_pool(pool: list[PoolImage], directory: Path, rng: np.random.Generator
     folder.mkdir(parents=True)
     truth = {}
     order = rng.permutation(len(pool))
-    with progress("embedded corpus", len(pool)) as advance:
+    with progress("synthetic corpus", len(pool)) as advance:
         for number, chosen in enumerate(order):
             image = pool[chosen]
             key = f"{number:06d}"

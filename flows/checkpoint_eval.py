@@ -1,6 +1,6 @@
 """Evaluation of the teachers that a training writes while it goes on, in a process or on a worker of its own.
 
-`python -m flows.following JOB` runs it as a process; see `infra.launch.job`.
+`python -m flows.checkpoint_eval JOB` runs it as a process; see `infra.launch.job`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from eval.config import CompareConfig, EvaluateConfig, EvaluateSettings
 from eval.scores import headline_rows
 from eval.verdict import MODEL
 from flows import stages
-from flows.config import FollowConfig
+from flows.config import CheckpointEvalConfig
 from flows.outcome import shown
 from infra import storage
 from infra.artifacts import find, open_artifact
@@ -31,8 +31,8 @@ from pretrain import dumps
 from pretrain.config import CheckpointBackbone
 
 
-@flow(name="fovea-follow")
-def follow(config: FollowConfig) -> str:
+@flow(name="fovea-eval-checkpoints")
+def eval_checkpoints(config: CheckpointEvalConfig) -> str:
     """Score each teacher as it comes, and the checkpoint at the end; return the URL of their comparison.
 
     Raises:
@@ -55,7 +55,7 @@ def _scores(report: str) -> str:
     )
 
 
-def _teachers(config: FollowConfig) -> Iterator[tuple[int, str]]:
+def _teachers(config: CheckpointEvalConfig) -> Iterator[tuple[int, str]]:
     """Steps and URLs of teachers, as they appear, the finished checkpoint last."""
     seen: set[str] = set()
     last_news = time.monotonic()
@@ -74,18 +74,18 @@ def _teachers(config: FollowConfig) -> Iterator[tuple[int, str]]:
         time.sleep(config.poll_seconds)
 
 
-def _evaluation(config: FollowConfig, url: str) -> EvaluateConfig:
+def _evaluation(config: CheckpointEvalConfig, url: str) -> EvaluateConfig:
     settings = {name: getattr(config, name) for name in (*EvaluateSettings.model_fields, "datasets", "leaks")}
     places = {"features": storage.join(_out(config), "features"), "out": storage.join(_out(config), "evaluate", "{id}")}
     return EvaluateConfig(**settings, **places, model=CheckpointBackbone(url=url))
 
 
-def _out(config: FollowConfig) -> str:
+def _out(config: CheckpointEvalConfig) -> str:
     return config.out or f"{config.training.rstrip('/')}.reports"
 
 
 @contextmanager
-def following(config: FollowConfig, folder: Path, deployment: str | None) -> Iterator[list[str]]:
+def evaluating_checkpoints(config: CheckpointEvalConfig, folder: Path, deployment: str | None) -> Iterator[list[str]]:
     """Follow a training that is made meanwhile: on the worker of a deployment, which is not waited for, or in a process
     of low priority, which ends soon after the training.
 
@@ -106,7 +106,7 @@ def following(config: FollowConfig, folder: Path, deployment: str | None) -> Ite
         return
     job = Job(folder)
     job.prepare(config)
-    command = ["nice", "-n", "19", sys.executable, "-m", "flows.following", str(folder)]
+    command = ["nice", "-n", "19", sys.executable, "-m", "flows.checkpoint_eval", str(folder)]
     with get_client(sync_client=True) as client:  # the server that this flow has, even if it is its own
         environment = {**os.environ, **tie(), "PREFECT_API_URL": str(client.api_url)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -118,9 +118,9 @@ def following(config: FollowConfig, folder: Path, deployment: str | None) -> Ite
         process.wait()
     ended = job.ended()
     if process.returncode or ended is not None:
-        raise UserError(f"follow: {ended.message if ended else f'ended with {process.returncode}'}")
+        raise UserError(f"eval-checkpoints: {ended.message if ended else f'ended with {process.returncode}'}")
     found.append(out.split()[-1])
 
 
 if __name__ == "__main__":
-    module_main(FollowConfig, lambda config: print(follow(config)))
+    module_main(CheckpointEvalConfig, lambda config: print(eval_checkpoints(config)))

@@ -45,7 +45,7 @@ class Story:
         return "\n".join("".join(each if each.isprintable() else "\ufffd" for each in line) for line in lines)
 
 
-def why(url: str, key: str) -> Story:
+def explain(url: str, key: str) -> Story:
     """Tell of one image of a selection's corpus.
 
     Raises:
@@ -108,6 +108,6 @@ def write_page(story: Story, path: Path) -> None:
         UserError: the file cannot be written.
     """
     try:
-        path.write_text(rendered("why", story=story), encoding="utf-8")
+        path.write_text(rendered("explain", story=story), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give --page a file in a folder that can be written") from None

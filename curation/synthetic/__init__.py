@@ -1,0 +1,1 @@
+"""A small web-like corpus with known truth, and the scores of curation against it."""
