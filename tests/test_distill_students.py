@@ -216,7 +216,7 @@ def test_two_ranks_tell_all_pairs_apart(clip: OpenClipBackbone, tmp_path: Path) 
             {
                 "kind": "clip",
                 "teacher": "big",
-                "dim": 8,
+                "embed_dim": 8,
                 "text": {"context": 8, "width": 16, "num_heads": 2, "layers": 1},
             }
         ],
@@ -393,7 +393,7 @@ def test_clip_is_distilled_by_open_clips_loss(clip: OpenClipBackbone, tmp_path: 
         corpus,
         tmp_path / "student",
         teachers={"big": clip.model_dump()},
-        objectives=[{"kind": "clip", "teacher": "big", "dim": 8, "text": text, "contrast": 0.5}],
+        objectives=[{"kind": "clip", "teacher": "big", "embed_dim": 8, "text": text, "contrast": 0.5}],
         views={**HERE, "num_global_crops": 1},
         students={"student": SMALL},
         schedule={"steps": 30, "global_batch_size": 8},

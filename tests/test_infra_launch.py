@@ -83,7 +83,7 @@ def started(tmp_path: Path, launcher: str) -> tuple[subprocess.Popen[str], list[
         "from pathlib import Path; from infra.launch.config import Launch; from infra.launch.run import launch\n"
         "from infra.errors import Preempted; from tests.rank_program import Told\n"
         f"try: launch({PROGRAM!r}, Told.model_validate_json({config!r}), Path({str(tmp_path / 'job')!r}),"
-        f" {launcher!r}, Launch(processes=2))\n"
+        f" {launcher!r}, Launch(nproc_per_node=2))\n"
         "except Preempted as error: print(error)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -115,7 +115,7 @@ def test_a_request_before_the_ranks_listen_is_not_lost(tmp_path: Path) -> None:
         "from tests.rank_program import Told\n"
         "threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
         f"try: launch({PROGRAM!r}, Told.model_validate_json({config!r}), Path({str(tmp_path / 'job')!r}),"
-        " 'torchrun', Launch(processes=2))\n"
+        " 'torchrun', Launch(nproc_per_node=2))\n"
         "except Preempted as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -126,7 +126,7 @@ def test_a_request_before_the_ranks_listen_is_not_lost(tmp_path: Path) -> None:
     ("launcher", "settings", "name"),
     [
         ("torchrun", Launch(hostfile="hosts"), "hostfile"),
-        ("slurm", Launch(rdzv_endpoint="here:1"), "rendezvous"),
+        ("slurm", Launch(rdzv_endpoint="here:1"), "rdzv_endpoint"),
         ("torchrun", Launch(slurm=Slurm(partition="long")), "slurm"),
     ],
 )

@@ -76,5 +76,5 @@ class Launch(Config):
     @model_validator(mode="after")
     def _machines_are_named(self) -> Launch:
         if self.rdzv_endpoint is not None and ":" not in self.rdzv_endpoint:
-            raise ValueError("rendezvous is HOST:PORT of the first machine")
+            raise ValueError("rdzv_endpoint is HOST:PORT of the first machine")
         return self

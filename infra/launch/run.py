@@ -55,7 +55,7 @@ def launch(
         UserError: what the module reported as the user's mistake.
         Busy: another process makes the same.
         Preempted: it was asked to stop, and can go on from where it was.
-        Died: it ended without a word once more than `settings.restarts` allows; a traceback may be in its logs.
+        Died: it ended without a word once more than `settings.max_restarts` allows; a traceback may be in its logs.
         ChildProcessError: it failed otherwise.
     """
     _check(launcher, settings)
