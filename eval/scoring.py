@@ -18,7 +18,7 @@ from eval.overview import overview
 from eval.scores import Outcome, Score, headline_rows
 from eval.subject import Subject
 from eval.tasks.config import Linear, TaskConfig
-from eval.verdict import MODEL, gains, verdict
+from eval.verdict import MODEL, SAME_IMAGES, gains, verdict
 from infra import storage
 from infra.errors import UserError
 from infra.files import appearing
@@ -28,7 +28,7 @@ _PIXELS = PixelDescriptor(side=32, frequencies=32, whiten=0.0)
 
 
 def _are_same_images(bench: Bench) -> bool:
-    """Whether the sets called train and test are one corpus: all answers would be looked up."""
+    """Whether the sets called train and test are one corpus."""
     train, test = (bench.inputs.get(f"dataset_{name}") for name in ("train", "test"))
     return train is not None and test is not None and train.id == test.id
 
@@ -64,7 +64,8 @@ def score(config: EvaluateConfig, bench: Bench, directory: Path) -> Mapping[str,
     scores.sort(key=lambda score: [task.protocol for task in config.tasks].index(score.protocol))  # stable
     rows = [score.as_dict() for score in scores]
     gained = gains(headline_rows(rows), _answers(config, directory))
-    told: dict[str, Any] = {"rows": rows, "left_out": left_out, "verdict": verdict(gained, _are_same_images(bench))}
+    said = SAME_IMAGES if _are_same_images(bench) else verdict(gained)
+    told: dict[str, Any] = {"rows": rows, "left_out": left_out, "verdict": said}
     told |= {"gains": [each.as_dict() for each in gained], "leak_checks": dict(bench.leak_checks)}
     (directory / "report.json").write_text(json.dumps(told, indent=1))
     summary.write(config, told, directory)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from infra.config import parse_yaml
 from infra.errors import UserError
 
 T = TypeVar("T")
@@ -35,7 +36,7 @@ def read_names(path: str) -> dict[str, Any] | list[Any]:
     Raises:
         UserError: it is missing, or holds neither.
     """
-    content = _parsed(path, yaml.safe_load)
+    content = _parsed(path, parse_yaml)
     if isinstance(content, dict):
         return {str(key): value for key, value in content.items()}
     if not isinstance(content, list):

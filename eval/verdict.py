@@ -71,17 +71,12 @@ def gains(headlines: Sequence[Mapping[str, Any]], answers: Mapping[tuple[str, st
     return found
 
 
-SAME_IMAGES = "Says nothing: train and test are the same images. Give test images that train does not hold"
+SAME_IMAGES = "Says nothing: train and test are the same images. Give test images that train does not hold."
+"""The verdict where all answers would be looked up."""
 
 
-def verdict(found: Sequence[Gain], are_same_images: bool = False) -> str:
-    """The gains in a sentence or two, and what to try where they do not show; empty without a baseline.
-
-    Args:
-        are_same_images: whether what learns and what is asked are one corpus.
-    """
-    if are_same_images:
-        return f"{SAME_IMAGES}."
+def verdict(found: Sequence[Gain]) -> str:
+    """The gains in a sentence or two, and what to try where they do not show; empty without a baseline."""
     if not found:
         return ""
     listed = "; ".join(each.in_words for each in found)

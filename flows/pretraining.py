@@ -42,7 +42,7 @@ def knn_probe(config: PretrainConfig, settings: ProbeSettings) -> Probe:
     """
     train, test = (decodable(Corpus.open(url)) for url in (settings.train, settings.test))
     if train.classes != test.classes or not len(train.labels) or not len(test.labels):
-        raise UserError(f"health.probe: {settings.train} and {settings.test} need the same labels")
+        raise UserError(f"collapse.probe: {settings.train} and {settings.test} need the same labels")
 
     def score(backbone: Network, steps: int) -> Mapping[str, float]:
         from eval.tasks.knn import predict

@@ -14,7 +14,7 @@ from distill import specs as distill_specs
 from distill.config import DistillConfig
 from infra import storage
 from infra.artifacts import Artifact, ArtifactSpec, find, find_existing, open_artifact, work_directory
-from infra.errors import Preempted, UserError
+from infra.errors import UserError
 from infra.launch import slurm
 from infra.launch.config import Launch
 from infra.launch.run import launch
@@ -23,7 +23,7 @@ from infra.notices import say_loading
 from infra.staging import check_unfinished, require_unlocked
 from pretrain import specs as pretrain_specs
 from pretrain.config import PretrainConfig
-from pretrain.state_files import remove_remote, whole
+from pretrain.state_files import remove_remote, stopped_at_once
 
 Room = Literal["pretrain", "distill"]
 _MODULES = {"pretrain": "flows.pretraining", "distill": "distill"}
@@ -50,12 +50,12 @@ def train(room: Room, config: PretrainConfig | DistillConfig) -> Artifact | None
 def train_apart(room: Room, config: PretrainConfig | DistillConfig) -> str:
     """Train in other processes than this one; return the checkpoint's URL."""
     spec = checkpoint_spec(config)
+    url = spec.resolve(config.out)
     if _made(room, config) is None:
         folder = config.launch.job_folder(work_directory(spec, config.out))
-        url = spec.resolve(config.out)
         with _resumable(room, url), _slots(config.launch), _cancelled_with_the_flow(config, folder):
             launch(_MODULES[room], config, folder, config.launcher, config.launch, _watcher(room, folder, config))
-    return spec.resolve(config.out)
+    return url
 
 
 def checkpoint_spec(config: PretrainConfig | DistillConfig) -> ArtifactSpec:
@@ -120,11 +120,8 @@ def _resumable(room: Room, url: str) -> Iterator[None]:
     """
     try:
         yield
-    except KeyboardInterrupt:
-        saved = whole(url)
-        if not saved:
-            raise
-        raise Preempted(f"{room}: stopped at once; run again to go on after step {max(saved)}") from None
+    except KeyboardInterrupt as error:
+        raise stopped_at_once(room, url) or error from None
 
 
 @contextmanager

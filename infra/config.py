@@ -76,6 +76,15 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def parse_yaml(text: str) -> Any:
+    """The content of a YAML document, in which no key stands twice.
+
+    Raises:
+        yaml.YAMLError: it is none.
+    """
+    return yaml.load(text, _UniqueKeys)
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping from a local file.
 
@@ -91,7 +100,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file; give the path of a YAML file") from None
     try:
-        content = yaml.load(text, _UniqueKeys)
+        content = parse_yaml(text)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where else ""

@@ -22,7 +22,7 @@ from infra.files import appearing
 _S3_OPTIONS: dict[str, Any] = {
     "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 3}}
 }
-_OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3_OPTIONS, "s3a": _S3_OPTIONS}
+_OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3_OPTIONS, "s3a": _S3_OPTIONS, "local": {"auto_mkdir": True}}
 
 ATTEMPTS = 6  # above those of the back ends, which repeat some failures and not others
 _CONNECT_ATTEMPTS = 3  # where nobody answers at all: a wrong address is soon reported
@@ -82,8 +82,6 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         opened = fsspec.get_filesystem_class(protocol)
         if protocol == "file":
             return opened(auto_mkdir=True), str(local_path(url).absolute())
-        if protocol == "local":
-            return opened(auto_mkdir=True), opened._strip_protocol(url)
         # Not through url_to_fs, for which :: in a name begins another URL and ? may hold options.
         hosts = {} if protocol in _OBJECT_STORES else opened._get_kwargs_from_urls(url)
         path = opened._strip_protocol(url)

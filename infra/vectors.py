@@ -27,9 +27,11 @@ class Vectors:
     def _headers(self) -> list[tuple[np.dtype, tuple[int, ...], int]]:
         """Of each file dtype, shape and offset of the rows: read once, as Python 3.11 cannot parse them in threads
         (`SystemError: AST constructor recursion depth mismatch`)."""
-        maps = [np.load(part, mmap_mode="r", allow_pickle=False) for part in self.parts if isinstance(part, Path)]
-        read = iter([(each.dtype, each.shape, each.offset) for each in maps])
-        return [next(read) if isinstance(part, Path) else (part.dtype, part.shape, 0) for part in self.parts]
+        arrays = [
+            part if isinstance(part, np.ndarray) else np.load(part, mmap_mode="r", allow_pickle=False)
+            for part in self.parts
+        ]
+        return [(array.dtype, array.shape, getattr(array, "offset", 0)) for array in arrays]
 
     @cached_property
     def _lengths(self) -> list[int]:

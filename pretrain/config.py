@@ -264,7 +264,7 @@ class PretrainSettings(TrainingSettings):
         if self.views.num_global_crops < 2 and (alone := {"dino", "ibot", "koleo"} & set(kinds)):
             raise ValueError(f"objectives: {min(alone)} needs views.num_global_crops 2")
         if any(isinstance(each, IbotConfig) and each.share_head for each in self.objectives) and "dino" not in kinds:
-            raise ValueError("objectives: ibot cannot be tied without dino")
+            raise ValueError("objectives: ibot cannot have share_head without dino")
         if "mae" in kinds and self.model.pos_embed == "rope":
             raise ValueError("objectives: mae needs model.pos_embed sincos or learned")
         if "mae" in kinds and self.views.global_crops.size != self.model.image_size:

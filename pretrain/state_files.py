@@ -6,6 +6,7 @@ Each is a folder `steps/N` under the checkpoint's own URL; the last one becomes 
 from __future__ import annotations
 
 from infra import storage
+from infra.errors import Preempted
 
 TRAINING = "training"
 """Folder of the state after the last step, a part of the artifact."""
@@ -25,6 +26,12 @@ def folders(url: str) -> set[int]:
 def whole(url: str) -> set[int]:
     """Steps of the whole states below the URL of a checkpoint."""
     return {step for step in folders(url) if storage.exists(storage.join(url, STEPS, str(step), TALLY))}
+
+
+def stopped_at_once(title: str, url: str) -> Preempted | None:
+    """What a Ctrl-C means that does not wait for the end of a step; None without a whole state to resume from."""
+    saved = whole(url)
+    return Preempted(f"{title}: stopped at once; run again to go on after step {max(saved)}") if saved else None
 
 
 def remove_remote(url: str) -> None:

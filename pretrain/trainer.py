@@ -152,9 +152,8 @@ class Trainer:
             if several_ranks():  # others may never come to wait for one another
                 raise
             self.saves.settle()
-            saved = max(state_files.whole(self.task.url), default=0)
-            if isinstance(error, KeyboardInterrupt) and self.preemption.asked and saved:
-                raise Preempted(f"{self.title}: stopped at once; run again to go on after step {saved}") from None
+            if isinstance(error, KeyboardInterrupt) and self.preemption.asked:
+                raise state_files.stopped_at_once(self.title, self.task.url) or error from None
             raise
 
     def _arrive(self, step: int, what: str) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from curation.config import IngestConfig, SyntheticSettings
 from curation.ingest import ingest
 from curation.synthetic.corpus import TRUTH, generate
+from flows.cli.main import main
 from infra.corpora import Corpus
 from pretrain.config import OpenClipBackbone
 
@@ -112,6 +113,15 @@ def image_folder(folder: Path, count: int, classes: int = 0, first: int = 0) -> 
         parent.mkdir(parents=True, exist_ok=True)
         (parent / f"{number:04d}.png").write_bytes(encoded(picture(number)))
     return folder
+
+
+def exit_code(*arguments: str) -> int | str | None:
+    """The exit code of `fovea` with some arguments, run in this process."""
+    try:
+        main(list(arguments))
+    except SystemExit as ended:
+        return ended.code
+    return 0
 
 
 def ingested(source: Path, out: Path, **settings: object) -> Corpus:

@@ -21,13 +21,12 @@ from eval.gate import require
 from eval.rendering import PAGE
 from eval.scores import headline_rows
 from eval.tasks.files import files_of
-from flows.cli.main import main
 from infra.artifacts import Artifact, find, open_artifact
 from infra.corpora import Corpus
 from infra.errors import Regression, UserError
 from pretrain.config import CheckpointBackbone, PixelDescriptor
 from tests.benches import PIXELS, tinted
-from tests.conftest import Embedded, encoded, picture
+from tests.conftest import Embedded, encoded, exit_code, picture
 from tests.test_pretrain_training import config
 
 GREY = PixelDescriptor(side=2, frequencies=1, whiten=0.0)
@@ -185,14 +184,6 @@ def test_scores_on_the_images_that_were_learned_from_say_nothing(embedded: Embed
     assert report.read_json("report.json")["verdict"].startswith("Says nothing: train and test are the same images.")
 
 
-def fovea(*arguments: str) -> int:
-    try:
-        main(list(arguments))
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
-
-
 def test_the_command_takes_folders_suites_and_words(
     embedded: Embedded, teacher: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,12 +196,12 @@ def test_the_command_takes_folders_suites_and_words(
     out = ("--out", str(tmp_path / "reports" / "{id}"))
     urls = []
     for model in ("pixels", teacher.url):
-        assert fovea("eval", model, str(tmp_path / "mine.yaml"), *common, *out) == 0
+        assert exit_code("eval", model, str(tmp_path / "mine.yaml"), *common, *out) == 0
         shown = capsys.readouterr()
         urls.append(shown.out.strip())
         assert "logistic" in shown.err
     assert open_artifact(urls[0], "report").manifest.config["left_out"] == {}
-    assert fovea("compare", urls[0], f"teacher={urls[1]}", "--out", str(tmp_path / "compared")) == 0
+    assert exit_code("compare", urls[0], f"teacher={urls[1]}", "--out", str(tmp_path / "compared")) == 0
     shown = capsys.readouterr()
     assert shown.out.strip() == str(tmp_path / "compared")
     compared = open_artifact(str(tmp_path / "compared"), "report")
@@ -223,10 +214,10 @@ def test_the_command_takes_folders_suites_and_words(
     (tmp_path / "all.yaml").write_text(
         yaml.safe_dump({"model": {"kind": "pixels"}, "datasets": {"test": embedded.test}, "tasks": [TASKS[2]]})
     )
-    assert fovea("eval", str(tmp_path / "all.yaml"), *out) == 0
+    assert exit_code("eval", str(tmp_path / "all.yaml"), *out) == 0
     assert find(capsys.readouterr().out.strip()) is not None
     gate = ("--gate.report", urls[0], "--gate.protocols", "knn", "--gate.drop", "0")
-    worse = fovea("eval", "pixels", str(tmp_path / "mine.yaml"), *common, *out, *gate, "--seed", "3")
+    worse = exit_code("eval", "pixels", str(tmp_path / "mine.yaml"), *common, *out, *gate, "--seed", "3")
     assert worse == 0  # the same kNN
     assert "regression" not in capsys.readouterr().err
 

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urljoin
 
@@ -147,7 +146,7 @@ def test_ctrl_c_in_a_terminal_ends_a_run_in_one_line(after: str, code: int, tmp_
         if re.match(after, line):
             break
     if code == 75:
-        until_saved(next(iter_checkpoint(tmp_path / "run" / "pretrain")), process)
+        until_saved(checkpoint_folder(tmp_path / "run" / "pretrain"), process)
     os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == code, told
@@ -155,11 +154,11 @@ def test_ctrl_c_in_a_terminal_ends_a_run_in_one_line(after: str, code: int, tmp_
     assert re.search("fovea: (interrupted; run again to resume|pretrain: stopped .*; run again to go on)", told)
 
 
-def iter_checkpoint(folder: Path) -> Iterator[Path]:
+def checkpoint_folder(parent: Path) -> Path:
     """The folder in which a training works, once it is there."""
-    while not (found := [path for path in folder.glob("*") if path.is_dir() and not path.name.endswith(".job")]):
+    while not (folders := [path for path in parent.glob("*") if path.is_dir() and not path.name.endswith(".job")]):
         time.sleep(0.05)
-    yield from found
+    return folders[0]
 
 
 def test_an_unreachable_bucket_is_one_line(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_an_unknown_kind_names_the_kinds() -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ({"model": {"embed_dim": 100, "num_heads": 3}}, "dim 100 is no multiple of heads 3"),
+        ({"model": {"embed_dim": 100, "num_heads": 3}}, "embed_dim 100 is no multiple of num_heads 3"),
         ({"views": {"global_crops": {"size": 100}}}, "no multiple of patch_size"),
         ({"optimizer": {"grad_clip": -1}}, "optimizer.grad_clip: input should be greater than 0, got -1"),
         ({"objectives": []}, "objectives: list should have at least 1 item"),

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flows.cli.main import main
 from pretrain.config import PretrainSettings
 from pretrain.data.loader import Batch
 from pretrain.planning import memory
 from pretrain.planning.dryrun import batch_of, flops, peak, shapes_of, size
 from pretrain.train import build_learner
+from tests.conftest import exit_code
 from tests.test_pretrain_training import EVERY_KIND, TINY
 
 HEAD = {"hidden_dim": 1024, "bottleneck_dim": 256, "num_prototypes": 4096}
@@ -93,27 +93,18 @@ def test_memory_is_what_is_allocated_to_15_percent(changes: dict[str, object], t
     assert reckoned == pytest.approx(allocated(asked, tmp_path, ranks), rel=0.15)
 
 
-def planned(*flags: str) -> int | str | None:
-    """The exit code of `fovea plan`."""
-    try:
-        main(["plan", *flags])
-    except SystemExit as ended:
-        return ended.code
-    return 0
-
-
 def test_the_plan_tells_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    assert planned("dinov2_vitl16_short", "--gpus", "8", "--gpu", "a100", "--price", "2") == 0
+    assert exit_code("plan", "dinov2_vitl16_short", "--gpus", "8", "--gpu", "a100", "--price", "2") == 0
     shown = capsys.readouterr().out
     assert "303" in shown.split("backbone")[1].splitlines()[0]  # M parameters of ViT-L/16
     assert "days on 8 x a100" in shown
     assert "cost" in shown
     assert "too much" in shown
     few = ("--gpus", "8", "--gib", "12", "--tflops", "100", "--runtime.micro_batch_size", "64")
-    assert planned("dinov2_vitl16_short", *few) == 0
+    assert exit_code("plan", "dinov2_vitl16_short", *few) == 0
     assert "does not fit" in capsys.readouterr().out
 
 
 def test_a_gpu_nobody_knows_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert planned("tiny_cpu", "--gpus", "1", "--gpu", "abacus") == 2
+    assert exit_code("plan", "tiny_cpu", "--gpus", "1", "--gpu", "abacus") == 2
     assert "gpu: abacus is not known; give one of a100-40gb" in capsys.readouterr().err

@@ -349,9 +349,9 @@ def test_gradients_are_clipped_as_torch_does(clip_of: str) -> None:
     [
         ({"objectives": [{"kind": "gram"}]}, "gram anchors what other objectives learn"),
         ({"objectives": [{"kind": "dino"}, {"kind": "dino"}]}, "each kind may be given once"),
-        ({"objectives": [{"kind": "ibot", "share_head": True}]}, "ibot cannot be tied without dino"),
-        ({"objectives": [{"kind": "mae", "embed_dim": 48, "num_heads": 5}]}, "no multiple of 4 and of heads 5"),
-        ({"objectives": [{"kind": "clip", "text": {"width": 50}}]}, "width 50 is no multiple of heads 8"),
+        ({"objectives": [{"kind": "ibot", "share_head": True}]}, "ibot cannot have share_head without dino"),
+        ({"objectives": [{"kind": "mae", "embed_dim": 48, "num_heads": 5}]}, "no multiple of 4 and of num_heads 5"),
+        ({"objectives": [{"kind": "clip", "text": {"width": 50}}]}, "width 50 is no multiple of num_heads 8"),
         ({"objectives": [{"kind": "clip"}, {"kind": "siglip", "text": {"context": 8}}]}, "the same text.context"),
         ({"views": {"num_global_crops": 1}}, "needs views.num_global_crops 2"),
         ({"objectives": [{"kind": "mae"}], "model": {"pos_embed": "rope"}}, "mae needs model.pos_embed"),

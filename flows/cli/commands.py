@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from flows.ephemeral_server import start_ephemeral_server
 from flows.prefect_settings import set_up_prefect
 from infra.notices import say_loading
 
@@ -65,12 +66,10 @@ def _run(config: PipelineConfig) -> None:
 
     summary = find_finished(config)
     if summary is None:
-        set_up_prefect()
         say_loading("run", "prefect")
-        from flows.ephemeral_server import start_ephemeral_server
+        start_ephemeral_server()
         from flows.pipeline import pipeline
 
-        start_ephemeral_server()
         summary = pipeline(config)
     show(config, summary)
 
@@ -135,20 +134,16 @@ def _evaluate(config: EvaluateConfig) -> None:
 
 
 def _eval_checkpoints(config: CheckpointEvalConfig) -> None:
-    set_up_prefect()
-    from flows.checkpoint_eval import eval_checkpoints
-    from flows.ephemeral_server import start_ephemeral_server
-
     start_ephemeral_server()
+    from flows.checkpoint_eval import eval_checkpoints
+
     _print_comparison(eval_checkpoints(config))
 
 
 def _ablate(config: AblateConfig) -> None:
-    set_up_prefect()
-    from flows.ablation import ablate
-    from flows.ephemeral_server import start_ephemeral_server
-
     start_ephemeral_server()
+    from flows.ablation import ablate
+
     _print_comparison(ablate(config))
 
 
@@ -197,10 +192,12 @@ COMMANDS = {
             "flows.config:PipelineConfig",
             _run,
             "Run a whole pipeline: ingest, embed, deduplicate, retrieve, pretrain, evaluate, distill, publish, report.",
+            words=_RECIPE,
+            room="flows",
             notes=(
                 "Each stage has its own keys under its name: --pretrain.schedule.steps 100 is what --schedule.steps "
-                "100 is to fovea pretrain. Pipelines that come with Fovea: flows/pipelines (fovea recipes lists them).",
-                "Example: fovea run flows/pipelines/webpool.yaml --root runs/mine --sources.pool photos/",
+                "100 is to fovea pretrain.",
+                "Example: fovea run webpool --root runs/mine --sources.pool photos/",
             ),
         ),
         Command(

@@ -72,8 +72,6 @@ def _content(command: Command, words: list[str]) -> dict[str, Any]:
 
 
 def _path(command: Command, word: str) -> str:
-    if command.name == "run":
-        return str(recipes.recipes_of("run").get(word, word))
     return word if command.room is None else recipes.recipe_path(command.room, word)
 
 

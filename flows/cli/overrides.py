@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 from flows.cli.schema import Key, annotation_at, is_optional, keys, leaves, models, nested, options
-from infra.config import Config
+from infra.config import Config, parse_yaml
 from infra.errors import UserError
 
 _TRUE, _FALSE, _NULL = ("true", "yes", "on"), ("false", "no", "off"), ("null", "~")
@@ -136,7 +136,7 @@ def _is_plain_text(kinds: Sequence[Any]) -> bool:
 
 def _as_yaml(flag: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text)
     except yaml.YAMLError:
         raise UserError(f"{flag}: {text!r} is not valid YAML; quote it, such as '{{kind: exact}}'") from None
 

@@ -20,7 +20,7 @@ _FOLDERS = {
     "run": _ROOT / "flows" / "pipelines",
 }
 """By the command that reads them."""
-_ROOMS = {"pretrain": "pretrain", "curation": "curate", "distill": "distill"}
+_ROOMS = {"pretrain": "pretrain", "curation": "curate", "distill": "distill", "flows": "run"}
 
 
 def recipes_of(command: str) -> dict[str, Path]:

@@ -114,11 +114,13 @@ class VisionTransformerConfig(Config):
     @model_validator(mode="after")
     def _divides(self) -> VisionTransformerConfig:
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"dim {self.embed_dim} is no multiple of heads {self.num_heads}")
+            raise ValueError(f"embed_dim {self.embed_dim} is no multiple of num_heads {self.num_heads}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
         if self.pos_embed != "learned" and self.embed_dim // self.num_heads % 4:
-            raise ValueError(f"position {self.pos_embed} needs a head width, dim / heads, that is a multiple of 4")
+            raise ValueError(
+                f"pos_embed {self.pos_embed} needs a head width, embed_dim / num_heads, that is a multiple of 4"
+            )
         return self
 
     @property

@@ -89,7 +89,7 @@ class MaeConfig(Config):
     @model_validator(mode="after")
     def _divides(self) -> MaeConfig:
         if self.embed_dim % self.num_heads or self.embed_dim % 4:
-            raise ValueError(f"dim {self.embed_dim} is no multiple of 4 and of heads {self.num_heads}")
+            raise ValueError(f"embed_dim {self.embed_dim} is no multiple of 4 and of num_heads {self.num_heads}")
         return self
 
 
@@ -118,7 +118,7 @@ class TextTower(Config):
     @model_validator(mode="after")
     def _divides(self) -> TextTower:
         if self.width % self.num_heads:
-            raise ValueError(f"width {self.width} is no multiple of heads {self.num_heads}")
+            raise ValueError(f"width {self.width} is no multiple of num_heads {self.num_heads}")
         return self
 
 
