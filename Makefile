@@ -18,7 +18,7 @@ test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-cluster: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m whole --log-cli-level INFO --log-cli-format '%(asctime)s %(message)s'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m e2e --log-cli-level INFO --log-cli-format '%(asctime)s %(message)s'
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -19,19 +19,20 @@ import numpy as np
 from curation import run
 from curation.config import CurateConfig, EmbedConfig, IngestConfig
 from curation.embed import embed
-from curation.ingest import ingest
+from curation.ingest.ingest import ingest
 from curation.synthetic.corpus import encode, near_copy
 from flows.config import AblateConfig
 from infra.config import load_yaml
-from infra.selections import Selection
-from pretrain.config import BackboneConfig, CheckpointBackbone, PixelDescriptor, PretrainConfig, PretrainSettings
+from infra.corpus.selection import Selection
+from pretrain.backbones.config import BackboneConfig, CheckpointBackboneConfig, PixelDescriptorConfig
+from pretrain.config import PretrainConfig, PretrainSettings
 from pretrain.data.decode import decode_rgb
 
 _LARGEST_CLASS, _COPIES, _JUNK = 3600, 5000, 1600
 _RECIPE = Path(__file__).parents[1] / "pretrain/recipes/tiny_cpu.yaml"
 _DEDUPLICATE = [
     {"kind": "exact"},
-    {"kind": "looks", "min_entropy": 2.0},
+    {"kind": "image_quality", "min_entropy": 2.0},
     {"kind": "near_duplicates", "threshold": 0.95},
 ]
 
@@ -74,7 +75,7 @@ def _long_tail(data: Path) -> Iterator[bytes]:
 def measure(data: Path, root: Path, seeds: int) -> str:
     """URL of the comparison."""
     from flows.ablation import ablate
-    from flows.trainings import train_apart
+    from flows.training import train_apart
 
     def ingested(source: str) -> str:
         return ingest(IngestConfig(source=source, out=str(root / "ingest" / "{id}"))).url
@@ -88,10 +89,10 @@ def measure(data: Path, root: Path, seeds: int) -> str:
         out = str(root / "curate" / "{id}")
         return run(CurateConfig(corpus=corpus, embeddings=vectors, steps=steps, selection=selection, out=out)).url
 
-    clean = curated(PixelDescriptor(side=16, frequencies=8, whiten=1.5), _DEDUPLICATE)
+    clean = curated(PixelDescriptorConfig(side=16, frequencies=8, whiten=1.5), _DEDUPLICATE)
     left = Selection.open(clean).artifact.metrics["kept"]
     balance = {"kind": "balance", "levels": [300, 30], "target": left * 6 // 10}
-    even = curated(CheckpointBackbone(url=train_apart("pretrain", first)), [balance], clean)
+    even = curated(CheckpointBackboneConfig(url=train_apart("pretrain", first)), [balance], clean)
     return ablate(
         AblateConfig(
             root=str(root),

@@ -11,10 +11,10 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from benchmarks import hierarchies, joins, rows
-from benchmarks.apart import Measured, measured
-from benchmarks.planted import planted
-from benchmarks.rows import Row, compared
+from benchmarks import hierarchical_kmeans_peers, near_duplicate_peers, report
+from benchmarks.isolated import Measured, measured
+from benchmarks.report import Row, compared
+from benchmarks.synthetic_vectors import planted
 
 _ROWS, _DIM = 200_000, 256
 _WARM = 5_000  # rows of the call that loads libraries
@@ -33,17 +33,19 @@ def _stored(weight: float, count: int) -> tuple[np.ndarray]:
 
 
 def _join(work: Callable[..., int], weight: float, count: int = _ROWS) -> Measured:
-    prepare = _stored if work is joins.fovea else _vectors
+    prepare = _stored if work is near_duplicate_peers.fovea else _vectors
     return measured(work, partial(prepare, weight, count), partial(prepare, weight, _WARM))
 
 
 def _near_duplicates(name: str, weight: float) -> list[Row]:
-    true, ours = _join(joins.exact, weight), _join(joins.fovea, weight)
-    peers = {f"FAISS IVF range, {probes} probes": partial(joins.ivf_range, probes=probes) for probes in (4, 8, 16)}
-    others = {name: getattr(joins, name) for name in ("fastdup", "autofaiss") if find_spec(name)}
-    found = {
-        title: _join(work, weight) for title, work in {**peers, "FAISS HNSW16": joins.hnsw, **others}.items()
-    }  # fmt: skip
+    true, ours = _join(near_duplicate_peers.exact, weight), _join(near_duplicate_peers.fovea, weight)
+    peers = {
+        f"FAISS IVF range, {probes} probes": partial(near_duplicate_peers.ivf_range, probes=probes)
+        for probes in (4, 8, 16)
+    }
+    others = {name: getattr(near_duplicate_peers, name) for name in ("fastdup", "autofaiss") if find_spec(name)}
+    peers |= {"FAISS HNSW16": near_duplicate_peers.hnsw, **others}
+    found = {title: _join(work, weight) for title, work in peers.items()}
     share = ours.result / true.result
     table = [
         compared(f"{name}: CPU of the exact join", ours.cpu_seconds, true.cpu_seconds, "CPU s", _GAIN[name]),
@@ -60,8 +62,8 @@ def _near_duplicates(name: str, weight: float) -> list[Row]:
 
 def _few() -> list[Row]:
     """Beside what cannot do 200,000: on a tenth, where ours is the exact join."""
-    ours = _join(joins.fovea, 0.65, _FEW)
-    peer = _join(joins.scikit_learn, 0.65, _FEW)
+    ours = _join(near_duplicate_peers.fovea, 0.65, _FEW)
+    peer = _join(near_duplicate_peers.scikit_learn, 0.65, _FEW)
     assert ours.result == peer.result
     return [compared(f"scikit-learn radius neighbours, {_FEW} rows", ours.cpu_seconds, peer.cpu_seconds, "CPU s")]
 
@@ -69,18 +71,21 @@ def _few() -> list[Row]:
 def _growth() -> Row:
     """The exponent by which CPU grows with rows."""
     counts = [50_000, 100_000, 200_000, 400_000]
-    seconds = [_join(joins.fovea, 0.65, count).cpu_seconds for count in counts]
+    seconds = [_join(near_duplicate_peers.fovea, 0.65, count).cpu_seconds for count in counts]
     return Row("exponent of growth", float(np.polyfit(np.log(counts), np.log(seconds), 1)[0]), "", 1.5, None)
 
 
 def _hierarchy() -> list[Row]:
     prepare, warm = (partial(_stored, 0.65, count) for count in (_FEW, _WARM))
     vectors = prepare()[0]
-    ours, peer = (measured(work, prepare, warm) for work in (hierarchies.by_fovea, hierarchies.by_scikit_learn))
+    ours, peer = (
+        measured(work, prepare, warm)
+        for work in (hierarchical_kmeans_peers.by_fovea, hierarchical_kmeans_peers.by_scikit_learn)
+    )
     told = [compared("hierarchical k-means", ours.cpu_seconds, peer.cpu_seconds, "CPU s", 5.0)]
-    mine, theirs = (hierarchies.objective(vectors, each.result) for each in (ours, peer))
+    mine, theirs = (hierarchical_kmeans_peers.objective(vectors, each.result) for each in (ours, peer))
     told.append(compared("hierarchical k-means: objective", mine, theirs, "squared distance"))
-    mine, theirs = (hierarchies.spacing(each.result) for each in (ours, peer))
+    mine, theirs = (hierarchical_kmeans_peers.spacing(each.result) for each in (ours, peer))
     told.append(Row("hierarchical k-means: spacing of centroids", mine, "squared distance", theirs, mine / theirs))
     return told
 
@@ -91,4 +96,4 @@ def measure() -> Sequence[Row]:
 
 
 if __name__ == "__main__":
-    rows.main("Curation", measure)
+    report.main("Curation", measure)

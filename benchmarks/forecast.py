@@ -18,15 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import rows
-from benchmarks.joins import learned
-from benchmarks.planted import planted
-from benchmarks.rows import Row
-from curation.similarity.cells import SAMPLE, count_for
-from curation.similarity.selfjoin import Join
-from curation.similarity.tiles import CpuTiles, Workers
+from benchmarks import report
+from benchmarks.near_duplicate_peers import learned
+from benchmarks.report import Row
+from benchmarks.synthetic_vectors import planted
+from curation.similarity.cells import SAMPLE, default_num_cells
+from curation.similarity.selfjoin import SelfJoin
+from curation.similarity.tiles import CpuTiles, WorkerPool
 from curation.steps.config import NearDuplicates
-from infra.vectors import Vectors
+from infra.compute.sharded_array import ShardedArray
 
 _DIM = 256
 _LEARNED_ON, _CHECKED_ON = 200_000, 800_000
@@ -66,27 +66,27 @@ class Machines:
 
 def _measured(count: int) -> tuple[Constants, float]:
     """Constants, and the CPU-seconds of the whole join."""
-    vectors, settings = Vectors([planted(count, _DIM, 1, 0.65)]), NearDuplicates()
-    workers, everyone = Workers(CpuTiles(), 1), np.arange(count)
+    vectors, settings = ShardedArray([planted(count, _DIM, 1, 0.65)]), NearDuplicates()
+    workers, everyone = WorkerPool(CpuTiles(), 1), np.arange(count)
     started = time.process_time()
     cells = learned(vectors, workers)
     began = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        join = Join(cells, settings.threshold, workers, Path(folder), 8 << 30)
+        join = SelfJoin(cells, settings.threshold, workers, Path(folder), 8 << 30)
         partition = join.partition(vectors, everyone)
         assigned = time.process_time()
-        join.over(partition, None, lambda done: None)
+        join.run_partition(partition, None, lambda done: None)
         ended = time.process_time()
-        run = partition.run()
+        run = partition.add_lists()
     visits = np.diff(run.starts)
-    shares = run.owners / np.maximum(visits, 1)
-    pairs = _pairs(visits, shares, cells.crowded).sum()
+    shares = run.primary / np.maximum(visits, 1)
+    pairs = _pairs(visits, shares, cells.dense).sum()
     constants = Constants(
         assigning=2.0 * count * len(cells) * _DIM / (assigned - began),
         joining=2.0 * _DIM * pairs / (ended - assigned),
         visits=visits.sum() / count,
         sizes=visits / visits.mean(),
-        crowded=cells.crowded,
+        crowded=cells.dense,
         owners=shares,
     )
     return constants, ended - started
@@ -101,7 +101,7 @@ def _pairs(visits: np.ndarray, owners: np.ndarray, crowded: np.ndarray) -> np.nd
 
 def _cells(constants: Constants, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Visits and pairs of each cell of a run of that size, drawn from those measured."""
-    number = count_for(count)
+    number = default_num_cells(count)
     like = np.random.default_rng(0).integers(0, len(constants.sizes), number)
     visits = constants.sizes[like] * (constants.visits * count / number)
     return visits, _pairs(visits, constants.owners[like], constants.crowded[like])
@@ -162,4 +162,4 @@ def measure() -> Sequence[Row]:
 
 
 if __name__ == "__main__":
-    rows.main("Near-duplicates of a billion vectors", measure)
+    report.main("Near-duplicates of a billion vectors", measure)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from benchmarks import rows
-from benchmarks.rows import Row, cpu_seconds
-from curation.looks import grey, look
+from benchmarks import report
+from benchmarks.report import Row, cpu_seconds
+from curation.image_stats import load_gray, measure_images
 from curation.synthetic.corpus import load_photographs
 
 _IMAGES, _SIDE = 1500, 256
@@ -39,11 +39,11 @@ def _decode(images: list[bytes]) -> None:
 
 def measure() -> Sequence[Row]:
     images = _images()
-    ours, peer = cpu_seconds(lambda: look([grey(each) for each in images]), lambda: _decode(images))
+    ours, peer = cpu_seconds(lambda: measure_images([load_gray(each) for each in images]), lambda: _decode(images))
     return [
         Row("images a CPU second", _IMAGES / ours, "", _IMAGES / peer, peer / ours, 0.8),
     ]
 
 
 if __name__ == "__main__":
-    rows.main("Perceptual hashing beside decoding alone", measure)
+    report.main("Perceptual hashing beside decoding alone", measure)

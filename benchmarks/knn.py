@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks.apart import measured
-from benchmarks.rows import Row, compared, main
+from benchmarks.isolated import measured
+from benchmarks.report import Row, compared, main
 
 BANK, QUERIES, DIM, CLASSES, K = 50_000, 10_000, 384, 1000, 200
 
@@ -25,11 +25,11 @@ def _few() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def ours(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> list[np.ndarray]:
-    from eval.tasks.knn import counted
-    from infra.neighbours import nearest
+    from eval.protocols.knn import count_votes
+    from infra.compute.vector_search import knn_search
 
-    cosines, rows = nearest(queries, bank, K)
-    return [counted(cosines[:, :k], labels[rows[:, :k]], CLASSES, 0.07).argmax(1) for k in (10, 20, 100, K)]
+    cosines, rows = knn_search(queries, bank, K)
+    return [count_votes(cosines[:, :k], labels[rows[:, :k]], CLASSES, 0.07).argmax(1) for k in (10, 20, 100, K)]
 
 
 def usual(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> np.ndarray:
@@ -41,9 +41,9 @@ def usual(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> np.ndarr
 
 def neighbours(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """Ours, without the votes."""
-    from infra.neighbours import nearest
+    from infra.compute.vector_search import knn_search
 
-    return nearest(queries, bank, K)[1]
+    return knn_search(queries, bank, K)[1]
 
 
 def lightlys(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> np.ndarray:

@@ -23,15 +23,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.memory import kept_for_backward
-from benchmarks.rows import Row, compared, cpu_seconds, main
+from benchmarks.report import Row, compared, cpu_seconds, main
+from benchmarks.saved_tensors import kept_for_backward
 from pretrain.config import PretrainSettings
+from pretrain.data.color_gpu import neutral_parameters
 from pretrain.data.loader import Batch
-from pretrain.data.masks import MaskPlan, batch_masks
-from pretrain.data.photometric import neutral
-from pretrain.learner import Learner
+from pretrain.data.masks import MaskSettings, batch_masks
 from pretrain.models.execution import Checkpointing, Execution
-from pretrain.train import build_learner
+from pretrain.train import build_module
+from pretrain.train_module import TrainModule
 
 IMAGES, LOCALS, PROTOTYPES, DROP = 4, 8, 8192, 0.3
 REFERENCE_GFLOP, REFERENCE_MB = 339.0, 750.0
@@ -48,8 +48,8 @@ def batch_of_noise() -> Batch:
     rng = np.random.default_rng(0)
     sizes = ((2 * IMAGES, 224), (LOCALS * IMAGES, 96))
     crops = [torch.from_numpy(rng.integers(0, 256, (n, 3, side, side), dtype=np.uint8)) for n, side in sizes]
-    colours = [torch.from_numpy(np.tile(neutral(), (n, 1))) for n, _ in sizes]
-    plan = MaskPlan(patch_size=16, share=0.5, ratio=(0.1, 0.5), exact=True, shift=False)
+    colours = [torch.from_numpy(np.tile(neutral_parameters(), (n, 1))) for n, _ in sizes]
+    plan = MaskSettings(patch_size=16, probability=0.5, ratio=(0.1, 0.5), exact=True, shift=False)
     masks = torch.from_numpy(batch_masks(2 * IMAGES, (14, 14), plan, rng))
     masked, none = masks.flatten().nonzero()[:, 0], torch.empty(0)
     return Batch(crops[0], colours[0], crops[1], colours[1], masks, none, none, torch.arange(IMAGES), none, masked)
@@ -61,7 +61,7 @@ class Counted:
     megabytes: float
 
 
-def counted(learner: Learner, batch: Batch, checkpointing: Checkpointing) -> Counted:
+def counted(learner: TrainModule, batch: Batch, checkpointing: Checkpointing) -> Counted:
     """FLOPs of a whole step, and what the backward pass finds kept."""
     learner.student.execution = Execution(checkpointing)
     with FlopCounterMode(display=False) as flops:
@@ -73,7 +73,7 @@ def counted(learner: Learner, batch: Batch, checkpointing: Checkpointing) -> Cou
     return Counted(flops.get_total_flops() / 1e9, kept.bytes / 1e6)
 
 
-def ours(learner: Learner, batch: Batch) -> None:
+def ours(learner: TrainModule, batch: Batch) -> None:
     loss, _ = learner(batch, 0.05)
     loss.backward()
     learner.zero_grad()
@@ -124,7 +124,7 @@ def _peak(which: str, answer: Any) -> None:
     if which == "lightly":
         step = lightlys(batch)
     else:
-        learner = build_learner(SETTINGS).train()
+        learner = build_module(SETTINGS).train()
         learner.student.execution = Execution("full" if which == "full" else "none")
         step = partial(ours, learner, batch)
     before = psutil.Process().memory_info().rss
@@ -146,7 +146,7 @@ def peak_megabytes(which: str) -> float:
 
 def measure() -> list[Row]:
     torch.set_num_threads(1)
-    learner, batch = build_learner(SETTINGS).train(), batch_of_noise()
+    learner, batch = build_module(SETTINGS).train(), batch_of_noise()
     learner.begin_step(0)
     plain, full = (counted(learner, batch, checkpointing) for checkpointing in ("none", "full"))
     rows = [

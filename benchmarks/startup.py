@@ -16,7 +16,7 @@ import psutil
 import yaml
 from PIL import Image
 
-from benchmarks.rows import Row, main
+from benchmarks.report import Row, main
 
 _REPEATS = 3
 _FOVEA = [sys.executable, "-m", "flows.cli"]

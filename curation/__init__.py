@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from curation.config import CurateConfig
-    from infra.artifacts import Artifact
+    from infra.artifacts.artifact import Artifact
 
 
 def run(config: CurateConfig) -> Artifact:

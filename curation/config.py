@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from curation.steps.config import Exact, NearDuplicates, Step, without_files
+from curation.steps.config import Exact, NearDuplicates, Step, settings_without_files
 from infra.config import Config, Output
-from pretrain.config import BackboneConfig, PixelDescriptor
+from pretrain.backbones.config import BackboneConfig, PixelDescriptorConfig
 
 
 class SyntheticSettings(Config):
@@ -104,7 +104,7 @@ class OnRay(Config):
 class EmbedSettings(OnRay):
     """What maps images to vectors."""
 
-    backbone: BackboneConfig = PixelDescriptor()
+    backbone: BackboneConfig = PixelDescriptorConfig()
     """A pixel descriptor, a Fovea checkpoint or an open_clip model."""
     batch: int = Field(256, ge=1)
     """Images a forward pass."""
@@ -130,8 +130,8 @@ class CurateSettings(OnRay):
     """Steps, in order; each sees what the ones before it kept."""
 
     steps: list[Step] = Field(default_factory=_default_steps, min_length=1)
-    """Any of exact, perceptual, filter, looks, remove, near_duplicates, decontaminate, semdedup, retrieve,
-    retrieve_clusters, balance, balance_text, score, sample, restore."""
+    """Steps, in order: exact, perceptual, metadata_filter, image_quality, exclude, near_duplicates, decontaminate,
+    semdedup, retrieve, retrieve_clusters, balance, metaclip, score, random_sample, restore."""
     seed: int = Field(0, ge=0)
     """Seed of everything random in them."""
     memory_gb: float = Field(4.0, gt=0)
@@ -143,17 +143,17 @@ class CurateSettings(OnRay):
 class CurateConfig(CurateSettings, Output):
     """Corpus and embeddings in, a selection out: a verdict for every image."""
 
-    def decisive(self) -> dict[str, Any]:
+    def identity_settings(self) -> dict[str, Any]:
         """The settings that decide the selection: not where listed files lie, nor what it may take."""
-        return {"steps": [without_files(step) for step in self.steps], "seed": self.seed}
+        return {"steps": [settings_without_files(step) for step in self.steps], "seed": self.seed}
 
     corpus: str
     """URL of the corpus to choose from."""
     embeddings: str | None = None
     """URL of its embeddings, for the steps that compare vectors."""
-    evaluation: list[str] = Field(default_factory=list)
+    eval_embeddings: list[str] = Field(default_factory=list)
     """URLs of the embeddings of evaluation sets, for `decontaminate`."""
-    curated: str | None = None
+    seed_embeddings: str | None = None
     """URL of the embeddings of the curated seed, for `retrieve` and `retrieve_clusters`."""
     selection: str | None = None
     """URL of an earlier selection over the same corpus to start from."""

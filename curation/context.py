@@ -13,16 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation.config import CurateConfig
-from curation.earlier import Earlier
+from curation.incremental import PreviousSelection
 from curation.inputs import SCRATCH, Inputs
-from curation.similarity.tiles import CpuTiles, Workers, workers
-from curation.verdicts import Verdicts
-from infra.artifacts import find
-from infra.cluster import Cluster
-from infra.corpora import Corpus
-from infra.embeddings import Embeddings
-from infra.selections import evidence_name
-from infra.vectors import Vectors
+from curation.selection_state import SelectionState
+from curation.similarity.tiles import CpuTiles, WorkerPool, make_workers
+from infra.artifacts.artifact import find
+from infra.compute.ray_cluster import RayCluster
+from infra.compute.sharded_array import ShardedArray
+from infra.corpus.corpus import Corpus
+from infra.corpus.embeddings import Embeddings
+from infra.corpus.selection import evidence_name
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Reference:
     """Vectors that a corpus is compared with."""
 
     name: str
-    vectors: Vectors
+    vectors: ShardedArray
     number: int
     """Among the verdicts' references"""
     label: str
     """What its images are called: the last part of where they came from"""
 
 
-def _label(embeddings: Embeddings, name: str) -> str:
+def _short_name(embeddings: Embeddings, name: str) -> str:
     """What the synthetic corpus is called."""
     corpus = find(embeddings.artifact.manifest.inputs["corpus"].url)
     source = None if corpus is None else corpus.manifest.inputs.get("source")
@@ -54,42 +54,44 @@ class Context:
     """
 
     inputs: Inputs
-    verdicts: Verdicts
+    state: SelectionState
     directory: Path
     references: dict[str, Reference]
     """What the corpus is compared with, by the manifest's names"""
     memory: int
     seed: int
-    workers: Workers
+    workers: WorkerPool
     """What compares vectors"""
-    cores: Workers
+    cores: WorkerPool
     """What does everything else: a thread a core"""
-    earlier: Earlier | None
+    previous: PreviousSelection | None
     """What to go on from"""
     step: int = 0
     """Number of the step that works"""
-    reach: Callable[[float], None] = lambda share: None
+    report_progress: Callable[[float], None] = lambda share: None
     """Shows how much of the step is done, of 1"""
 
     @classmethod
     def begin(cls, config: CurateConfig, inputs: Inputs, directory: Path) -> Context:
         keys = inputs.corpus.table["key"]
-        verdicts = Verdicts.after(inputs.selection) if inputs.selection else Verdicts.initial(keys)
+        verdicts = (
+            SelectionState.from_selection(inputs.selection) if inputs.selection else SelectionState.keep_all(keys)
+        )
         if inputs.embeddings is not None:
             verdicts.drop_undecodable(inputs.embeddings.undecodable)
         threads = config.workers or len(os.sched_getaffinity(0))
         memory = int(config.memory_gb * (1 << 30))
         earlier = None
         if inputs.previous is not None:
-            earlier = Earlier.open(inputs.previous, inputs.corpus, inputs.embeddings)
-        cluster = Cluster(config.ray) if config.ray else None
-        cores = Workers(CpuTiles(), threads)
+            earlier = PreviousSelection.open(inputs.previous, inputs.corpus, inputs.embeddings)
+        cluster = RayCluster(config.ray) if config.ray else None
+        cores = WorkerPool(CpuTiles(), threads)
         references = {
-            name: Reference(name, each.vectors, verdicts.reference(each.keys), _label(each, name))
+            name: Reference(name, each.vectors, verdicts.reference(each.keys), _short_name(each, name))
             for name, each in inputs.references().items()
         }
         return cls(
-            inputs, verdicts, directory, references, memory, config.seed, workers(threads, cluster), cores, earlier
+            inputs, verdicts, directory, references, memory, config.seed, make_workers(threads, cluster), cores, earlier
         )
 
     @property
@@ -97,17 +99,17 @@ class Context:
         return self.inputs.corpus
 
     @cached_property
-    def vectors(self) -> Vectors:
+    def vectors(self) -> ShardedArray:
         assert self.inputs.embeddings is not None
         return self.inputs.embeddings.vectors
 
     @property
-    def evaluation(self) -> list[Reference]:
-        return [each for name, each in self.references.items() if name.startswith("evaluation_")]
+    def eval_embeddings(self) -> list[Reference]:
+        return [each for name, each in self.references.items() if name.startswith("eval_embeddings_")]
 
     @property
-    def curated(self) -> Reference:
-        return self.references["curated"]
+    def seed_embeddings(self) -> Reference:
+        return self.references["seed_embeddings"]
 
     def scratch(self) -> Path:
         """A folder for what the step needs until it ends; what an interrupted attempt left there is still there."""
@@ -125,7 +127,7 @@ class Context:
 
     def shuffled(self, rows: np.ndarray, count: int, purpose: str = "") -> np.ndarray:
         """At most `count` of some rows, drawn and in an order that depend on their keys alone."""
-        rows = self.verdicts.in_order(rows)
+        rows = self.state.sort_by_key(rows)
         return rows[self.generator(purpose).permutation(len(rows))[:count]]
 
     def generator(self, purpose: str = "") -> np.random.Generator:

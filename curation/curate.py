@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from curation.config import CurateConfig
-from curation.inputs import SCRATCH, STATE, Inputs, require_alike
-from curation.steps.config import files_of
+from curation.inputs import SCRATCH, STATE, Inputs, require_same_backbone
+from curation.steps.config import referenced_files
 from curation.thresholds import with_thresholds
-from infra.artifacts import Artifact, ArtifactSpec, Input, produce
+from infra.artifacts.artifact import Artifact, ArtifactSpec, get_or_create
+from infra.artifacts.manifest import ArtifactRef
 from infra.hashing import hash_url
 
 VERSION = 4
@@ -29,7 +30,7 @@ def curate(config: CurateConfig) -> Artifact:
 
         return select(resolved, inputs, directory)
 
-    return produce(_spec(resolved, inputs), config.out, write, [STATE, f"{SCRATCH}/*"], config.restart)
+    return get_or_create(_spec(resolved, inputs), config.out, write, [STATE, f"{SCRATCH}/*"], config.restart)
 
 
 def selection_spec(config: CurateConfig) -> ArtifactSpec:
@@ -46,15 +47,17 @@ def _resolve(config: CurateConfig) -> tuple[CurateConfig, Inputs]:
     inputs = Inputs.open(config)
     config = config.model_copy(update={"steps": with_thresholds(config.steps, inputs.embeddings)})
     if inputs.previous is not None:
-        require_alike(inputs.previous, VERSION, config.decisive()["steps"], inputs.embeddings)
+        require_same_backbone(inputs.previous, VERSION, config.identity_settings()["steps"], inputs.embeddings)
     return config, inputs
 
 
 def _spec(config: CurateConfig, inputs: Inputs) -> ArtifactSpec:
-    return ArtifactSpec("selection", "curate", VERSION, config.decisive(), inputs.by_name() | _listed(config))
+    return ArtifactSpec("selection", "curate", VERSION, config.identity_settings(), inputs.by_name() | _listed(config))
 
 
-def _listed(config: CurateConfig) -> dict[str, Input]:
+def _listed(config: CurateConfig) -> dict[str, ArtifactRef]:
     """The files that steps read: their content is an input like any other."""
-    files = {f"step_{number}_{name}": url for number, step in enumerate(config.steps) for name, url in files_of(step)}
-    return {name: Input(id=hash_url(url)[1], url=url) for name, url in files.items()}
+    files = {
+        f"step_{number}_{name}": url for number, step in enumerate(config.steps) for name, url in referenced_files(step)
+    }
+    return {name: ArtifactRef(id=hash_url(url)[1], url=url) for name, url in files.items()}

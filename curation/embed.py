@@ -11,27 +11,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from curation.config import EmbedConfig
-from infra import embeddings
-from infra.artifacts import Artifact, ArtifactSpec, open_artifact, open_input, produce
-from infra.cluster import Cluster
-from infra.corpora import Corpus, same_images
-from infra.embeddings import Embeddings, backbone_of
+from infra.artifacts.artifact import Artifact, ArtifactSpec, get_or_create, open_artifact, open_ref
+from infra.compute.ray_cluster import RayCluster
+from infra.corpus import embeddings
+from infra.corpus.corpus import Corpus, same_images
+from infra.corpus.embeddings import Embeddings, backbone_fingerprint
 from infra.errors import UserError
-from infra.notices import say_loading
+from infra.notices import print_loading
 from infra.progress import progress
-from pretrain.config import BackboneConfig
-from pretrain.identity import identity
+from pretrain.backbones.config import BackboneConfig
+from pretrain.backbones.identity import backbone_identity
 
 if TYPE_CHECKING:
-    from pretrain.backbones import Backbone
-    from pretrain.features import RowFeatures
+    from pretrain.backbones.base import Backbone
+    from pretrain.backbones.features import RowFeatures
 
 VERSION = 4
 _PART_ROWS = 1 << 14
 
 
 @dataclass(frozen=True)
-class _Before:
+class _PreviousEmbeddings:
     """Vectors of an earlier state of the corpus."""
 
     embeddings: Embeddings
@@ -39,8 +39,8 @@ class _Before:
     """For each row of the corpus that of the earlier one; -1 where it was not there or had other bytes"""
 
     @classmethod
-    def open(cls, found: Embeddings, corpus: Corpus) -> _Before:
-        earlier = Corpus.of(open_input(found.artifact.manifest.inputs["corpus"], "corpus"))
+    def open(cls, found: Embeddings, corpus: Corpus) -> _PreviousEmbeddings:
+        earlier = Corpus.from_artifact(open_ref(found.artifact.manifest.inputs["corpus"], "corpus"))
         moved = same_images(earlier, corpus)
         place = np.full(len(corpus), -1)
         place[moved[moved >= 0]] = np.flatnonzero(moved >= 0)
@@ -57,7 +57,7 @@ def embed(config: EmbedConfig) -> Artifact:
     def write(directory: Path) -> Mapping[str, Any]:
         return _write(config, Corpus.open(config.corpus), directory)
 
-    return produce(embeddings_spec(config), config.out, write, ["part-*.npy"], config.restart)
+    return get_or_create(embeddings_spec(config), config.out, write, ["part-*.npy"], config.restart)
 
 
 def embeddings_spec(config: EmbedConfig) -> ArtifactSpec:
@@ -67,21 +67,23 @@ def embeddings_spec(config: EmbedConfig) -> ArtifactSpec:
         UserError: the corpus or the backbone is missing, or `previous` is of another backbone.
     """
     corpus = open_artifact(config.corpus, "corpus")
-    settings, inputs = identity(config.backbone)
+    settings, inputs = backbone_identity(config.backbone)
     if config.previous is not None:
         previous = Embeddings.open(config.previous)
-        if previous.backbone != backbone_of(settings, inputs) or not previous.artifact.made_by(VERSION):
+        if previous.backbone != backbone_fingerprint(settings, inputs) or not previous.artifact.has_stage_version(
+            VERSION
+        ):
             raise UserError(f"previous: {config.previous}: of another backbone or by another Fovea; embed without it")
-    return ArtifactSpec("embeddings", "embed", VERSION, settings, {"corpus": corpus.as_input(), **inputs})
+    return ArtifactSpec("embeddings", "embed", VERSION, settings, {"corpus": corpus.as_ref(), **inputs})
 
 
 def _write(config: EmbedConfig, corpus: Corpus, directory: Path) -> Mapping[str, Any]:
-    before = _Before.open(Embeddings.open(config.previous), corpus) if config.previous is not None else None
+    before = _PreviousEmbeddings.open(Embeddings.open(config.previous), corpus) if config.previous is not None else None
     parts = [np.arange(start, min(start + _PART_ROWS, len(corpus))) for start in range(0, len(corpus), _PART_ROWS)]
     left = [number for number in range(len(parts)) if not embeddings.part_path(directory, number).exists()]
     done = len(corpus) - sum(len(parts[number]) for number in left)
     with progress("embed", len(corpus), done) as advance:
-        embedded = _embedded(config, corpus, before, [parts[number] for number in left], advance)
+        embedded = _embed_parts(config, corpus, before, [parts[number] for number in left], advance)
         for number, part in zip(left, embedded, strict=True):
             embeddings.write_part(directory, number, part.vectors, part.undecodable)
     embeddings.write_keys(directory, corpus.table["key"])
@@ -90,52 +92,56 @@ def _write(config: EmbedConfig, corpus: Corpus, directory: Path) -> Mapping[str,
     return {"images": len(corpus), "dim": dim} | ({"undecodable": undecodable} if undecodable else {})
 
 
-def _embedded(
-    config: EmbedConfig, corpus: Corpus, before: _Before | None, parts: list[np.ndarray], advance: Callable[..., None]
+def _embed_parts(
+    config: EmbedConfig,
+    corpus: Corpus,
+    before: _PreviousEmbeddings | None,
+    parts: list[np.ndarray],
+    advance: Callable[..., None],
 ) -> Iterator[RowFeatures]:
     """Vectors of each part, computed here or on a cluster."""
     if config.ray is None:
         backbone = _load(config.backbone)
-        yield from (_part(backbone, corpus, rows, before, config.batch, advance) for rows in parts)
+        yield from (_embed_part(backbone, corpus, rows, before, config.batch, advance) for rows in parts)
         return
 
     def remote(rows: np.ndarray) -> RowFeatures:
-        return _part(_loaded(config.backbone), corpus, rows, before, config.batch)
+        return _embed_part(_load_cached(config.backbone), corpus, rows, before, config.batch)
 
-    for part in Cluster(config.ray).map(remote, parts, together=1, on_gpus=True):
+    for part in RayCluster(config.ray).map(remote, parts, together=1, on_gpus=True):
         advance(len(part.vectors))
         yield part
 
 
 def _load(config: BackboneConfig) -> Backbone:
-    say_loading("embed", "torch")
-    from pretrain import backbones  # here, with torch: embeddings that exist are found without it
+    print_loading("embed", "torch")
+    from pretrain.backbones import registry
 
-    return backbones.load(config)
+    return registry.load_backbone(config)
 
 
 @cache
-def _loaded(config: BackboneConfig) -> Backbone:
+def _load_cached(config: BackboneConfig) -> Backbone:
     """Once in each process of a cluster."""
     return _load(config)
 
 
-def _part(
+def _embed_part(
     backbone: Backbone,
     corpus: Corpus,
     rows: np.ndarray,
-    before: _Before | None,
+    before: _PreviousEmbeddings | None,
     batch: int,
     advance: Callable[..., None] = lambda count: None,
 ) -> RowFeatures:
     """Vectors of some rows, float16: those of images that are still the same from before, the others anew."""
-    from pretrain.features import RowFeatures, of_rows
+    from pretrain.backbones.features import RowFeatures, extract_rows
 
     reused = np.zeros(len(rows), dtype=bool) if before is None else before.place[rows] >= 0
     new: list[np.ndarray] = []
     undecodable: dict[int, str] = {}
-    for features in of_rows(backbone, corpus, rows[~reused].tolist(), batch):
-        new.append(embeddings.stored(features.vectors))
+    for features in extract_rows(backbone, corpus, rows[~reused].tolist(), batch):
+        new.append(embeddings.to_float16(features.vectors))
         undecodable |= features.undecodable
         advance(len(features.vectors))
     if before is None:

@@ -7,11 +7,12 @@ from typing import Any
 
 from curation.config import CurateConfig
 from curation.steps.config import CaptionScorer, HeadScorer, Score, Step
-from infra.artifacts import Artifact, Input, open_artifact, open_input
-from infra.corpora import Corpus
-from infra.embeddings import Embeddings
+from infra.artifacts.artifact import Artifact, open_artifact, open_ref
+from infra.artifacts.manifest import ArtifactRef
+from infra.corpus.corpus import Corpus
+from infra.corpus.embeddings import Embeddings
+from infra.corpus.selection import Selection
 from infra.errors import UserError
-from infra.selections import Selection
 
 SCRATCH = ".scratch"
 """Folder of what a step needs until it ends."""
@@ -19,8 +20,8 @@ STATE = ".verdicts.npz"
 """The verdicts after the last finished step, while others are to come."""
 _NEEDS = {
     "embeddings": ("near_duplicates", "decontaminate", "semdedup", "retrieve", "retrieve_clusters", "balance"),
-    "evaluation": ("decontaminate",),
-    "curated": ("retrieve", "retrieve_clusters"),
+    "eval_embeddings": ("decontaminate",),
+    "seed_embeddings": ("retrieve", "retrieve_clusters"),
 }
 
 
@@ -35,8 +36,8 @@ class Inputs:
 
     corpus: Corpus
     embeddings: Embeddings | None
-    evaluation: list[Embeddings]
-    curated: Embeddings | None
+    eval_embeddings: list[Embeddings]
+    seed_embeddings: Embeddings | None
     selection: Selection | None
     previous: Artifact | None
 
@@ -51,8 +52,8 @@ class Inputs:
             corpus=Corpus.open(config.corpus),
             embeddings=Embeddings.open(config.embeddings) if config.embeddings else None,
             previous=open_artifact(config.previous, "selection") if config.previous else None,
-            evaluation=[Embeddings.open(url) for url in config.evaluation],
-            curated=Embeddings.open(config.curated) if config.curated else None,
+            eval_embeddings=[Embeddings.open(url) for url in config.eval_embeddings],
+            seed_embeddings=Embeddings.open(config.seed_embeddings) if config.seed_embeddings else None,
             selection=Selection.open(config.selection) if config.selection else None,
         )
         inputs._check(config)
@@ -63,7 +64,7 @@ class Inputs:
             needing = [step.kind for step in config.steps if step.kind in users or name == _needed_to_score(step)]
             if needing and not getattr(self, name):
                 raise UserError(f"{name}: needed by the step {needing[0]}; give the embeddings' URL")
-        for other in [*self.evaluation, *([self.curated] if self.curated else [])]:
+        for other in [*self.eval_embeddings, *([self.seed_embeddings] if self.seed_embeddings else [])]:
             if self.embeddings and other.backbone != self.embeddings.backbone:
                 raise UserError(f"{other.artifact.url}: not of the backbone of {config.embeddings}; embed again")
         keys = self.corpus.table["key"]
@@ -72,20 +73,22 @@ class Inputs:
         if self.selection:
             self.selection.require_keys(keys, config.corpus)
 
-    def by_name(self) -> dict[str, Input]:
+    def by_name(self) -> dict[str, ArtifactRef]:
         """As the manifest names them."""
         named: dict[str, Corpus | Embeddings | Selection | None]
         named = {"corpus": self.corpus, "embeddings": self.embeddings, "selection": self.selection, **self.references()}
-        found = {name: each.artifact.as_input() for name, each in named.items() if each is not None}
-        return found if self.previous is None else found | {"previous": self.previous.as_input()}
+        found = {name: each.artifact.as_ref() for name, each in named.items() if each is not None}
+        return found if self.previous is None else found | {"previous": self.previous.as_ref()}
 
     def references(self) -> dict[str, Embeddings]:
         """What the corpus is compared with, always in the same order: saved verdicts know it by its number."""
-        found = {f"evaluation_{i}": each for i, each in enumerate(self.evaluation)}
-        return found if self.curated is None else found | {"curated": self.curated}
+        found = {f"eval_embeddings_{i}": each for i, each in enumerate(self.eval_embeddings)}
+        return found if self.seed_embeddings is None else found | {"seed_embeddings": self.seed_embeddings}
 
 
-def require_alike(artifact: Artifact, version: int, steps: list[dict[str, Any]], embeddings: Embeddings | None) -> None:
+def require_same_backbone(
+    artifact: Artifact, version: int, steps: list[dict[str, Any]], embeddings: Embeddings | None
+) -> None:
     """Check that an earlier selection was made as one that is to go on from it.
 
     Raises:
@@ -94,10 +97,10 @@ def require_alike(artifact: Artifact, version: int, steps: list[dict[str, Any]],
     again = "curate without it once"
     if artifact.manifest.config.get("steps") != steps:
         raise UserError(f"previous: {artifact.url}: made by other steps; {again}")
-    if not artifact.made_by(version):
+    if not artifact.has_stage_version(version):
         raise UserError(f"previous: {artifact.url}: made by another version of Fovea; {again}")
     before = artifact.manifest.inputs.get("embeddings")
     if embeddings is None:
         return
-    if before is None or Embeddings.of(open_input(before, "embeddings")).backbone != embeddings.backbone:
+    if before is None or Embeddings.from_artifact(open_ref(before, "embeddings")).backbone != embeddings.backbone:
         raise UserError(f"previous: {artifact.url}: compared vectors of another backbone; {again}")

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 
 from curation.config import MaterializeConfig
-from curation.faces import FaceBlurrer
-from infra.artifacts import Artifact, ArtifactSpec, Input, produce
-from infra.corpora import DECODING, Corpus
+from curation.face_blur import FaceBlurrer
+from infra.artifacts.artifact import Artifact, ArtifactSpec, get_or_create
+from infra.artifacts.manifest import ArtifactRef
+from infra.corpus.corpus import DECODING, Corpus
+from infra.corpus.selection import Selection
+from infra.corpus.writer import CorpusWriter
 from infra.hashing import hash_url
 from infra.progress import progress
-from infra.selections import Selection
-from infra.shards import CorpusWriter
-from pretrain.data.images import depth_of
+from pretrain.data.images import depth_settings
 
 VERSION = 2
 
@@ -28,12 +29,12 @@ def materialize(config: MaterializeConfig) -> Artifact:
     Raises:
         UserError: the selection is not one over the corpus.
     """
-    corpus, selection = _opened(config)
+    corpus, selection = _open_inputs(config)
 
     def write(directory: Path) -> Mapping[str, Any]:
         return _write(config, corpus, selection, directory)
 
-    return produce(_spec(config, corpus, selection), config.out, write, restart=config.restart)
+    return get_or_create(_spec(config, corpus, selection), config.out, write, restart=config.restart)
 
 
 def corpus_spec(config: MaterializeConfig) -> ArtifactSpec:
@@ -42,29 +43,29 @@ def corpus_spec(config: MaterializeConfig) -> ArtifactSpec:
     Raises:
         UserError: the selection is not one over the corpus.
     """
-    return _spec(config, *_opened(config))
+    return _spec(config, *_open_inputs(config))
 
 
-def _opened(config: MaterializeConfig) -> tuple[Corpus, Selection]:
+def _open_inputs(config: MaterializeConfig) -> tuple[Corpus, Selection]:
     corpus, selection = Corpus.open(config.corpus), Selection.open(config.selection)
     selection.require_keys(corpus.table["key"], config.corpus)
     return corpus, selection
 
 
 def _spec(config: MaterializeConfig, corpus: Corpus, selection: Selection) -> ArtifactSpec:
-    inputs = {"corpus": corpus.artifact.as_input(), "selection": selection.artifact.as_input()}
+    inputs = {"corpus": corpus.artifact.as_ref(), "selection": selection.artifact.as_ref()}
     settings: dict[str, Any] = {"shard_mb": config.shard_mb}
     blur = config.blur_faces
     if blur is not None:
         unread = {"model", "min_score" if blur.model is None else "min_share"}
         settings["blur_faces"] = blur.model_dump(mode="json", exclude=unread)
         if blur.model is not None:
-            inputs["face_model"] = Input(id=hash_url(blur.model)[1], url=blur.model)
+            inputs["face_model"] = ArtifactRef(id=hash_url(blur.model)[1], url=blur.model)
     return ArtifactSpec("corpus", "materialize", VERSION, settings, inputs)
 
 
 def _write(config: MaterializeConfig, corpus: Corpus, selection: Selection, directory: Path) -> Mapping[str, Any]:
-    redact = FaceBlurrer(config.blur_faces, depth_of(corpus)).blurred if config.blur_faces is not None else None
+    redact = FaceBlurrer(config.blur_faces, depth_settings(corpus)).blur if config.blur_faces is not None else None
     writer = CorpusWriter(directory, config.shard_mb << 20)
     kept = np.flatnonzero(selection.ledger["keep"].to_numpy(zero_copy_only=False))
     blurred = 0

@@ -13,14 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curation.similarity.exact import widened
+from curation.similarity.exact import widen
 from curation.steps.config import CaptionScorer, FieldScorer, HeadScorer, PluginScorer, ScorerConfig, TableScorer
-from infra import storage
-from infra.columns import places, taken
-from infra.corpora import Unusable
-from infra.embeddings import backbone_of
+from infra.corpus.arrow import index_in, take_chunked
+from infra.corpus.corpus import BadImage
+from infra.corpus.embeddings import backbone_fingerprint
+from infra.corpus.json_metadata import parse_number, read_json_fields
 from infra.errors import UserError
-from infra.fields import json_fields, number
+from infra.storage import filesystem
 from pretrain.data.images import decode_image
 
 if TYPE_CHECKING:
@@ -44,14 +44,14 @@ def scores(context: Context, config: ScorerConfig, rows: np.ndarray) -> Scores:
     return found
 
 
-def _of_field(context: Context, config: FieldScorer, rows: np.ndarray) -> Scores:
-    found = [number(each) for each in json_fields(context.corpus, rows, config.field)]
+def _read_field(context: Context, config: FieldScorer, rows: np.ndarray) -> Scores:
+    found = [parse_number(each) for each in read_json_fields(context.corpus, rows, config.field)]
     return np.array([np.nan if each is None else each for each in found])
 
 
-def _of_table(context: Context, config: TableScorer, rows: np.ndarray) -> Scores:
+def _read_table(context: Context, config: TableScorer, rows: np.ndarray) -> Scores:
     try:
-        with storage.open_read(config.table) as file:
+        with filesystem.open_read(config.table) as file:
             table = pq.read_table(file, columns=["key", config.column])
         keys = table["key"].cast(pa.string())
         values = table[config.column].cast(pa.float64(), safe=False)
@@ -60,14 +60,14 @@ def _of_table(context: Context, config: TableScorer, rows: np.ndarray) -> Scores
         raise UserError(message.splitlines()[0]) from None
     if pc.count_distinct(keys).as_py() < len(keys):
         raise UserError(f"{config.table}: has keys twice; leave one row of each")
-    place = places(context.corpus.table["key"], keys)[rows]
+    place = index_in(context.corpus.table["key"], keys)[rows]
     return np.where(place >= 0, values.to_numpy()[place], np.nan) if len(values) else np.full(len(rows), np.nan)
 
 
-def _of_head(context: Context, config: HeadScorer, rows: np.ndarray) -> Scores:
+def _apply_head(context: Context, config: HeadScorer, rows: np.ndarray) -> Scores:
     head = Head(config)
     blocks = (context.vectors.take(rows[some]) for some in _batches(len(rows)))
-    return np.concatenate([head(widened(block)) for block in blocks])
+    return np.concatenate([head(widen(block)) for block in blocks])
 
 
 class Head:
@@ -78,10 +78,10 @@ class Head:
     """
 
     def __init__(self, config: HeadScorer) -> None:
-        from pretrain import weights
+        from pretrain.backbones import weights
 
         self.config = config
-        self.layers = _chain(weights.read(config.checkpoint), config.checkpoint)
+        self.layers = _chain(weights.read_weights(config.checkpoint), config.checkpoint)
         if config.unit >= len(self.layers[-1][1]):
             raise UserError(f"unit: {config.unit}: {config.checkpoint} has {len(self.layers[-1][1])} outputs")
 
@@ -133,27 +133,27 @@ def _layer(state: Mapping[str, Any], name: str) -> Layer:
     return weight, np.zeros(len(weight)) if bias is None else bias.double().numpy()
 
 
-def _of_caption(context: Context, config: CaptionScorer, rows: np.ndarray) -> Scores:
-    from pretrain import image_text
-    from pretrain.identity import identity
+def _score_captions(context: Context, config: CaptionScorer, rows: np.ndarray) -> Scores:
+    from pretrain.backbones import image_text
+    from pretrain.backbones.identity import backbone_identity
 
     embedded = context.inputs.embeddings
     assert embedded is not None
-    if embedded.backbone != backbone_of(*identity(config.model)):
+    if embedded.backbone != backbone_fingerprint(*backbone_identity(config.model)):
         raise UserError(f"score: {embedded.artifact.url}: not by {config.model.checkpoint}; embed with that model")
     text, column = image_text.load(config.model), context.corpus.table["caption"]
     found = np.full(len(rows), np.nan)
     for some in _batches(len(rows)):
-        captions = taken(column, rows[some]).to_pylist()
+        captions = take_chunked(column, rows[some]).to_pylist()
         there = np.flatnonzero([bool(each) for each in captions])
         if len(there):
             texts = text.texts([captions[place] for place in there])
-            images = widened(context.vectors.take(rows[some][there]))
+            images = widen(context.vectors.take(rows[some][there]))
             found[np.arange(some.start, some.stop)[there]] = np.einsum("ij,ij->i", images, texts)
     return found
 
 
-def _of_plugin(context: Context, config: PluginScorer, rows: np.ndarray) -> Scores:
+def _call_plugin(context: Context, config: PluginScorer, rows: np.ndarray) -> Scores:
     try:
         factory = pkgutil.resolve_name(config.name)
     except (ValueError, ImportError, AttributeError) as error:
@@ -169,14 +169,14 @@ def _of_plugin(context: Context, config: PluginScorer, rows: np.ndarray) -> Scor
         if numbers.shape != (len(there),):
             raise UserError(f"score: {config.name}: {numbers.shape} numbers for {len(there)} images; give one each")
         found[some.start + np.array(there, dtype=np.int64)] = numbers
-        context.reach(some.stop / len(rows))
+        context.report_progress(some.stop / len(rows))
     return found
 
 
 def _image(context: Context, row: int) -> Image.Image | None:
     """None where it cannot be decoded."""
     image = decode_image(context.corpus, context.corpus.read_image(row))
-    return None if isinstance(image, Unusable) else image
+    return None if isinstance(image, BadImage) else image
 
 
 def _batches(count: int) -> Iterator[slice]:
@@ -184,9 +184,9 @@ def _batches(count: int) -> Iterator[slice]:
 
 
 _OF: Mapping[str, Callable[[Context, Any, np.ndarray], Scores]] = {
-    "field": _of_field,
-    "table": _of_table,
-    "head": _of_head,
-    "caption": _of_caption,
-    "plugin": _of_plugin,
+    "field": _read_field,
+    "table": _read_table,
+    "head": _apply_head,
+    "caption": _score_captions,
+    "plugin": _call_plugin,
 }

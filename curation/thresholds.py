@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from curation.steps.config import Decontaminate, NearDuplicates, Step
-from infra.embeddings import Embeddings
+from infra.corpus.embeddings import Embeddings
 from infra.errors import UserError
-from pretrain.config import PixelDescriptor
+from pretrain.backbones.config import PixelDescriptorConfig
 
 _PIXELS = {"near_duplicates": 0.95, "decontaminate": 0.9}
 """Of the pixel descriptor with its default settings, on 2,114 photographs of four sources: 0.95 joins no two different
@@ -34,13 +34,13 @@ def default_threshold(number: int, step: NearDuplicates | Decontaminate, embeddi
         UserError: there is none.
     """
     backbone = {} if embeddings is None else embeddings.artifact.manifest.config
-    if backbone == PixelDescriptor().model_dump(mode="json"):
+    if backbone == PixelDescriptorConfig().model_dump(mode="json"):
         return _PIXELS[step.kind]
     kind = backbone.get("kind", "unknown")
     raise UserError(
         f"steps.{number}.threshold: none was measured for this backbone (kind {kind}, or its own settings); give one "
-        f"(--steps.{number}.threshold), such as {_OF_SSCD[step.kind]} for SSCD"
+        f"(--steps.{number}.threshold), such as {_SSCD_THRESHOLDS[step.kind]} for SSCD"
     )
 
 
-_OF_SSCD = {"near_duplicates": 0.6, "decontaminate": 0.45}  # DINOv2 (arXiv 2304.07193), appendix A
+_SSCD_THRESHOLDS = {"near_duplicates": 0.6, "decontaminate": 0.45}  # DINOv2 (arXiv 2304.07193), appendix A

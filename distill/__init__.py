@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from distill.config import DistillConfig
-    from infra.artifacts import Artifact
+    from infra.artifacts.artifact import Artifact
 
 
 def run(config: DistillConfig) -> Artifact:
-    """Distill a student; see `distill.distill.distill`."""
-    from distill.distill import distill
+    """Distill a student; see `distill.train.distill.distill`."""
+    from distill.train.distill import distill
 
     return distill(config)

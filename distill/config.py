@@ -7,13 +7,14 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from distill.objectives.config import DistillObjective, PrototypesConfig
+from distill.objectives.config import DinoIbotConfig, DistillObjective
 from infra.config import Config, Output
-from pretrain.config import BackboneConfig, TrainingSettings
+from pretrain.backbones.config import BackboneConfig
+from pretrain.config import TrainingSettings
 from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD, Views
 from pretrain.models.config import ModelConfig, TimmNetworkConfig, VisionTransformerConfig
 
-FormatName = Literal["timm", "hub", "transformers", "open_clip", "onnx", "torch_export", "official"]
+FormatName = Literal["timm", "torch_hub", "transformers", "open_clip", "onnx", "torch_export", "official"]
 
 
 class StudentSettings(Config):
@@ -34,24 +35,24 @@ class StudentSettings(Config):
         return self.timm or self.model.model_copy(update={"drop_path_rate": 0.0})
 
 
-def _one_student() -> dict[str, StudentSettings]:
+def _default_students() -> dict[str, StudentSettings]:
     return {"student": StudentSettings()}
 
 
-def _prototypes() -> list[DistillObjective]:
-    return [PrototypesConfig()]
+def _default_objectives() -> list[DistillObjective]:
+    return [DinoIbotConfig()]
 
 
 class DistillSettings(TrainingSettings):
     """Settings of a distillation."""
 
-    students: dict[str, StudentSettings] = Field(default_factory=_one_student, min_length=1)
+    students: dict[str, StudentSettings] = Field(default_factory=_default_students, min_length=1)
     """Students by name, of any size, patch size and make. Each batch goes through the teachers once for all of them."""
-    objectives: list[DistillObjective] = Field(default_factory=_prototypes, min_length=1)
+    objectives: list[DistillObjective] = Field(default_factory=_default_objectives, min_length=1)
     """Losses; their weighted sum is optimised, for each student. The default is DINOv2's distillation."""
     teachers: dict[str, BackboneConfig] = Field(default_factory=dict)
     """Frozen teachers without heads, by name, beside the teacher checkpoint, whose name is teacher."""
-    cached_views: int = Field(0, ge=0)
+    num_cached_views: int = Field(0, ge=0)
     """Views of each image after which they come again, epoch by epoch, so that what the teachers say of them is
     computed once and kept as an artifact; 0: all views are new, and the teachers run along. Kept are 2 bytes a number:
     images x views x global crops x tokens x width."""
@@ -86,9 +87,9 @@ class DistillConfig(DistillSettings, Output):
     """URL of a pretraining checkpoint, with its heads, which teaches frozen; null: `teachers` alone do."""
     corpora: list[str] = Field(min_length=1)
     """URLs of the corpora to distill on, or of selections: of those, what they keep of their corpus."""
-    taught: str | None = None
-    """URL below which `cached_views` keep what teachers say, for other distillations too; null: `taught` beside the
-    checkpoint."""
+    teacher_cache: str | None = None
+    """URL of the folder in which `num_cached_views` stores teacher features, which other distillations can share. null:
+    `teacher_cache` beside the checkpoint."""
     out: str
     """URL of the checkpoint; {id} stands for its id."""
 
@@ -105,7 +106,7 @@ class PublishSettings(Config):
     formats: list[FormatName] | None = None
     """What it is published as: timm's folder, torch.hub's, transformers', open_clip's (of a model trained with
     captions), an ONNX graph, torch.export's, weights under the official names. transformers and onnx need the extra
-    `publish`. null: timm, hub and official, as far as the backbone has them."""
+    `publish`. null: timm, torch_hub and official, as far as the backbone has them."""
     tolerance: float = Field(1e-5, gt=0)
     """Largest difference of any feature between Fovea and each format; a larger one fails the publication."""
 
@@ -115,7 +116,7 @@ class PublishSettings(Config):
         """Each once, in one order; timm's folder where others stand on it."""
         if value is None:
             return None
-        wanted = set(value) | ({"timm"} if set(value) & {"hub", "onnx", "torch_export"} else set())
+        wanted = set(value) | ({"timm"} if set(value) & {"torch_hub", "onnx", "torch_export"} else set())
         return [each for each in get_args(FormatName) if each in wanted]
 
 
@@ -128,10 +129,10 @@ class PublishConfig(PublishSettings, Output):
     """URL of a corpus; features of its first images are compared between Fovea and each format."""
     reports: list[str] = Field(default_factory=list)
     """URLs of evaluation reports for the model card."""
-    hub: str | None = Field(None, pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+    hf_repo: str | None = Field(None, pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
     """OWNER/NAME of a repository of the Hugging Face Hub that it is uploaded to as well, with its id as a tag; the
     token comes from HF_TOKEN or the Hub's own login."""
-    hub_private: bool = True
+    hf_private: bool = True
     """A repository that is made for it is private."""
     out: str
     """URL of the backbone; {id} stands for its id."""

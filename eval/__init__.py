@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from eval.config import EvaluateConfig
-    from infra.artifacts import Artifact
+    from infra.artifacts.artifact import Artifact
 
 
 def run(config: EvaluateConfig) -> Artifact:

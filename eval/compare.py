@@ -10,32 +10,32 @@ from typing import Any
 
 import numpy as np
 
-from eval import charts
-from eval.bars import bars_of
 from eval.config import CompareConfig
-from eval.rendering import PAGE, rendered
-from eval.scores import headline_rows, paired_interval, t_interval
-from eval.summary import answers_file, scored_on
-from infra.artifacts import Artifact, ArtifactSpec, find, open_artifact, produce
+from eval.report import charts
+from eval.report.bars import make_bars
+from eval.report.evaluation_page import answers_file, datasets_of_protocol
+from eval.report.templating import PAGE, render_template
+from eval.stats.scores import paired_interval, select_headlines, t_interval
+from infra.artifacts.artifact import Artifact, ArtifactSpec, find, get_or_create, open_artifact
 from infra.errors import UserError
 
 VERSION = 3
-_SUBJECT = "model"  # of a report: not its baselines
+_MODEL = "model"  # of a report: not its baselines
 Headlines = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Mean:
+class MeanScore:
     """The mean of one protocol's headline over the reports of a group, with its 95 % interval: by Student's t over
     several reports, of a single one its own."""
 
     protocol: str
     metric: str
-    subject: str
+    model: str
     value: float
     low: float | None
     high: float | None
-    share: bool
+    is_fraction: bool
     """Whether all are shares, shown in percent"""
     better: str
     reports: int
@@ -56,35 +56,37 @@ def compare(config: CompareConfig) -> Artifact:
         UserError: a report is missing, or was made by other protocols.
     """
     groups = {name: [open_artifact(url, "report") for url in urls] for name, urls in config.groups.items()}
-    inputs = {f"{name}_{i}": each.as_input() for name, group in groups.items() for i, each in enumerate(group)}
+    inputs = {f"{name}_{i}": each.as_ref() for name, group in groups.items() for i, each in enumerate(group)}
     plan = ArtifactSpec("report", "compare", VERSION, {"title": config.title, "groups": list(groups)}, inputs)
-    return produce(plan, config.out, lambda directory: _write(config.title, groups, directory), restart=config.restart)
+    return get_or_create(
+        plan, config.out, lambda directory: _write(config.title, groups, directory), restart=config.restart
+    )
 
 
 def _write(title: str, groups: Mapping[str, Sequence[Artifact]], directory: Path) -> Mapping[str, Any]:
     told = {name: [headlines(each) for each in group] for name, group in groups.items()}
-    left_out = _left_out(told)
-    rows = [_mean(protocol, name, groups, told) for protocol in _common(groups, told) for name in groups]
-    picture = charts.accuracies([asdict(row) for row in rows if row.share])
+    left_out = _protocols_left_out(told)
+    rows = [_mean(protocol, name, groups, told) for protocol in _common_protocols(groups, told) for name in groups]
+    picture = charts.plot_scores([asdict(row) for row in rows if row.is_fraction])
     (directory / "report.json").write_text(
         json.dumps({"rows": [asdict(row) for row in rows], "left_out": left_out}, indent=1)
     )
     (directory / "comparison.png").write_bytes(picture)
-    bars = bars_of({name: [asdict(row) for row in rows if row.subject == name] for name in groups})
-    page = rendered("compare", title=title, rows=rows, first=next(iter(groups)), groups=bars, left_out=left_out)
+    bars = make_bars({name: [asdict(row) for row in rows if row.model == name] for name in groups})
+    page = render_template("compare", title=title, rows=rows, first=next(iter(groups)), groups=bars, left_out=left_out)
     (directory / PAGE).write_text(page, encoding="utf-8")
-    return {row.protocol: {each.subject: each.value for each in rows if each.protocol == row.protocol} for row in rows}
+    return {row.protocol: {each.model: each.value for each in rows if each.protocol == row.protocol} for row in rows}
 
 
 def headlines(report: Artifact) -> Headlines:
     """The first row of each protocol of the model."""
     if not any(file.path == "report.json" for file in report.manifest.files):
         raise UserError(f"{report.url}: tells no scores; give reports of fovea eval")
-    rows = headline_rows(report.read_json("report.json")["rows"])
-    return {row["protocol"]: row for row in rows if row["subject"] == _SUBJECT}
+    rows = select_headlines(report.read_json("report.json")["rows"])
+    return {row["protocol"]: row for row in rows if row["model"] == _MODEL}
 
 
-def _common(groups: Mapping[str, Sequence[Artifact]], told: Mapping[str, Sequence[Headlines]]) -> list[str]:
+def _common_protocols(groups: Mapping[str, Sequence[Artifact]], told: Mapping[str, Sequence[Headlines]]) -> list[str]:
     """Protocols that all reports have.
 
     Raises:
@@ -96,32 +98,32 @@ def _common(groups: Mapping[str, Sequence[Artifact]], told: Mapping[str, Sequenc
     if not common:
         raise UserError(f"compare: {reports[0].url} and the others have no protocol in common; evaluate them alike")
     for report in reports:
-        require_alike(reports[0], report, common)
+        require_same_settings(reports[0], report, common)
     return common
 
 
-def _left_out(told: Mapping[str, Sequence[Headlines]]) -> dict[str, str]:
+def _protocols_left_out(told: Mapping[str, Sequence[Headlines]]) -> dict[str, str]:
     """Protocols that some report lacks, and the groups of those that do."""
     every = dict.fromkeys(name for group in told.values() for each in group for name in each)
     lacking = {name: [who for who, group in told.items() if any(name not in each for each in group)] for name in every}
     return {name: f"no score for {', '.join(groups)}" for name, groups in lacking.items() if groups}
 
 
-def require_alike(first: Artifact, other: Artifact, protocols: Sequence[str]) -> None:
+def require_same_settings(first: Artifact, other: Artifact, protocols: Sequence[str]) -> None:
     """Check that two reports scored some protocols in the same way, on the same datasets.
 
     Raises:
         UserError: they did not.
     """
     for name in protocols:
-        before, now = scored_on(first, name), scored_on(other, name)
+        before, now = datasets_of_protocol(first, name), datasets_of_protocol(other, name)
         if before != now:
             raise UserError(f"{other.url}: {name} has other datasets or settings than in {first.url}; evaluate alike")
 
 
 def _mean(
     protocol: str, name: str, groups: Mapping[str, Sequence[Artifact]], told: Mapping[str, Sequence[Headlines]]
-) -> Mean:
+) -> MeanScore:
     base = next(iter(groups))
     group, first = ([each[protocol] for each in told[which]] for which in (name, base))
     values, theirs = (np.array([each["value"] for each in some], dtype=float) for some in (group, first))
@@ -129,11 +131,13 @@ def _mean(
     value, low, high = t_interval(values)
     if len(group) == 1:
         low, high = group[0]["low"], group[0]["high"]
-    metric, share, better = (group[0][key] for key in ("metric", "share", "better"))
+    metric, share, better = (group[0][key] for key in ("metric", "is_fraction", "better"))
     gain = t_interval(values[:paired] - theirs[:paired])
     if paired == 1:
         gain = (gain[0], *_over_images(protocol, groups[name], groups[base]))
-    return Mean(protocol, metric, name, value, low, high, share, better, len(values), _images(groups[name][0]), *gain)
+    return MeanScore(
+        protocol, metric, name, value, low, high, share, better, len(values), _images(groups[name][0]), *gain
+    )
 
 
 def _over_images(

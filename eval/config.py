@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from eval.tasks.config import TaskConfig
+from eval.protocols.config import TaskConfig
 from infra.config import Config, Output, load_yaml
-from pretrain.config import BackboneConfig
+from pretrain.backbones.config import BackboneConfig
 
 SUITES = Path(__file__).with_name("suites")
 
@@ -37,7 +37,7 @@ class Gate(Config):
 
     report: str
     """URL of the earlier report."""
-    drop: float = Field(0.01, ge=0)
+    max_drop: float = Field(0.01, ge=0)
     """How far the headline of each protocol may fall: 0 to 1 for shares, else in its unit."""
     protocols: list[str] = Field(default_factory=list)
     """Names of the protocols that are looked at; none: all that both reports have, and whose headline is a share."""

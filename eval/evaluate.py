@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eval.bench import Bench
 from eval.config import EvaluateConfig
-from eval.tasks.files import files_of
-from infra.artifacts import Artifact, ArtifactSpec, produce
-from infra.notices import say_loading
-from pretrain.identity import identity
+from eval.context import EvalContext
+from eval.protocols.files import referenced_files
+from infra.artifacts.artifact import Artifact, ArtifactSpec, get_or_create
+from infra.notices import print_loading
+from pretrain.backbones.identity import backbone_identity
 
 VERSION = 4
 _HOW = {"model", "datasets", "leaks", "features", "out", "restart", "batch", "workers", "gate", "suite"}
@@ -25,15 +25,15 @@ def evaluate(config: EvaluateConfig) -> Artifact:
     Raises:
         UserError: the backbone or a dataset is missing, or does not fit a task.
     """
-    bench = Bench.open(config)
+    bench = EvalContext.open(config)
 
     def write(directory: Path) -> Mapping[str, Any]:
-        say_loading("evaluate", "torch")
-        from eval.scoring import score
+        print_loading("evaluate", "torch")
+        from eval.scoring import score_all
 
-        return score(config, bench, directory)
+        return score_all(config, bench, directory)
 
-    return produce(_spec(config, bench), config.out, write, [f"{DONE}/*.json"], config.restart)
+    return get_or_create(_spec(config, bench), config.out, write, [f"{DONE}/*.json"], config.restart)
 
 
 def report_spec(config: EvaluateConfig) -> ArtifactSpec:
@@ -42,11 +42,11 @@ def report_spec(config: EvaluateConfig) -> ArtifactSpec:
     Raises:
         UserError: the backbone, a dataset or a file that a task reads is missing.
     """
-    return _spec(config, Bench.open(config))
+    return _spec(config, EvalContext.open(config))
 
 
-def _spec(config: EvaluateConfig, bench: Bench) -> ArtifactSpec:
-    model, inputs = identity(config.model)
+def _spec(config: EvaluateConfig, context: EvalContext) -> ArtifactSpec:
+    model, inputs = backbone_identity(config.model)
     settings = config.model_dump(mode="json", exclude=_HOW) | {"model": model, "left_out": config.left_out()}
-    settings |= {"files": files_of(config.runnable(), config.datasets)}
-    return ArtifactSpec("report", "evaluate", VERSION, settings, {**inputs, **bench.inputs})
+    settings |= {"files": referenced_files(config.runnable(), config.datasets)}
+    return ArtifactSpec("report", "evaluate", VERSION, settings, {**inputs, **context.inputs})

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from prefect import flow
 
 from curation.config import CurateConfig
-from curation.steps.config import Sample
+from curation.steps.config import RandomSample
 from eval.config import CompareConfig, EvaluateConfig
-from flows import stages
 from flows.config import AblateConfig
-from infra import storage
-from infra.artifacts import open_artifact
+from flows.orchestration import stages
+from infra.artifacts.artifact import open_artifact
 from infra.errors import UserError
-from pretrain.config import CheckpointBackbone, PretrainConfig
+from infra.storage import filesystem
+from pretrain.backbones.config import CheckpointBackboneConfig
+from pretrain.config import PretrainConfig
 
 _Choice = Callable[[int], str]  # what to train on, given the seed
 
@@ -53,7 +54,7 @@ def _choices(config: AblateConfig) -> dict[str, _Choice]:
 
 def _random(config: AblateConfig, count: int, seed: int) -> str:
     out = _out(config, "random")
-    return stages.curate(CurateConfig(corpus=config.corpus, steps=[Sample(count=count)], seed=seed, out=out))
+    return stages.curate(CurateConfig(corpus=config.corpus, steps=[RandomSample(count=count)], seed=seed, out=out))
 
 
 def _scored(config: AblateConfig, images: str, seed: int) -> str:
@@ -61,7 +62,7 @@ def _scored(config: AblateConfig, images: str, seed: int) -> str:
     schedule = config.pretrain.schedule.model_copy(update={"seed": seed})
     settings = dict(config.pretrain) | {"schedule": schedule}
     trained = stages.pretrain(PretrainConfig(**settings, corpora=[images], out=_out(config, "pretrain")))
-    model = CheckpointBackbone(url=trained)
+    model = CheckpointBackboneConfig(url=trained)
     datasets = {"train": config.train, "test": config.test}
     return stages.evaluate(
         EvaluateConfig(**dict(config.evaluate), datasets=datasets, model=model, out=_out(config, "evaluate"))
@@ -69,4 +70,4 @@ def _scored(config: AblateConfig, images: str, seed: int) -> str:
 
 
 def _out(config: AblateConfig, stage: str) -> str:
-    return storage.join(config.root, stage, "{id}")
+    return filesystem.join(config.root, stage, "{id}")

@@ -17,18 +17,18 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 
 from eval.config import CompareConfig, EvaluateConfig, EvaluateSettings
-from eval.scores import headline_rows
-from eval.verdict import MODEL
-from flows import stages
+from eval.stats.scores import select_headlines
+from eval.stats.verdict import MODEL
 from flows.config import CheckpointEvalConfig
-from flows.outcome import shown
-from infra import storage
-from infra.artifacts import find, open_artifact
+from flows.orchestration import stages
+from flows.outcome import format_score
+from infra.artifacts.artifact import find, open_artifact
 from infra.errors import UserError
 from infra.hashing import hash_json
-from infra.launch.job import Job, module_main, tie
-from pretrain import dumps
-from pretrain.config import CheckpointBackbone
+from infra.launch.job import Job, module_main, parent_tether_env
+from infra.storage import filesystem
+from pretrain.backbones.config import CheckpointBackboneConfig
+from pretrain.checkpoint import teacher_export
 
 
 @flow(name="fovea-eval-checkpoints")
@@ -39,29 +39,29 @@ def eval_checkpoints(config: CheckpointEvalConfig) -> str:
         UserError: nothing came for longer than the configuration's patience.
     """
     reports: dict[str, list[str]] = {}
-    for step, url in _teachers(config):
+    for step, url in _iterate_teachers(config):
         name = f"step {step:,}"
         reports[name] = [stages.evaluate(_evaluation(config, url))]
         print(f"{name}: {_scores(reports[name][0])}", file=sys.stderr)
-    out = storage.join(_out(config), "compare", "{id}")
+    out = filesystem.join(_out(config), "compare", "{id}")
     return stages.compare(CompareConfig(title="Teachers while training", groups=reports, out=out))
 
 
 def _scores(report: str) -> str:
     """Headlines of a report's model in a line."""
-    rows = headline_rows(open_artifact(report, "report").read_json("report.json")["rows"])
+    rows = select_headlines(open_artifact(report, "report").read_json("report.json")["rows"])
     return ", ".join(
-        f"{row['protocol']} {shown(row['value'], row['share'])}" for row in rows if row["subject"] == MODEL
+        f"{row['protocol']} {format_score(row['value'], row['is_fraction'])}" for row in rows if row["model"] == MODEL
     )
 
 
-def _teachers(config: CheckpointEvalConfig) -> Iterator[tuple[int, str]]:
+def _iterate_teachers(config: CheckpointEvalConfig) -> Iterator[tuple[int, str]]:
     """Steps and URLs of teachers, as they appear, the finished checkpoint last."""
     seen: set[str] = set()
     last_news = time.monotonic()
     while True:
         finished = find(config.training)  # first: what was written before it is listed below
-        for step, teacher in dumps.written(config.training):
+        for step, teacher in teacher_export.list_exports(config.training):
             if teacher.url not in seen:
                 seen.add(teacher.url)
                 yield step, teacher.url
@@ -76,8 +76,11 @@ def _teachers(config: CheckpointEvalConfig) -> Iterator[tuple[int, str]]:
 
 def _evaluation(config: CheckpointEvalConfig, url: str) -> EvaluateConfig:
     settings = {name: getattr(config, name) for name in (*EvaluateSettings.model_fields, "datasets", "leaks")}
-    places = {"features": storage.join(_out(config), "features"), "out": storage.join(_out(config), "evaluate", "{id}")}
-    return EvaluateConfig(**settings, **places, model=CheckpointBackbone(url=url))
+    places = {
+        "features": filesystem.join(_out(config), "features"),
+        "out": filesystem.join(_out(config), "evaluate", "{id}"),
+    }
+    return EvaluateConfig(**settings, **places, model=CheckpointBackboneConfig(url=url))
 
 
 def _out(config: CheckpointEvalConfig) -> str:
@@ -85,7 +88,7 @@ def _out(config: CheckpointEvalConfig) -> str:
 
 
 @contextmanager
-def evaluating_checkpoints(config: CheckpointEvalConfig, folder: Path, deployment: str | None) -> Iterator[list[str]]:
+def evaluate_in_background(config: CheckpointEvalConfig, folder: Path, deployment: str | None) -> Iterator[list[str]]:
     """Follow a training that is made meanwhile: on the worker of a deployment, which is not waited for, or in a process
     of low priority, which ends soon after the training.
 
@@ -108,7 +111,7 @@ def evaluating_checkpoints(config: CheckpointEvalConfig, folder: Path, deploymen
     job.prepare(config)
     command = ["nice", "-n", "19", sys.executable, "-m", "flows.checkpoint_eval", str(folder)]
     with get_client(sync_client=True) as client:  # the server that this flow has, even if it is its own
-        environment = {**os.environ, **tie(), "PREFECT_API_URL": str(client.api_url)}
+        environment = {**os.environ, **parent_tether_env(), "PREFECT_API_URL": str(client.api_url)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         yield found
@@ -116,7 +119,7 @@ def evaluating_checkpoints(config: CheckpointEvalConfig, folder: Path, deploymen
     finally:
         process.terminate()
         process.wait()
-    ended = job.ended()
+    ended = job.exit_status()
     if process.returncode or ended is not None:
         raise UserError(f"eval-checkpoints: {ended.message if ended else f'ended with {process.returncode}'}")
     found.append(out.split()[-1])

@@ -18,7 +18,7 @@ from pretrain.config import PretrainSettings
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
-def expand(value: Any) -> Any:
+def expand_variables(value: Any) -> Any:
     """Replace `${NAME}` by the environment variable of that name."""
     if not isinstance(value, str):
         return value
@@ -43,12 +43,12 @@ class Sources(Config):
     """Further datasets that tasks of `evaluate` name. The pool is not decontaminated against them, but leaks are
     counted."""
 
-    _expand = field_validator("pool", "test", "train", "seed", mode="before")(expand)
+    _expand = field_validator("pool", "test", "train", "seed", mode="before")(expand_variables)
 
     @field_validator("evaluation", mode="before")
     @classmethod
     def _expand_each(cls, value: Any) -> Any:
-        return {name: expand(each) for name, each in value.items()} if isinstance(value, dict) else value
+        return {name: expand_variables(each) for name, each in value.items()} if isinstance(value, dict) else value
 
     @field_validator("evaluation")
     @classmethod
@@ -66,7 +66,7 @@ class KnownLeaks(Config):
     column: str
     """Its column with the pool's keys."""
 
-    _expand = field_validator("table", mode="before")(expand)
+    _expand = field_validator("table", mode="before")(expand_variables)
 
 
 class AblateConfig(Config):
@@ -122,7 +122,7 @@ class CheckpointEvalConfig(CheckpointEvalSettings):
     """URL below which reports are written; null: that of the training and `.reports`."""
 
 
-class CheckpointEvalPipeline(CheckpointEvalSettings):
+class CheckpointEvalPipelineSettings(CheckpointEvalSettings):
     """How a pipeline scores the teachers that its pretraining exports every `pretrain.runtime.export_teacher_every`
     steps."""
 
@@ -163,14 +163,14 @@ class PipelineConfig(Config):
     """The student."""
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     """Protocols for both."""
-    checkpoint_eval: CheckpointEvalPipeline | None = None
+    checkpoint_eval: CheckpointEvalPipelineSettings | None = None
     """Protocols for the teachers that are written while the pretraining goes on; null: they are not scored."""
     publish: PublishSettings = PublishSettings()
     """The published student."""
     report: ReportSettings = ReportSettings()
     """The page."""
 
-    def evaluation_sets(self) -> list[str]:
+    def eval_dataset_names(self) -> list[str]:
         """Names of the further datasets."""
         return list(self.sources.evaluation) if self.sources is not None else []
 
@@ -191,24 +191,24 @@ class DeploySettings(Config):
     """URL under which artifacts are written, in place of the file's."""
     name: str = Field("fovea", pattern=r"^[^/%&<>]+$")
     """Name of the deployments."""
-    pool: str = "fovea"
+    work_pool: str = "fovea"
     """The work pool whose workers run them; made if it is not there."""
-    type: Literal["process", "docker", "kubernetes"] = "process"
+    work_pool_type: Literal["process", "docker", "kubernetes"] = "process"
     """Of the pool. Trainings on SLURM are queued by a worker of type process on a login node (launcher slurm)."""
     cron: str | None = None
     """When the pipeline runs by itself, as in "0 3 * * 1"; null: when it is told to."""
-    changed: float | None = Field(None, gt=0, le=1)
+    min_change: float | None = Field(None, gt=0, le=1)
     """With it the schedule only curates, and the pipeline runs when this share of the selection differs from what was
     last trained on."""
-    heartbeat: int = Field(60, ge=30)
+    heartbeat_seconds: int = Field(60, ge=30)
     """Seconds between a run's signs of life; where three are missing it is taken for dead and goes on elsewhere."""
-    notify: str | None = None
+    notification_block: str | None = None
     """Notification block that is told of failures and regressions, as TYPE/NAME: slack-webhook/ops."""
     timezone: str = "UTC"
     """Of the schedule."""
     tags: list[str] = Field(default_factory=list)
     """Tags beside fovea."""
-    template: str | None = None
+    base_job_template: str | None = None
     """JSON file with the job template of a pool that is made; see infra/kubernetes/job-template.json."""
     job_variables: dict[str, Any] = Field(default_factory=dict)
     """Overrides of the pool's job template: image, namespace, env and the like."""

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows.prefect_settings import set_up_prefect
-from infra import neighbours
+from flows.orchestration.prefect_settings import set_up_prefect
+from infra.compute import vector_search
 from infra.doctor import machine
 from infra.doctor.finding import Finding, fail, guarded, ok
 from pretrain import doctor
@@ -35,10 +35,10 @@ def findings(storage: str | None) -> Iterator[Finding]:
 def _faiss() -> Finding:
     rng = np.random.default_rng(0)
     queries, bank = (rng.standard_normal((count, 32)).astype(np.float32) for count in (8, 500))
-    _, rows = neighbours.nearest(queries, bank, 3)
+    _, rows = vector_search.knn_search(queries, bank, 3)
     if not np.array_equal(rows[:, 0], (queries @ bank.T).argmax(1)):
         return fail("faiss", "finds other neighbours than plain products", "install faiss again")
-    count = neighbours.gpus()
+    count = vector_search.num_gpus()
     return ok("faiss", f"finds the nearest {f'on {count} GPUs' if count else 'on the CPU'}")
 
 
@@ -69,6 +69,6 @@ def show(found: list[Finding], as_json: bool) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for each in found:
         colour = _COLOURS[each.status]
-        told = escape(each.told) + (f"\n[bold]{escape(each.remedy)}[/bold]" if each.remedy else "")
+        told = escape(each.message) + (f"\n[bold]{escape(each.remedy)}[/bold]" if each.remedy else "")
         table.add_row(f"[{colour}]{each.status}[/{colour}]", escape(each.name), told)
     Console(highlight=False).print(table)

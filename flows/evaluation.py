@@ -13,21 +13,21 @@ from rich.table import Table
 
 from curation.config import IngestConfig
 from eval.config import CompareConfig, EvaluateConfig
-from eval.datasets import corpus_of, is_named
+from eval.data.datasets import ingest_named, is_named
 from eval.gate import require
-from eval.rendering import PAGE
-from eval.scores import headline_rows
-from flows.outcome import shown
-from infra import storage
-from infra.artifacts import Artifact, find, open_artifact
+from eval.report.templating import PAGE
+from eval.stats.scores import select_headlines
+from flows.outcome import format_score
+from infra.artifacts.artifact import Artifact, find, open_artifact
 from infra.errors import UserError
+from infra.storage import filesystem
 
 
 def evaluate(config: EvaluateConfig) -> Artifact:
     """Score a backbone on datasets of any origin; return the report.
 
     Raises:
-        Regression: scores fell further than the configuration's gate allows.
+        RegressionError: scores fell further than the configuration's gate allows.
         UserError: something is missing.
     """
     from eval import run
@@ -42,15 +42,15 @@ def evaluate(config: EvaluateConfig) -> Artifact:
 
 def _corpus(url: str, config: EvaluateConfig) -> str:
     """URL of a dataset's corpus, made beside the report where there is none yet."""
-    out = storage.join(storage.parent(config.out), "datasets", "{id}")
+    out = filesystem.join(filesystem.parent(config.out), "datasets", "{id}")
     if is_named(url):
-        corpus = corpus_of(url, out)
+        corpus = ingest_named(url, out)
         if unpaired := corpus.metrics["rejected"].get("unpaired"):
             print(f"{url}: {unpaired} images without a map are left out", file=sys.stderr)
         return corpus.url
     if find(url) is not None:
         return url
-    from curation.ingest import ingest
+    from curation.ingest.ingest import ingest
 
     return ingest(IngestConfig(source=url, out=out)).url
 
@@ -59,14 +59,14 @@ def show(report: Artifact) -> None:
     """Print a report's headlines, its verdict, and where it is."""
     told = report.read_json("report.json")
     console = Console(soft_wrap=True, highlight=False, stderr=True)
-    rows = headline_rows(told["rows"])
+    rows = select_headlines(told["rows"])
     for protocol in dict.fromkeys(row["protocol"] for row in rows):
         console.print(_scores([row for row in rows if row["protocol"] == protocol]))
     for name, reason in told["left_out"].items():
         console.print(escape(f"{name}: not scored, {reason}"))
     if told["verdict"]:
         console.print(escape(told["verdict"]))
-    console.print(escape(f"page: {storage.join(report.url, PAGE)}"))
+    console.print(escape(f"page: {filesystem.join(report.url, PAGE)}"))
 
 
 def _scores(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -76,10 +76,12 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         interval = ""
         if row["low"] is not None:
-            interval = f"{shown(row['low'], row['share'])} to {shown(row['high'], row['share'])}"
-        clean = shown(row["without_leaks"], row["share"])
-        value = shown(row["value"], row["share"])
-        table.add_row(escape(row["subject"]), value, interval, f"without leaks {clean}" if clean else "")
+            interval = (
+                f"{format_score(row['low'], row['is_fraction'])} to {format_score(row['high'], row['is_fraction'])}"
+            )
+        clean = format_score(row["without_leaks"], row["is_fraction"])
+        value = format_score(row["value"], row["is_fraction"])
+        table.add_row(escape(row["model"]), value, interval, f"without leaks {clean}" if clean else "")
     return table
 
 
@@ -105,7 +107,7 @@ def compare(reports: Sequence[str], title: str, out: str) -> Artifact:
 
 def _name(url: str, number: int) -> str:
     """What a report's backbone is called, with its place, for two may be called alike."""
-    from eval.summary import label
+    from eval.report.evaluation_page import label
 
     report = open_artifact(url, "report")
     return f"{number + 1}: {label(report.manifest.config.get('model', {})) or Path(url).name}"
@@ -120,17 +122,17 @@ def show_comparison(comparison: Artifact) -> None:
         title = escape(f"{protocol}: {rows[0]['metric']}")
         table = Table(title=title, title_justify="left", box=None, show_header=False)
         for row in rows:
-            gain = "" if row["subject"] == rows[0]["subject"] else f"gain {gain_in_words(row)}"
-            table.add_row(escape(row["subject"]), shown(row["value"], row["share"]), gain)
+            gain = "" if row["model"] == rows[0]["model"] else f"gain {describe_gain(row)}"
+            table.add_row(escape(row["model"]), format_score(row["value"], row["is_fraction"]), gain)
         console.print(table)
     for name, reason in told["left_out"].items():
         console.print(escape(f"{name}: not compared, {reason}"))
-    console.print(escape(f"page: {storage.join(comparison.url, PAGE)}"))
+    console.print(escape(f"page: {filesystem.join(comparison.url, PAGE)}"))
 
 
-def gain_in_words(row: Mapping[str, Any]) -> str:
+def describe_gain(row: Mapping[str, Any]) -> str:
     """The difference to the first group with its interval, in points of a percentage or in the metric's own unit."""
-    factor, digits = (100, "+.2f") if row["share"] else (1, "+.4g")
+    factor, digits = (100, "+.2f") if row["is_fraction"] else (1, "+.4g")
     text = format(factor * row["gain"], digits)
     if row["gain_low"] is None:
         return text

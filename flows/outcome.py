@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from eval.rendering import PAGE
+from eval.report.templating import PAGE
 from flows.config import PipelineConfig
 from flows.summary import SUMMARY
-from infra import storage
+from infra.storage import filesystem
 
 
 def show(config: PipelineConfig, summary: dict[str, Any]) -> None:
@@ -29,11 +29,12 @@ def show(config: PipelineConfig, summary: dict[str, Any]) -> None:
         console.print(f"features of {escape(student)} as published differ by at most: {listed}")
     artifacts = summary["artifacts"]
     places = {
-        "report": storage.join(artifacts["report"]["url"], PAGE),
+        "report": filesystem.join(artifacts["report"]["url"], PAGE),
         **{
-            student: storage.join(artifacts[f"publish-{student}"]["url"], "README.md") for student in summary["publish"]
+            student: filesystem.join(artifacts[f"publish-{student}"]["url"], "README.md")
+            for student in summary["publish"]
         },
-        "summary": storage.join(config.root, SUMMARY),
+        "summary": filesystem.join(config.root, SUMMARY),
     }
     console.print()
     for name, place in places.items():
@@ -55,14 +56,14 @@ def _scores(protocol: str, scores: dict[str, Any]) -> Table:
         title=f"{escape(protocol)}: {escape(scores['metric'])}", title_justify="left", box=None, show_header=False
     )
     for name, value in scores["values"].items():
-        before = shown(scores["untrained"].get(name), scores["share"])
-        table.add_row(escape(name), shown(value, scores["share"]), f"untrained {before}" if before else "")
+        before = format_score(scores["untrained"].get(name), scores["is_fraction"])
+        table.add_row(escape(name), format_score(value, scores["is_fraction"]), f"untrained {before}" if before else "")
     if scores["pixels"] is not None:
-        table.add_row("pixels", shown(scores["pixels"], scores["share"]), "")
+        table.add_row("pixels", format_score(scores["pixels"], scores["is_fraction"]), "")
     return table
 
 
-def shown(value: float | None, share: bool) -> str:
+def format_score(value: float | None, share: bool) -> str:
     """A score as people read it: shares in percent."""
     if value is None:
         return ""

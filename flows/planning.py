@@ -6,12 +6,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pretrain.config import PlanConfig
-from pretrain.planning.plan import STAGES, Planned
+from pretrain.planning.plan import STAGES, ResourcePlan
 
 _GIB = 2**30
 
 
-def show(config: PlanConfig, planned: Planned) -> None:
+def show(config: PlanConfig, planned: ResourcePlan) -> None:
     """Print what a recipe needs on some GPUs, and where it fits."""
     console = Console(soft_wrap=True, highlight=False)
     console.print(_facts(config, planned))
@@ -22,17 +22,17 @@ def show(config: PlanConfig, planned: Planned) -> None:
         console.print(_remedy(planned, stage))
 
 
-def _facts(config: PlanConfig, planned: Planned) -> Table:
+def _facts(config: PlanConfig, planned: ResourcePlan) -> Table:
     size = planned.size
     table = Table.grid(padding=(0, 2))
     rows = {
         "backbone": f"{size.backbone / 1e6:,.1f} M parameters",
-        "trained": f"{size.trained / 1e6:,.1f} M, with heads; {size.whole / 1e6:,.1f} M with the teacher",
+        "trained": f"{size.trained / 1e6:,.1f} M, with heads; {size.total / 1e6:,.1f} M with the teacher",
         "work": f"{planned.flops_per_image / 1e9:,.1f} GFLOP an image, forward and backward, teacher included",
         "schedule": f"{planned.images:,} images: {config.schedule.steps:,} steps of "
         f"{config.schedule.global_batch_size}",
-        "time": f"{_span(planned.days)} on {config.gpus} x {config.gpu} at {100 * config.mfu:.0f} % of their peak "
-        f"({planned.gpu_hours:,.0f} GPU-hours)",
+        "time": f"{_format_duration(planned.days)} on {config.gpus} x {config.gpu} at {100 * config.mfu:.0f} % of "
+        f"their peak ({planned.gpu_hours:,.0f} GPU-hours)",
     }
     if planned.cost is not None:
         rows["cost"] = f"{planned.cost:,.0f} at {config.price:g} a GPU-hour"
@@ -41,11 +41,11 @@ def _facts(config: PlanConfig, planned: Planned) -> Table:
     return table
 
 
-def _span(days: float) -> str:
+def _format_duration(days: float) -> str:
     return f"{days:,.1f} days" if days >= 1 else f"{24 * days:,.1f} hours"
 
 
-def _memory(config: PlanConfig, planned: Planned) -> Table:
+def _memory(config: PlanConfig, planned: ResourcePlan) -> Table:
     """GiB a rank by micro-batch and stage; what does not fit in red, the recipe's own choice marked."""
     table = Table(
         "micro-batch",
@@ -65,7 +65,7 @@ def _memory(config: PlanConfig, planned: Planned) -> Table:
     return table
 
 
-def _remedy(planned: Planned, stage: int) -> str:
+def _remedy(planned: ResourcePlan, stage: int) -> str:
     fitting = [
         (fit.images, each) for fit in planned.fits for each in STAGES if fit.by_stage[each].total <= planned.usable
     ]

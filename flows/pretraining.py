@@ -9,18 +9,18 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import pretrain
-from infra.artifacts import Artifact, find_existing
-from infra.corpora import Corpus
+from infra.artifacts.artifact import Artifact, find_existing
+from infra.corpus.corpus import Corpus
 from infra.errors import UserError
 from infra.launch.job import module_main
+from pretrain.checkpoint.spec import checkpoint_spec
 from pretrain.config import PretrainConfig
 from pretrain.config import Probe as ProbeSettings
-from pretrain.data.images import decodable
-from pretrain.specs import checkpoint_spec
+from pretrain.data.images import decodable_rows
 
 if TYPE_CHECKING:
     from pretrain.models.timm_network import Network
-    from pretrain.reporting import Probe
+    from pretrain.monitoring.reporter import Probe
 
 _BATCH = 256
 _TEMPERATURE = 0.07
@@ -40,16 +40,16 @@ def knn_probe(config: PretrainConfig, settings: ProbeSettings) -> Probe:
     Raises:
         UserError: they have no labels, or not the same.
     """
-    train, test = (decodable(Corpus.open(url)) for url in (settings.train, settings.test))
+    train, test = (decodable_rows(Corpus.open(url)) for url in (settings.train, settings.test))
     if train.classes != test.classes or not len(train.labels) or not len(test.labels):
         raise UserError(f"collapse.probe: {settings.train} and {settings.test} need the same labels")
 
     def score(backbone: Network, steps: int) -> Mapping[str, float]:
-        from eval.tasks.knn import predict
-        from pretrain.backbones import checkpointed
-        from pretrain.features import extract
+        from eval.protocols.knn import predict
+        from pretrain.backbones.checkpoint_backbone import wrap_checkpoint
+        from pretrain.backbones.features import extract
 
-        model = checkpointed(backbone, config.views)
+        model = wrap_checkpoint(backbone, config.views)
         bank, queries = (extract(model, corpus, _BATCH, "probe", shown=False) for corpus in (train, test))
         classes = int(max(train.labels.max(), test.labels.max())) + 1
         votes = predict(bank, train.labels, queries, classes, settings.k, _TEMPERATURE)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from curation.synthetic.ground_truth_metrics import score_known_leaks, score_synthetic
-from eval.scores import headline_rows
-from eval.verdict import MODEL
+from eval.stats.scores import select_headlines
+from eval.stats.verdict import MODEL
 from flows.config import PipelineConfig
-from infra import storage
-from infra.artifacts import Artifact, find
+from infra.artifacts.artifact import Artifact, find
 from infra.errors import UserError
+from infra.storage import filesystem
 
 SUMMARY = "summary.json"
 
@@ -40,19 +40,21 @@ def write(
         "verdicts": {name: report.read_json("report.json")["verdict"] for name, report in reports.items()},
         "publish": {name: artifacts[f"publish-{name}"].metrics["max_abs_diff"] for name in students},
         "artifacts": {stage: {"id": each.id, "url": each.url} for stage, each in artifacts.items()},
-        "seconds": _making(config, artifacts, seconds),
+        "seconds": _production_facts(config, artifacts, seconds),
         "config": config.settings(),
     }
-    storage.write_atomic(storage.join(config.root, SUMMARY), json.dumps(content, indent=2).encode())
+    filesystem.write_atomic(filesystem.join(config.root, SUMMARY), json.dumps(content, indent=2).encode())
     return content
 
 
-def _making(config: PipelineConfig, artifacts: dict[str, Artifact], seconds: dict[str, float]) -> dict[str, float]:
+def _production_facts(
+    config: PipelineConfig, artifacts: dict[str, Artifact], seconds: dict[str, float]
+) -> dict[str, float]:
     """Seconds that each artifact took to make: of an earlier run where that made it and this one found it."""
-    earlier = storage.join(config.root, SUMMARY)
-    if not storage.exists(earlier):
+    earlier = filesystem.join(config.root, SUMMARY)
+    if not filesystem.exists(earlier):
         return seconds
-    before = json.loads(storage.read_bytes(earlier))
+    before = json.loads(filesystem.read_bytes(earlier))
     found = {stage for stage, each in artifacts.items() if before["artifacts"].get(stage, {}).get("id") == each.id}
     return {stage: before["seconds"][stage] if stage in found else value for stage, value in seconds.items()}
 
@@ -73,11 +75,17 @@ def _evaluation(reports: Mapping[str, Artifact]) -> dict[str, dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     for name, report in reports.items():
-        for row in headline_rows(report.read_json("report.json")["rows"]):
-            entry = {"metric": row["metric"], "share": row["share"], "values": {}, "untrained": {}, "pixels": None}
+        for row in select_headlines(report.read_json("report.json")["rows"]):
+            entry = {
+                "metric": row["metric"],
+                "is_fraction": row["is_fraction"],
+                "values": {},
+                "untrained": {},
+                "pixels": None,
+            }
             scores = found.setdefault(row["protocol"], entry)
-            if row["subject"] == "pixels":
+            if row["model"] == "pixels":
                 scores["pixels"] = row["value"]
             else:
-                scores["values" if row["subject"] == MODEL else "untrained"][name] = row["value"]
+                scores["values" if row["model"] == MODEL else "untrained"][name] = row["value"]
     return found

@@ -15,20 +15,20 @@ class UserError(Exception):
     """
 
 
-class Busy(UserError):
+class ArtifactLockedError(UserError):
     """Another process is making the same artifact. Who has time may wait and look again."""
 
 
-class Preempted(Exception):
+class PreemptedError(Exception):
     """The stage was asked to stop, has saved its state and can go on from it.
 
     The command line exits with code 75, "try again" (EX_TEMPFAIL), on which launchers requeue.
     """
 
 
-class Died(ChildProcessError):
+class RankDiedError(ChildProcessError):
     """Ranks ended without a word of their own: killed, their machine lost, or of an error that only a log tells."""
 
 
-class Regression(Exception):
+class RegressionError(Exception):
     """Scores fell below what was asked for. Nobody's mistake, and no success either."""

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from infra import storage
+from infra.storage import filesystem
 
 _CHUNK = 1 << 20
 
@@ -20,12 +20,12 @@ def hash_file(path: Path) -> str:
 
 def hash_url(url: str) -> tuple[int, str]:
     """Size in bytes and SHA-256 of the file at a URL, read once in pieces."""
-    if storage.is_local(url):
-        path = storage.local_path(url)
-        with storage.readable_errors(url):
+    if filesystem.is_local(url):
+        path = filesystem.local_path(url)
+        with filesystem.readable_errors(url):
             return path.stat().st_size, hash_file(path)
     digest, size = hashlib.sha256(), 0
-    with storage.open_read(url) as file:
+    with filesystem.open_read(url) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             size += len(chunk)

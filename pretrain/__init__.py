@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from infra.artifacts import Artifact
+    from infra.artifacts.artifact import Artifact
     from pretrain.config import PretrainConfig
-    from pretrain.reporting import Probe
+    from pretrain.monitoring.reporter import Probe
 
 
 def run(config: PretrainConfig, probe: Probe | None = None) -> Artifact:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from infra.config import Config, Output
 from infra.launch.config import Launch, Launcher
-from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD, Sampling, Views
+from pretrain.data.config import Sampling, Views
 from pretrain.models.config import Checkpointing, VisionTransformerConfig
 from pretrain.objectives.config import (
     ClipConfig,
@@ -131,7 +131,7 @@ class Guards(Config):
     """Times it may go back before it stops."""
 
 
-class Health(Config):
+class Collapse(Config):
     """When what is learned counts as collapsed. Looked at now and then; a warning each time."""
 
     every: int = Field(100, ge=0)
@@ -221,7 +221,7 @@ class TrainingSettings(Config):
     """
     guards: Guards = Guards()
     """What happens when losses go wrong."""
-    collapse: Health = Health()
+    collapse: Collapse = Collapse()
     """What counts as collapse."""
     sharding: Sharding = Sharding()
     """Ranks and precision."""
@@ -307,135 +307,19 @@ class PlanConfig(PretrainSettings):
     """Not read."""
 
 
-PUBLISHED = "published"  # in place of a path: what the library itself gives out under the model's name
-
-
-class PixelDescriptor(Config):
-    """Low frequencies of a small thumbnail: a descriptor that needs no training."""
-
-    kind: Literal["pixels"] = "pixels"
-    side: int = Field(16, ge=2)
-    """Side of the thumbnail in pixels."""
-    frequencies: int = Field(8, ge=1)
-    """Lowest frequencies kept in each direction, at most `side`."""
-    whiten: float = Field(1.5, ge=0)
-    """Power of the frequency that coefficients are multiplied by: 1 evens out natural images, more looks at detail,
-    0 keeps plain pixels."""
-    signs: bool = True
-    """Keep the coefficients' signs. Without them mirrored and negative images are alike: for likeness, not copies."""
-
-
-class CheckpointBackbone(Config):
-    """The released backbone of a Fovea checkpoint, or the same backbone before its first step."""
-
-    kind: Literal["checkpoint"] = "checkpoint"
-    url: str
-    """URL of the checkpoint artifact."""
-    untrained: bool = False
-    """Take the initial weights instead."""
-
-
-class OfficialBackbone(Config):
-    """A Vision Transformer from an official DINOv2 or DINOv3 checkpoint: a state dict, or a training's teacher."""
-
-    kind: Literal["official"] = "official"
-    checkpoint: str
-    """Path of its weights on this machine, or a name to fetch them by: of timm `published`, of open_clip a tag, of
-    transformers OWNER/NAME."""
-    architecture: VisionTransformerConfig = VisionTransformerConfig()
-    """The dimensions and parts it was trained with."""
-    input_size: int = Field(224, ge=8)
-    """Side in pixels that images are brought to; a multiple of the patch size."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Mean of each channel that is subtracted, values 0 to 1."""
-    std: tuple[float, float, float] = IMAGENET_STD
-    """Standard deviation of each channel that is divided by."""
-
-
-class OpenClipBackbone(Config):
-    """The image tower of an open_clip model."""
-
-    kind: Literal["open_clip"] = "open_clip"
-    model: str
-    """The model's name in its library."""
-    checkpoint: str
-    """Path of its weights on this machine, or a name to fetch them by: of timm `published`, of open_clip a tag, of
-    transformers OWNER/NAME."""
-
-
-class TimmBackbone(Config):
-    """A model of timm, without its classifier; its preprocessing is timm's."""
-
-    kind: Literal["timm"] = "timm"
-    model: str
-    """The model's name in its library."""
-    checkpoint: str
-    """Path of its weights on this machine, or a name to fetch them by: of timm `published`, of open_clip a tag, of
-    transformers OWNER/NAME."""
-
-
-class TransformersBackbone(Config):
-    """A vision model of transformers, as `save_pretrained` left it with its image processor."""
-
-    kind: Literal["transformers"] = "transformers"
-    checkpoint: str
-    """Path of its weights on this machine, or a name to fetch them by: of timm `published`, of open_clip a tag, of
-    transformers OWNER/NAME."""
-
-
-class TorchHubBackbone(Config):
-    """A model of a torch.hub repository that lies in a folder, DINOv2's say. The repository's code is run."""
-
-    kind: Literal["hub"] = "hub"
-    repository: str
-    """Path of the folder with hubconf.py."""
-    model: str
-    """The model's name in its library."""
-    checkpoint: str
-    """Path of its weights on this machine, or a name to fetch them by: of timm `published`, of open_clip a tag, of
-    transformers OWNER/NAME."""
-    input_size: int = Field(224, ge=8)
-    """Side in pixels that images are brought to; a multiple of the patch size."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Mean of each channel that is subtracted, values 0 to 1."""
-    std: tuple[float, float, float] = IMAGENET_STD
-    """Standard deviation of each channel that is divided by."""
-
-
-class TorchScriptBackbone(Config):
-    """A TorchScript module from images to vectors, as copy-detection networks like SSCD (288 pixels) are given out."""
-
-    kind: Literal["torchscript"] = "torchscript"
-    checkpoint: str
-    """Path of its weights on this machine, or a name to fetch them by: of timm `published`, of open_clip a tag, of
-    transformers OWNER/NAME."""
-    input_size: int = Field(224, ge=8)
-    """Side in pixels that images are brought to; a multiple of the patch size."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Mean of each channel that is subtracted, values 0 to 1."""
-    std: tuple[float, float, float] = IMAGENET_STD
-    """Standard deviation of each channel that is divided by."""
-
-
-BackboneConfig = Annotated[
-    PixelDescriptor
-    | CheckpointBackbone
-    | OfficialBackbone
-    | OpenClipBackbone
-    | TimmBackbone
-    | TransformersBackbone
-    | TorchHubBackbone
-    | TorchScriptBackbone,
-    Field(discriminator="kind"),
-]
-
-
-PLACES = ("corpora", "init_from", "teacher_checkpoint", "taught", "out", "restart")  # inputs are known by their ids
+PLACES = (
+    "corpora",
+    "init_from",
+    "teacher_checkpoint",
+    "teacher_cache",
+    "out",
+    "restart",
+)  # inputs are known by their ids
 LAUNCHING = ("launcher", "launch")
 _SPREADING = {"backend", "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"}
 
 
-def decisive(config: Config) -> dict[str, object]:
+def identity_settings(config: Config) -> dict[str, object]:
     """The settings that decide a stage's result: all but where it reads, where it writes and how it is carried out."""
     how: dict[str, Any] = dict.fromkeys([*PLACES, *LAUNCHING, "runtime", "guards", "collapse"], True)
     return config.model_dump(mode="json", exclude=how | {"sharding": _SPREADING})

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 from infra.doctor.finding import Finding, guarded, ok, warn
-from pretrain.models.attention import attention
+from pretrain.distributed import device_of_rank, init_process_group
+from pretrain.models.attention import get_attention
 from pretrain.planning import hardware
-from pretrain.ranks import device_of_rank, join
 
 _CLOSE = 2e-2
 
@@ -22,7 +22,7 @@ def gpus() -> Iterator[Finding]:
         return
     for number in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(number)
-        known = hardware.named(found.name)
+        known = hardware.find_gpu_name(found.name)
         peak = f", {known.bf16:,.0f} TFLOP/s in bf16 by its data sheet" if known else ""
         yield ok(f"gpu {number}", f"{found.name}, {found.total_memory / 2**30:.0f} GiB{peak}")
 
@@ -44,7 +44,7 @@ def _attention(backend: str) -> Finding:
     torch.manual_seed(0)
     qkv = torch.randn(2 * 17 + 3 * 5, 3, 4, 32, device=device, dtype=dtype)
     shapes = [(2, 17), (3, 5)]
-    found, plain = attention(backend)(qkv, shapes, None), attention("reference")(qkv, shapes, None)  # type: ignore[arg-type]
+    found, plain = get_attention(backend)(qkv, shapes, None), get_attention("reference")(qkv, shapes, None)  # type: ignore[arg-type]
     gap = float((found.float() - plain.float()).abs().max())
     name = f"attention {backend}"
     if gap > _CLOSE:
@@ -53,7 +53,7 @@ def _attention(backend: str) -> Finding:
 
 
 def _deepspeed() -> Finding:
-    from pretrain.sharding.zero import import_deepspeed
+    from pretrain.sharding.deepspeed_engine import import_deepspeed
 
     return ok("deepspeed", f"{import_deepspeed(device_of_rank()).__version__} can be imported")
 
@@ -63,7 +63,7 @@ def _messages() -> Finding:
     if dist.is_initialized():
         return ok("messages", f"{dist.get_backend()}, in use")
     device = device_of_rank()
-    join(device)
+    init_process_group(device)
     try:
         dist.all_reduce(torch.ones(1, device=device))
         return ok("messages", f"{dist.get_backend()} works in one process")

@@ -10,7 +10,7 @@ from infra.errors import UserError
 from pretrain.config import Optimizer, TrainingSettings
 
 if TYPE_CHECKING:
-    from pretrain.learner import Part
+    from pretrain.train_module import StudentBranch
 
 
 def cosine(first: float, last: float, step: int, steps: int) -> float:
@@ -26,7 +26,7 @@ def linear(first: float, last: float, step: int, steps: int) -> float:
 
 
 @dataclass(frozen=True)
-class Position:
+class ScheduleValues:
     """The values of all schedules at one step."""
 
     lr: float
@@ -52,10 +52,10 @@ def learning_rate(optimizer: Optimizer, step: int, steps: int, batch: int) -> fl
     )
 
 
-def at(settings: TrainingSettings, step: int) -> Position:
+def schedule_values(settings: TrainingSettings, step: int) -> ScheduleValues:
     """The schedules of a run at a step (DINOv2, train/train.py)."""
     optimizer, teacher, steps = settings.optimizer, settings.teacher, settings.schedule.steps
-    return Position(
+    return ScheduleValues(
         lr=learning_rate(optimizer, step, steps, settings.schedule.global_batch_size),
         weight_decay=cosine(*optimizer.weight_decay, step, steps),
         momentum=cosine(*teacher.momentum, step, steps),
@@ -64,7 +64,7 @@ def at(settings: TrainingSettings, step: int) -> Position:
     )
 
 
-def spread(settings: TrainingSettings, world_size: int) -> tuple[int, int]:
+def split_global_batch(settings: TrainingSettings, world_size: int) -> tuple[int, int]:
     """(micro-batch of a rank, micro-batches a step) that make up the global batch.
 
     Raises:
@@ -89,13 +89,15 @@ class Multipliers:
     last_layer: bool
 
 
-def multipliers(name: str, dimensions: int, optimizer: Optimizer, part: Part, last_layer: bool) -> Multipliers:
+def multipliers(
+    name: str, dimensions: int, optimizer: Optimizer, branch: StudentBranch, last_layer: bool
+) -> Multipliers:
     """DINOv2's rules (utils/param_groups.py) for a parameter of a student, by its name and number of dimensions.
 
     Layer decay counts embeddings and tokens as layer 0 and block i as i + 1. Vectors and scalars (biases, norms,
     LayerScale, CLIP's scale) have no weight decay, tokens and position tables only if the optimizer says so.
     """
-    lr, depth = part.lr, getattr(part.student.config, "depth", None)
+    lr, depth = branch.lr, getattr(branch.student.config, "depth", None)
     if name.startswith("student.") and depth is not None:  # networks of timm have no layers that we know of
         lr *= optimizer.layerwise_lr_decay ** (depth + 1 - _layer(name.removeprefix("student."), depth))
     if "patch_embed" in name:

@@ -10,28 +10,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infra.artifacts import Artifact, ArtifactSpec, cache_directory, find, open_artifact, produce, work_directory
-from infra.cache import BlockCache
+from infra.artifacts.artifact import (
+    Artifact,
+    ArtifactSpec,
+    cache_directory,
+    find,
+    get_or_create,
+    open_artifact,
+    staging_dir,
+)
 from infra.config import Output
 from infra.errors import UserError
-from pretrain import checkpoints, telemetry
-from pretrain.checkpoints import Checkpoint, Description
+from infra.storage.block_cache import BlockCache
+from pretrain.checkpoint import artifact
+from pretrain.checkpoint.artifact import Checkpoint, CheckpointDescription
+from pretrain.checkpoint.spec import checkpoint_spec
+from pretrain.checkpoint.state_files import RESUME_FROM, remove_remote
 from pretrain.config import PretrainConfig, PretrainSettings, TrainingSettings
 from pretrain.data.config import Views
 from pretrain.data.loader import ViewDataset
-from pretrain.data.masks import MaskPlan
-from pretrain.data.samples import Part, Samples
-from pretrain.learner import Learner, Pretraining
+from pretrain.data.masks import MaskSettings
+from pretrain.data.samples import CorpusPart, Samples
+from pretrain.distributed import barrier, rank_and_world_size
 from pretrain.models.execution import Execution
 from pretrain.models.vit import VisionTransformer
-from pretrain.networks import start_from
-from pretrain.objectives.build import build as build_objectives
+from pretrain.monitoring import metrics_log
+from pretrain.monitoring.reporter import Probe, TrainJob
+from pretrain.networks import init_from_checkpoint
+from pretrain.objectives.build import build_objectives as build_objectives
 from pretrain.objectives.config import ClipConfig, SiglipConfig
 from pretrain.objectives.image_text import tokenizer
-from pretrain.ranks import barrier, world
-from pretrain.reporting import Probe, Task
-from pretrain.specs import checkpoint_spec
-from pretrain.state_files import RESUME_FROM, remove_remote
+from pretrain.train_module import PretrainModule, TrainModule
 from pretrain.trainer import Trainer, TrainResult
 
 _log = logging.getLogger(__name__)
@@ -48,46 +57,48 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Artifact:
     """
 
     def write(directory: Path) -> Mapping[str, Any]:
-        dataset, url = view_dataset(config.corpora, config), planned.resolve(config.out)
-        learner = build_learner(config)
+        dataset, url = build_view_dataset(config.corpora, config), spec.resolve(config.out)
+        module = build_module(config)
         if config.init_from:
-            start_from(Checkpoint.open(config.init_from), learner)
-        build, described = (lambda: build_learner(config)), [Description.of(config)]
-        trained = train(Task("pretrain", config, described, dataset, build, directory, url, planned, probe), learner)
-        if world()[0] == 0:
-            checkpoints.write(trained.weights, described[0], directory)
+            init_from_checkpoint(Checkpoint.open(config.init_from), module)
+        build, described = (lambda: build_module(config)), [CheckpointDescription.from_config(config)]
+        trained = train(TrainJob("pretrain", config, described, dataset, build, directory, url, spec, probe), module)
+        if rank_and_world_size()[0] == 0:
+            artifact.write(trained.weights, described[0], directory)
         return training_metrics(trained, dataset, "student.")
 
-    planned = checkpoint_spec(config)
-    return produce_together(planned, config, write)
+    spec = checkpoint_spec(config)
+    return get_or_create_on_all_ranks(spec, config, write)
 
 
-def train(task: Task, learner: Learner) -> TrainResult:
+def train(job: TrainJob, module: TrainModule) -> TrainResult:
     """Train a learner to the end.
 
     Raises:
         UserError: the settings ask for a probe that is not there, or the training goes wrong.
     """
-    settings = task.settings
-    if settings.collapse.probe is not None and task.probe is None:
+    settings = job.settings
+    if settings.collapse.probe is not None and job.probe is None:
         raise UserError("collapse.probe: nobody scores here; `fovea pretrain` does, or pass a probe to pretrain.run")
-    learner.precision = settings.sharding.precision
+    module.precision = settings.sharding.precision
     execution = Execution(settings.runtime.activation_checkpointing, settings.runtime.compile)
-    learner.execute(execution)
-    for part in learner.parts():
-        backend = getattr(part.student.config, "attention", "timm's")
-        _log.info("%sattention: %s; blocks: %s", part.prefix, backend, execution)
-    return Trainer(task, learner).run()
+    module.set_execution(execution)
+    for branch in module.branches():
+        backend = getattr(branch.student.config, "attention", "timm's")
+        _log.info("%sattention: %s; blocks: %s", branch.prefix, backend, execution)
+    return Trainer(job, module).run()
 
 
-def produce_together(plan: ArtifactSpec, output: Output, write: Callable[[Path], Mapping[str, Any]]) -> Artifact:
-    """`produce` on all ranks of a training: every rank trains, the first one commits."""
-    url = plan.resolve(output.out)
-    if world()[0] == 0 or find(url) is not None:
-        produce(plan, output.out, write, RESUME_FROM, output.restart)
+def get_or_create_on_all_ranks(
+    spec: ArtifactSpec, output: Output, write: Callable[[Path], Mapping[str, Any]]
+) -> Artifact:
+    """`get_or_create` on all ranks of a training: every rank trains, the first one commits."""
+    url = spec.resolve(output.out)
+    if rank_and_world_size()[0] == 0 or find(url) is not None:
+        get_or_create(spec, output.out, write, RESUME_FROM, output.restart)
     else:
-        write(work_directory(plan, output.out))
-    if world()[0] == 0:
+        write(staging_dir(spec, output.out))
+    if rank_and_world_size()[0] == 0:
         remove_remote(url)
     barrier()
     return open_artifact(url, "checkpoint")
@@ -96,14 +107,14 @@ def produce_together(plan: ArtifactSpec, output: Output, write: Callable[[Path],
 Tokenize = Callable[[Sequence[str]], Tensor]
 
 
-def view_dataset(corpora: Sequence[str], settings: PretrainSettings) -> ViewDataset:
+def build_view_dataset(corpora: Sequence[str], settings: PretrainSettings) -> ViewDataset:
     """Views of the samples of some corpora or selections, as a pretraining's objectives read them."""
     texts = [each.text for each in settings.objectives if isinstance(each, ClipConfig | SiglipConfig)]
     tokenize = tokenizer(texts[0]) if texts else None
-    return dataset_of(corpora, settings, settings.views, settings.model.patch_size, tokenize)
+    return build_dataset(corpora, settings, settings.views, settings.model.patch_size, tokenize)
 
 
-def dataset_of(
+def build_dataset(
     corpora: Sequence[str],
     settings: TrainingSettings,
     views: Views,
@@ -120,25 +131,25 @@ def dataset_of(
         labelled: an objective reads classes; then every sample must have one.
         repeats: views of a sample after which the first one comes again; 0: none does.
     """
-    samples = Samples([Part.open(url) for url in corpora])
-    _cache(samples, settings)
+    samples = Samples([CorpusPart.open(url) for url in corpora])
+    _attach_cache(samples, settings)
     if tokenize is not None:
         for part in samples.parts:
             _ = part.corpus.captions  # raises now, not in a worker, if one is missing
     if labelled:
         for part in samples.parts:
             _ = part.corpus.labels
-    masks = MaskPlan.of(views, patch_size)
+    masks = MaskSettings.from_config(views, patch_size)
     return ViewDataset(samples, views, masks, settings.schedule.seed, settings.sampling, tokenize, labelled, repeats)
 
 
-def _cache(samples: Samples, settings: TrainingSettings) -> None:
+def _attach_cache(samples: Samples, settings: TrainingSettings) -> None:
     """Keep parts of shards on the local disk, where that saves reading them again."""
     max_bytes = int(settings.runtime.cache_gb * 1e9)
     whole = sum(part.corpus.total_bytes for part in samples.parts)
     if max_bytes == 0:
         return
-    if settings.sampling.shuffle == "full" and whole > max_bytes:
+    if settings.sampling.shuffle == "global" and whole > max_bytes:
         _log.warning("cache_gb: %.1f GB of shards do not fit, so images are read one by one, uncached", whole / 1e9)
         return
     cache = BlockCache(cache_directory() / "blocks", max_bytes)
@@ -146,7 +157,7 @@ def _cache(samples: Samples, settings: TrainingSettings) -> None:
         part.corpus.cache = cache
 
 
-def build_learner(settings: PretrainSettings) -> Pretraining:
+def build_module(settings: PretrainSettings) -> PretrainModule:
     """Student, teacher and heads with the initial weights of the settings' seed; the teacher starts as the student."""
     torch.manual_seed(settings.schedule.seed)
     student = VisionTransformer(settings.model)
@@ -154,27 +165,27 @@ def build_learner(settings: PretrainSettings) -> Pretraining:
     teacher.load_state_dict(student.state_dict())
     torch.manual_seed(settings.schedule.seed + 1)
     losses = build_objectives(settings.objectives, settings.model, settings.model)
-    return Pretraining(student, teacher, losses, settings.views)
+    return PretrainModule(student, teacher, losses, settings.views)
 
 
-def training_metrics(trained: TrainResult, dataset: ViewDataset, student: str) -> dict[str, Any]:
+def training_metrics(result: TrainResult, dataset: ViewDataset, student: str) -> dict[str, Any]:
     """Metrics of a checkpoint.
 
     Args:
         student: what the names of its student's weights begin with.
     """
-    last = next((row for row in reversed(trained.metrics) if telemetry.SKIPPED not in row), {})
+    last = next((row for row in reversed(result.metrics) if metrics_log.SKIPPED not in row), {})
     return {
         "images": dataset.samples.size,
-        "unusable": trained.unusable,
-        "skipped": trained.tally.skipped,
-        "rewinds": trained.tally.rewinds,
-        "steps": len(trained.metrics),
-        "images_seen": trained.tally.samples,
-        "parameters": sum(value.numel() for name, value in trained.weights.items() if name.startswith(student)),
-        "loss": telemetry.losses(last),
-        "images_per_second": round(trained.images_per_second, 1),
-        **{name: round(trained.speed[name], 3) for name in ("mfu", "memory_gb") if name in trained.speed},
-        **trained.compute,
-        "resumed_at": trained.resumed_at,
+        "bad_samples": result.bad_samples,
+        "skipped_steps": result.train_state.skipped_steps,
+        "rollbacks": result.train_state.rollbacks,
+        "steps": len(result.metrics),
+        "images_seen": result.train_state.samples,
+        "parameters": sum(value.numel() for name, value in result.weights.items() if name.startswith(student)),
+        "loss": metrics_log.select_losses(last),
+        "images_per_second": round(result.images_per_second, 1),
+        **{name: round(result.speed[name], 3) for name in ("mfu", "memory_gb") if name in result.speed},
+        **result.compute,
+        "resumed_at": result.resumed_at,
     }

@@ -15,11 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from pretrain.config import PretrainSettings
 from pretrain.data.loader import Batch
+from pretrain.distributed import rank_and_world_size
 from pretrain.models.execution import Execution
-from pretrain.planning.dryrun import batch_of
-from pretrain.ranks import world
+from pretrain.planning.dryrun import make_batch
 from pretrain.sharding import base
-from pretrain.train import build_learner
+from pretrain.train import build_module
 from pretrain.trainer import parameter_groups
 
 
@@ -38,20 +38,20 @@ def fullest(parts: list[Callable[[], object]]) -> int:
 
 def main(settings: PretrainSettings, images: int) -> int:
     torch.set_num_threads(1)
-    batch = Batch(**{name: torch.zeros_like(value) for name, value in vars(batch_of(settings, images)).items()})
+    batch = Batch(**{name: torch.zeros_like(value) for name, value in vars(make_batch(settings, images)).items()})
     made: dict[str, object] = {}
 
     def build() -> None:
-        learner = build_learner(settings).train()
+        learner = build_module(settings).train()
         learner.precision = settings.sharding.precision
         learner.student.execution = Execution(settings.runtime.activation_checkpointing)
         groups = parameter_groups(learner, settings)
-        made["engine"] = base.build(learner, groups, settings.optimizer, settings.sharding, (images, 1))
+        made["engine"] = build.build(learner, groups, settings.optimizer, settings.sharding, (images, 1))
         learner.begin_step(0)
 
     def step() -> None:
         engine = made["engine"]
-        assert isinstance(engine, base.Engine)
+        assert isinstance(engine, base.Backend)
         loss, _ = engine.forward(batch, 0.05)
         engine.backward(loss)
         del loss
@@ -64,5 +64,5 @@ def main(settings: PretrainSettings, images: int) -> int:
 
 if __name__ == "__main__":
     peak = main(PretrainSettings.model_validate(json.loads(Path(sys.argv[1]).read_text())), int(sys.argv[2]))
-    if world()[0] == 0:
+    if rank_and_world_size()[0] == 0:
         print(peak)

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from curation.config import IngestConfig, SyntheticSettings
-from curation.ingest import ingest
+from curation.ingest.ingest import ingest
 from curation.synthetic.corpus import TRUTH, generate
 from flows.cli.main import main
-from infra.corpora import Corpus
-from pretrain.config import OpenClipBackbone
+from infra.corpus.corpus import Corpus
+from pretrain.backbones.config import OpenClipBackboneConfig
 
 SMALL = SyntheticSettings(
     pool_per_class=12,
@@ -34,7 +34,7 @@ SMALL = SyntheticSettings(
 
 
 @dataclass(frozen=True)
-class Embedded:
+class SyntheticCorpora:
     """The synthetic corpus, small, ingested."""
 
     folder: Path
@@ -56,14 +56,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def embedded(tmp_path_factory: pytest.TempPathFactory) -> Embedded:
-    root = tmp_path_factory.mktemp("embedded")
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> SyntheticCorpora:
+    root = tmp_path_factory.mktemp("synthetic")
     folder = generate(SMALL, root)
     urls = {
         role: ingest(IngestConfig(source=str(folder / role), out=str(root / "corpora" / "{id}"))).url
         for role in ("pool", "seed", "test")
     }
-    return Embedded(folder, **urls)
+    return SyntheticCorpora(folder, **urls)
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +83,7 @@ TINY_CLIP = {
 
 
 @pytest.fixture
-def clip(tmp_path: Path) -> OpenClipBackbone:
+def clip(tmp_path: Path) -> OpenClipBackboneConfig:
     import open_clip
     import torch
 
@@ -91,7 +91,7 @@ def clip(tmp_path: Path) -> OpenClipBackbone:
     open_clip.add_model_config(tmp_path / "tiny-clip.json")
     torch.manual_seed(0)
     torch.save(open_clip.create_model("tiny-clip").state_dict(), tmp_path / "weights.pt")
-    return OpenClipBackbone(model="tiny-clip", checkpoint=str(tmp_path / "weights.pt"))
+    return OpenClipBackboneConfig(model="tiny-clip", checkpoint=str(tmp_path / "weights.pt"))
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 32), mode: str = "RGB") -> Image.Image:
@@ -100,7 +100,7 @@ def picture(seed: int, size: tuple[int, int] = (40, 32), mode: str = "RGB") -> I
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).convert(mode)
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+def encode_image(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -111,7 +111,7 @@ def image_folder(folder: Path, count: int, classes: int = 0, first: int = 0) -> 
     for number in range(first, first + count):
         parent = folder / f"class{number % classes}" if classes else folder
         parent.mkdir(parents=True, exist_ok=True)
-        (parent / f"{number:04d}.png").write_bytes(encoded(picture(number)))
+        (parent / f"{number:04d}.png").write_bytes(encode_image(picture(number)))
     return folder
 
 
@@ -124,5 +124,5 @@ def exit_code(*arguments: str) -> int | str | None:
     return 0
 
 
-def ingested(source: Path, out: Path, **settings: object) -> Corpus:
+def ingest_folder(source: Path, out: Path, **settings: object) -> Corpus:
     return Corpus.open(ingest(IngestConfig(source=str(source), out=str(out), **settings)).url)

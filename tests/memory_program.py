@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from curation.similarity.cells import SAMPLE, Cells, count_for
-from curation.similarity.selfjoin import Join
-from curation.similarity.tiles import CpuTiles, Workers
-from infra.vectors import Vectors
+from curation.similarity.cells import SAMPLE, Cells, default_num_cells
+from curation.similarity.selfjoin import SelfJoin
+from curation.similarity.tiles import CpuTiles, WorkerPool
+from infra.compute.sharded_array import ShardedArray
 
 
 def data_bytes() -> int:
@@ -22,15 +22,15 @@ def data_bytes() -> int:
 
 
 def main(file: str, memory: int, limit: int) -> None:
-    vectors, workers = Vectors([Path(file)]), Workers(CpuTiles(), 1)
-    count = count_for(len(vectors))
+    vectors, workers = ShardedArray([Path(file)]), WorkerPool(CpuTiles(), 1)
+    count = default_num_cells(len(vectors))
     sample = vectors.take(np.sort(np.random.default_rng(0).permutation(len(vectors))[: SAMPLE * count]))
     cells = Cells.learn(sample, count, 4, 0.05, workers)
     del sample
     most = data_bytes() + limit
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     with tempfile.TemporaryDirectory() as folder:
-        forest = Join(cells, 0.9, workers, Path(folder), memory).run(vectors, np.arange(len(vectors)))
+        forest = SelfJoin(cells, 0.9, workers, Path(folder), memory).run(vectors, np.arange(len(vectors)))
     a, b, scores = forest.edges()
     print(len(a), int(a.sum()), int(b.sum()), float(scores.sum()))
 

@@ -15,10 +15,10 @@ from PIL import Image
 from curation import run
 from curation.config import CurateConfig
 from curation.synthetic.corpus import encode
-from infra import embeddings
-from infra.artifacts import Artifact, ArtifactSpec, produce
-from infra.selections import Selection
-from infra.shards import CorpusWriter
+from infra.artifacts.artifact import Artifact, ArtifactSpec, get_or_create
+from infra.corpus import embeddings
+from infra.corpus.selection import Selection
+from infra.corpus.writer import CorpusWriter
 
 
 def unit(seed: int, n: int, dim: int = 4) -> np.ndarray:
@@ -72,13 +72,13 @@ def pool(
     """
     keys = keys or [f"{name}{i:04d}" for i in range(len(vectors))]
     identity = hashlib.sha256(vectors.tobytes() + repr((keys, rows)).encode()).hexdigest()
-    corpus = produce(
+    corpus = get_or_create(
         ArtifactSpec("corpus", "test", 1, {"identity": identity}),
         str(folder / f"{name}-corpus"),
         lambda directory: _write_corpus(directory, keys, rows),
     )
-    plan = ArtifactSpec("embeddings", "test", 1, {"dim": vectors.shape[1]}, {"corpus": corpus.as_input()})
-    embedded = produce(
+    plan = ArtifactSpec("embeddings", "test", 1, {"dim": vectors.shape[1]}, {"corpus": corpus.as_ref()})
+    embedded = get_or_create(
         plan, str(folder / f"{name}-embeddings"), lambda directory: _write_embeddings(directory, keys, vectors)
     )
     return Pool(corpus.url, embedded.url, list(keys))
@@ -112,7 +112,7 @@ def written(folder: Path, images: Sequence[bytes]) -> Pool:
         return {"images": len(keys)}
 
     identity = hashlib.sha256(b"".join(images)).hexdigest()
-    corpus = produce(ArtifactSpec("corpus", "test", 1, {"identity": identity}), str(folder / "corpus"), write)
+    corpus = get_or_create(ArtifactSpec("corpus", "test", 1, {"identity": identity}), str(folder / "corpus"), write)
     return Pool(corpus.url, None, keys)
 
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from infra.config import Config
-from infra.errors import Preempted, UserError
+from infra.errors import PreemptedError, UserError
 from infra.launch.job import module_main
 
 
@@ -35,7 +35,7 @@ def main(told: Told) -> None:
     if told.end == "mistake":
         raise UserError("corpora: nothing here; mend the path")
     if told.end == "preempted" and attempt < told.attempts:
-        raise Preempted("stopped after step 7, as asked")
+        raise PreemptedError("stopped after step 7, as asked")
     if told.end == "killed" and attempt < told.attempts:
         os.kill(os.getpid(), signal.SIGKILL)
     if told.end == "crash":

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from infra.corpora import REJECTED, Corpus
+from infra.corpus.corpus import REJECTED, Corpus
+from infra.corpus.names import escape_name, is_storable
 from infra.errors import UserError
-from infra.names import is_storable, spelled_out
-from tests.conftest import encoded, ingested, picture
+from tests.conftest import encode_image, ingest_folder, picture
 
-IMAGES = (encoded(picture(1, (12, 10)), "JPEG"), encoded(picture(2, (12, 10), "L")))
+IMAGES = (encode_image(picture(1, (12, 10)), "JPEG"), encode_image(picture(2, (12, 10), "L")))
 CONTENTS = st.sampled_from([*IMAGES, *IMAGES, b"text", b"{}", b"7", b"\xff\xfe"])
 STEMS = st.sampled_from(["a", "b", "a.0001", "a.0002", "b.seg", ".c", "A", "d e", "é", "x\n", "_y", "-", "2024.01 z"])
 SUFFIXES = st.sampled_from(["", ".jpg", ".JPG", ".png", ".txt", ".json", ".cls", "._jpg", ".bin", ".zip", ".", ".jfif"])
@@ -63,11 +63,11 @@ def test_every_file_of_a_folder_is_accounted_for(tmp_path: Path, files: dict[str
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     try:
-        corpus = ingested(folder, tmp_path / "{id}")
+        corpus = ingest_folder(folder, tmp_path / "{id}")
     except UserError as error:
         assert f"no usable image among {len(files)} files" in str(error)
         return
-    by_path = {spelled_out(name): data for name, data in files.items()}
+    by_path = {escape_name(name): data for name, data in files.items()}
     accounted = Counter([*stored(corpus), *(by_path[path] for path in left_out(corpus))])
     assert accounted.keys() == set(files.values())
     images = [corpus.read_image(row) for row in range(len(corpus))]
@@ -92,16 +92,16 @@ def test_every_entry_of_a_shard_is_accounted_for(
     )
     (folder / f"s{suffix}").write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
     try:
-        corpus = ingested(folder, tmp_path / "{id}")
+        corpus = ingest_folder(folder, tmp_path / "{id}")
     except UserError as error:
         assert f"no usable image among {len(entries)} files" in str(error)
         return
     paths = Counter(left_out(corpus))
-    expected = Counter(spelled_out(f"s{suffix}/{name}") for name, _, _ in entries)
+    expected = Counter(escape_name(f"s{suffix}/{name}") for name, _, _ in entries)
     assert paths <= expected
     kept = set(stored(corpus))
     for (name, _, kind), content in zip(entries, contents, strict=True):
-        assert content in kept or paths[spelled_out(f"s{suffix}/{name}")]
+        assert content in kept or paths[escape_name(f"s{suffix}/{name}")]
         assert kind == tarfile.REGTYPE or content not in kept
     assert len(set(corpus.keys)) == len(corpus)
     assert all(is_storable(key) for key in corpus.keys)
@@ -127,7 +127,7 @@ def test_images_of_one_dotted_name_are_samples_of_their_own(tmp_path: Path, coun
         for suffix, content in (("jpg", unique(IMAGES[0], number)), ("json", b"{}"))
     ]
     (tmp_path / "s.tar").write_bytes(archive(entries))
-    corpus = ingested(tmp_path / "s.tar", tmp_path / "corpus")
+    corpus = ingest_folder(tmp_path / "s.tar", tmp_path / "corpus")
     assert [key.partition("-")[0] for key in corpus.keys] == [f"clip_{number:04d}" for number in range(count)]
     assert [len(row["members"]) for row in corpus.table.to_pylist()] == [1] * count
 
@@ -140,10 +140,10 @@ def test_masks_beside_images_are_annotations_when_it_is_said(tmp_path: Path) -> 
     folder.mkdir()
     for name, _, _, content in entries:
         (folder / name).write_bytes(content)
-    separate = ingested(tmp_path / "s.tar", tmp_path / "separate")
+    separate = ingest_folder(tmp_path / "s.tar", tmp_path / "separate")
     assert len(separate) == 3
     for source, suffixes in ((tmp_path / "s.tar", ["png"]), (folder, ["png", "seg.png"])):
-        corpus = ingested(source, tmp_path / f"{source.stem}-corpus", annotation_suffixes=suffixes)
+        corpus = ingest_folder(source, tmp_path / f"{source.stem}-corpus", annotation_suffixes=suffixes)
         assert corpus.keys == ["x", "y"]
         assert [len(row["members"]) for row in corpus.table.to_pylist()] == [1, 1]
         members = [row["members"][0]["name"] for row in corpus.table.to_pylist()]

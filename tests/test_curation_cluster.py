@@ -18,10 +18,10 @@ import pytest
 from curation import run
 from curation.config import CurateConfig, EmbedConfig
 from curation.embed import embed
-from infra.cluster import Cluster
+from infra.compute.ray_cluster import RayCluster
+from infra.corpus.selection import Selection
 from infra.errors import UserError
-from infra.selections import Selection
-from tests.conftest import image_folder, ingested
+from tests.conftest import image_folder, ingest_folder
 from tests.pools import halved, planted, pool
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'fovea[ray]'")
@@ -98,7 +98,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 @pytest.mark.timeout(120)
 def test_no_cluster_is_one_line() -> None:
     with pytest.raises(UserError, match="no cluster answers"):
-        list(Cluster("127.0.0.1:9").map(np.sqrt, range(3)))
+        list(RayCluster("127.0.0.1:9").map(np.sqrt, range(3)))
 
 
 @pytest.mark.cluster
@@ -111,7 +111,7 @@ def test_two_nodes_give_the_same_answers_also_when_one_dies(nodes: Nodes, tmp_pa
     config = CurateConfig(
         corpus=target.corpus,
         embeddings=target.embeddings,
-        evaluation=[str(test.embeddings)],
+        eval_embeddings=[str(test.embeddings)],
         steps=STEPS,
         out=str(tmp_path / "here"),
     )
@@ -120,7 +120,7 @@ def test_two_nodes_give_the_same_answers_also_when_one_dies(nodes: Nodes, tmp_pa
     assert here.artifact.id == there.artifact.id
     np.testing.assert_equal(here.ledger.to_pylist(), there.ledger.to_pylist())
 
-    source = ingested(image_folder(tmp_path / "images", 40), tmp_path / "corpus").artifact.url
+    source = ingest_folder(image_folder(tmp_path / "images", 40), tmp_path / "corpus").artifact.url
     embedding = EmbedConfig(corpus=source, out=str(tmp_path / "va"))
     alone, apart = (
         embed(embedding),
@@ -128,7 +128,7 @@ def test_two_nodes_give_the_same_answers_also_when_one_dies(nodes: Nodes, tmp_pa
     )
     assert [file.sha256 for file in alone.manifest.files] == [file.sha256 for file in apart.manifest.files]
 
-    cluster = Cluster(nodes.address)
+    cluster = RayCluster(nodes.address)
     places = set(cluster.map(_place, range(20), together=1))
     assert len(places) == 2, "one of the nodes did nothing"
     found = []

@@ -18,18 +18,18 @@ from curation import run
 from curation.config import CurateConfig, CurateSettings, EmbedConfig, MaterializeConfig
 from curation.embed import embed
 from curation.materialize import materialize
-from curation.steps.balance import evenness, shares
+from curation.selection_state import SelectionState
+from curation.steps.balance import evenness, split_target
 from curation.synthetic.ground_truth_metrics import score_known_leaks, score_synthetic
-from curation.verdicts import Verdicts
 from infra.config import load_yaml
-from infra.corpora import Corpus
+from infra.corpus.corpus import Corpus
 from infra.errors import UserError
-from pretrain.config import PixelDescriptor
-from tests.conftest import Embedded, ingested
+from pretrain.backbones.config import PixelDescriptorConfig
+from tests.conftest import SyntheticCorpora, ingest_folder
 from tests.pools import Pool, curated, halved, planted, pool, unit
 
-COPIES = PixelDescriptor(side=16, frequencies=8, whiten=1.5)
-LIKENESS = PixelDescriptor(side=16, frequencies=16, whiten=1.0, signs=False)
+COPIES = PixelDescriptorConfig(side=16, frequencies=8, whiten=1.5)
+LIKENESS = PixelDescriptorConfig(side=16, frequencies=16, whiten=1.0, signs=False)
 
 
 def similarities(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -55,12 +55,12 @@ def test_exact_copies_go_and_the_first_key_stays(tmp_path: Path) -> None:
     hashes = [{"sha256": letter * 64} for letter in "abacabd"]
     _, ledger = curated(tmp_path, pool(tmp_path, unit(0, 7), rows=hashes), {"kind": "exact"})
     assert kept(ledger).tolist() == [True, True, False, True, False, False, True]
-    assert [row["winner"] for row in ledger] == [None, None, "k0000", None, "k0000", "k0001", None]
+    assert [row["matched_key"] for row in ledger] == [None, None, "k0000", None, "k0000", "k0001", None]
     assert [row["weight"] for row in ledger if row["keep"]] == [3, 2, 1, 1]
-    assert ledger[0]["cluster"] == ledger[2]["cluster"] == ledger[4]["cluster"]
+    assert ledger[0]["duplicate_group"] == ledger[2]["duplicate_group"] == ledger[4]["duplicate_group"]
 
 
-@pytest.mark.parametrize("policy", ["resolution", "bytes", "earliest", "quality", "licence"])
+@pytest.mark.parametrize("policy", ["resolution", "bytes", "first_key", "quality", "licence"])
 def test_of_each_component_the_preferred_image_stays_and_stands_for_all(tmp_path: Path, policy: str) -> None:
     vectors, rng = planted(1, 60, 8), np.random.default_rng(2)
     licences = rng.choice(["cc0", "cc-by", "unknown"], 60).tolist()
@@ -75,7 +75,7 @@ def test_of_each_component_the_preferred_image_stays_and_stands_for_all(tmp_path
     better = {
         "resolution": lambda i: (-sides[i], i),
         "bytes": lambda i: (0, i),  # the images are of one size
-        "earliest": lambda i: i,
+        "first_key": lambda i: i,
         "quality": lambda i: (-quality[i], i),
         "licence": lambda i: (order[licences[i]], i),
     }[policy]
@@ -87,8 +87,8 @@ def test_of_each_component_the_preferred_image_stays_and_stands_for_all(tmp_path
         stays = min(group, key=better)
         assert [i for i in group if ledger[i]["keep"]] == [stays]
         assert ledger[stays]["weight"] == len(group)
-        assert {ledger[i]["winner"] for i in group} - {None} == {f"k{stays:04d}"}
-        assert len({ledger[i]["cluster"] for i in group}) == 1
+        assert {ledger[i]["matched_key"] for i in group} - {None} == {f"k{stays:04d}"}
+        assert len({ledger[i]["duplicate_group"] for i in group}) == 1
         for i in set(group) - {stays}:
             assert ledger[i]["score"] == np.float32(similarities(vectors[[i]], vectors[[stays]])[0, 0])
     (told,) = artifact.metrics["steps"]
@@ -113,7 +113,7 @@ def test_the_curve_and_the_pairs_tell_what_higher_thresholds_would_drop(tmp_path
 def test_chains_fall_apart_where_members_are_unlike_what_stands_for_them(tmp_path: Path) -> None:
     angles = np.linspace(0, np.pi / 2, 10)
     arc = halved(np.stack([np.cos(angles), np.sin(angles)], axis=1))
-    step = {"kind": "near_duplicates", "threshold": 0.9, "representative": "earliest"}
+    step = {"kind": "near_duplicates", "threshold": 0.9, "representative": "first_key"}
     whole, ledger = curated(tmp_path, pool(tmp_path, arc), step)
     assert kept(ledger).sum() == 1
     (worst,) = whole.metrics["steps"][0]["worst"]
@@ -136,19 +136,19 @@ def test_leaks_are_those_of_brute_force_in_both_readings(tmp_path: Path) -> None
     components = np.isin(labels, labels[direct])
     for drop, gone in (("hits", direct), ("components", components)):
         step = {"kind": "decontaminate", "threshold": 0.8, "drop": drop}
-        artifact, ledger = curated(tmp_path, target, step, evaluation=[each.embeddings for each in others])
+        artifact, ledger = curated(tmp_path, target, step, eval_embeddings=[each.embeddings for each in others])
         np.testing.assert_array_equal(kept(ledger), ~gone)
         for row, best in zip(ledger, scores.T, strict=True):
             if row["reason"] == "leak":
                 number = int(best[1] > best[0])
                 assert row["score"] == np.float32(best[number])
-                assert row["winner"].startswith(f"t{number}-")
+                assert row["matched_key"].startswith(f"t{number}-")
             elif not row["keep"]:
-                assert row["reason"] == "with_leak"
-                assert ledger[int(row["winner"][1:])]["reason"] == "leak"
+                assert row["reason"] == "leak_component"
+                assert ledger[int(row["matched_key"][1:])]["reason"] == "leak"
         told = artifact.metrics["steps"][0]["sets"]
         for number, score in enumerate(scores):
-            facts = told[f"evaluation_{number}"]
+            facts = told[f"eval_embeddings_{number}"]
             inside = np.isin(labels, labels[score >= 0.8])
             assert facts["leaks"] == (score >= 0.8).sum()
             assert facts["collateral"] == inside.sum() - (score >= 0.8).sum()
@@ -160,22 +160,22 @@ def test_retrieval_keeps_the_neighbours_of_brute_force(tmp_path: Path, monkeypat
     target, curated_seed = pool(tmp_path, vectors), pool(tmp_path, seed, "s")
     nearest = np.argsort(-similarities(seed, vectors), axis=1, kind="stable")[:, :5]
     step = {"kind": "retrieve", "k": 5}
-    artifact, ledger = curated(tmp_path, target, step, curated=curated_seed.embeddings)
+    artifact, ledger = curated(tmp_path, target, step, seed_embeddings=curated_seed.embeddings)
     assert set(np.flatnonzero(kept(ledger))) == set(nearest.ravel())
     told = artifact.metrics["steps"][0]
     assert told["collisions"] == nearest.size - len(np.unique(nearest))
     best = similarities(vectors, seed)
-    assert all(row["winner"] == f"s{best[i].argmax():04d}" for i, row in enumerate(ledger))
+    assert all(row["matched_key"] == f"s{best[i].argmax():04d}" for i, row in enumerate(ledger))
 
     own, ledger = curated(
-        tmp_path, target, {**step, "k": 3, "without_replacement": True}, curated=curated_seed.embeddings
+        tmp_path, target, {**step, "k": 3, "without_replacement": True}, seed_embeddings=curated_seed.embeddings
     )
     told = own.metrics["steps"][0]
     assert told["collisions"] == 0
     assert kept(ledger).sum() == 27 - told["missing"] >= 25
 
     monkeypatch.setattr("curation.steps.retrieve._INDEXED", 1)
-    indexed, ledger = curated(tmp_path, target, {**step, "index": "ivfpq"}, curated=curated_seed.embeddings)
+    indexed, ledger = curated(tmp_path, target, {**step, "index": "ivfpq"}, seed_embeddings=curated_seed.embeddings)
     assert indexed.metrics["steps"][0]["recall"]["value"] > 0.8
 
 
@@ -185,11 +185,11 @@ def test_retrieval_by_clusters_keeps_what_is_near_enough_seeds(tmp_path: Path) -
     seed = halved(np.concatenate([centers[[0] * 5], centers[[1] * 4], centers[[2] * 1]]) + 0.01)
     target, curated_seed = pool(tmp_path, vectors), pool(tmp_path, seed, "s")
     step = {"kind": "retrieve_clusters", "clusters": 4, "min_seeds": 4, "quota": 10}
-    artifact, ledger = curated(tmp_path, target, step, curated=curated_seed.embeddings)
+    artifact, ledger = curated(tmp_path, target, step, seed_embeddings=curated_seed.embeddings)
     chosen = np.flatnonzero(kept(ledger)) // 25
     assert np.bincount(chosen, minlength=4).tolist() == [10, 10, 0, 0]
     assert artifact.metrics["steps"][0]["clusters_with_seeds"] == 2
-    _, ledger = curated(tmp_path, target, {**step, "most": 13}, curated=curated_seed.embeddings)
+    _, ledger = curated(tmp_path, target, {**step, "most": 13}, seed_embeddings=curated_seed.embeddings)
     assert np.bincount(np.flatnonzero(kept(ledger)) // 25, minlength=4).tolist() == [10, 3, 0, 0]
 
 
@@ -221,8 +221,10 @@ def test_semdedup_of_large_clusters_is_that_of_brute_force(tmp_path: Path) -> No
 def test_a_leak_that_is_the_image_itself_is_in_the_histogram(tmp_path: Path) -> None:
     vectors = planted(5, 200, 256)
     target, test = pool(tmp_path, vectors), pool(tmp_path, vectors[:60], "t")
-    artifact, _ = curated(tmp_path, target, {"kind": "decontaminate", "threshold": 0.93}, evaluation=[test.embeddings])
-    facts = artifact.metrics["steps"][0]["sets"]["evaluation_0"]
+    artifact, _ = curated(
+        tmp_path, target, {"kind": "decontaminate", "threshold": 0.93}, eval_embeddings=[test.embeddings]
+    )
+    facts = artifact.metrics["steps"][0]["sets"]["eval_embeddings_0"]
     assert sum(count for edge, count in facts["histogram"] if edge >= 0.93) == facts["leaks"] >= 60
 
 
@@ -235,13 +237,13 @@ def test_a_killed_step_leaves_nothing_to_the_next(tmp_path: Path, monkeypatch: p
     _, whole = curated(tmp_path, target, *steps)
     monkeypatch.setattr("curation.similarity.selfjoin._SAVE_SECONDS", -1.0)
     monkeypatch.setattr("pathlib.Path.unlink", lambda *arguments, **named: None)
-    save = Verdicts.save
+    save = SelectionState.save
 
     def killed(*arguments: Any) -> None:
         save(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Verdicts, "save", killed)
+    monkeypatch.setattr(SelectionState, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         curated(tmp_path / "run", pool(tmp_path, vectors), *steps)
     assert list((tmp_path / "run").rglob("forest.npz"))
@@ -258,7 +260,7 @@ def test_a_balanced_draw_is_more_even_than_the_pool_and_reaches_rare_concepts(tm
     artifact, ledger = curated(tmp_path, pool(tmp_path, vectors), step)
     drawn = np.bincount(concept[kept(ledger)], minlength=8)
     assert drawn.sum() == 160
-    best = evenness(shares(sizes, 160, rng))["gini"]  # with the concepts known
+    best = evenness(split_target(sizes, 160, rng))["gini"]  # with the concepts known
     assert evenness(drawn)["gini"] < best + 0.3 * (evenness(sizes)["gini"] - best)
     assert (drawn[5:] >= 0.8 * sizes[5:]).all()
     top = artifact.metrics["steps"][0]["levels"][-1]
@@ -275,7 +277,7 @@ def test_shares_are_exact_and_even() -> None:
     for _ in range(200):
         sizes = rng.integers(0, 30, rng.integers(1, 12))
         target = int(rng.integers(0, sizes.sum() + 5))
-        taken = shares(sizes, target, rng)
+        taken = split_target(sizes, target, rng)
         assert taken.sum() == min(target, sizes.sum())
         assert (taken <= sizes).all()
         least = taken[taken < sizes].min(initial=taken.max(initial=0))
@@ -291,11 +293,11 @@ def test_filters_by_size_and_caption(tmp_path: Path) -> None:
         {"width": 300, "height": 300, "caption": "a b c"},
         {"width": 300, "height": 300, "caption": None},
     ]
-    step = {"kind": "filter", "min_side": 200, "max_aspect": 3, "min_words": 3, "min_characters": 6}
+    step = {"kind": "metadata_filter", "min_side": 200, "max_aspect": 3, "min_words": 3, "min_characters": 6}
     artifact, ledger = curated(tmp_path, pool(tmp_path, unit(0, 6), rows=rows), step)
     words = "too_few_words"
     assert [row["reason"] for row in ledger] == [
-        "kept", "too_small", "too_long", words, "too_few_characters", words
+        "kept", "too_small", "aspect_ratio", words, "too_few_characters", words
     ]  # fmt: skip
     assert ledger[2]["score"] == 4
     assert artifact.metrics["steps"][0]["dropped"] == 5
@@ -306,11 +308,11 @@ def test_what_is_listed_goes_and_what_was_dropped_may_come_back(tmp_path: Path) 
     target = pool(tmp_path, vectors, rows=[{"sha256": digest(i)} for i in range(12)])
     (tmp_path / "keys.txt").write_text("k0003\n\nk0004\nunknown\n")
     (tmp_path / "hashes.txt").write_bytes(b"\xef\xbb\xbf" + f"{digest(11).upper()}\r\n{digest(99)}\n".encode())
-    gone = {"kind": "remove", "keys": str(tmp_path / "keys.txt"), "hashes": str(tmp_path / "hashes.txt")}
-    artifact, ledger = curated(tmp_path, target, gone, {"kind": "remove", "prefix": "k000"})
+    gone = {"kind": "exclude", "keys": str(tmp_path / "keys.txt"), "hashes": str(tmp_path / "hashes.txt")}
+    artifact, ledger = curated(tmp_path, target, gone, {"kind": "exclude", "prefix": "k000"})
     assert artifact.metrics["steps"][0]["unknown_lines"] == 2
     assert np.flatnonzero(kept(ledger)).tolist() == [10]
-    near = {"kind": "near_duplicates", "threshold": 0.8, "representative": "earliest"}
+    near = {"kind": "near_duplicates", "threshold": 0.8, "representative": "first_key"}
     artifact, ledger = curated(tmp_path, target, near, {"kind": "restore", "reason": "near_duplicate", "below": 0.99})
     _, before = curated(tmp_path, target, near)
     back = [not old["keep"] and old["score"] < 0.99 for old in before]
@@ -324,7 +326,7 @@ def test_what_is_listed_goes_and_what_was_dropped_may_come_back(tmp_path: Path) 
     _, later = curated(
         tmp_path, target, {"kind": "restore", "reason": "near_duplicate", "below": 0.99}, selection=first.url
     )
-    assert [row["cluster"] for row in later] == [row["cluster"] for row in ledger]
+    assert [row["duplicate_group"] for row in later] == [row["duplicate_group"] for row in ledger]
     assert [row["weight"] for row in later if row["keep"]] == [row["weight"] for row in ledger if row["keep"]]
     (tmp_path / "hashes.txt").write_text("nonsense")
     with pytest.raises(UserError, match="not a SHA-256"):
@@ -336,7 +338,7 @@ def test_what_is_listed_goes_and_what_was_dropped_may_come_back(tmp_path: Path) 
 
 EVERYTHING: list[dict[str, Any]] = [
     {"kind": "exact"},
-    {"kind": "near_duplicates", "threshold": 0.8, "representative": "earliest", "num_cells": 12, "nprobe": 4},
+    {"kind": "near_duplicates", "threshold": 0.8, "representative": "first_key", "num_cells": 12, "nprobe": 4},
     {"kind": "decontaminate", "threshold": 0.8, "drop": "components"},
     {"kind": "semdedup", "clusters": 5, "eps": 0.3},
     {"kind": "retrieve_clusters", "clusters": 6, "min_seeds": 1, "quota": 90, "most": 330},
@@ -348,7 +350,9 @@ EVERYTHING: list[dict[str, Any]] = [
 def everything(folder: Path, vectors: np.ndarray, keys: list[str], **settings: Any) -> list[dict[str, Any]]:
     target = pool(folder, vectors, keys=keys, rows=[{"sha256": digest(int(key[1:]) % 500)} for key in keys])
     test, seed = pool(folder, planted(9, 20, 16), "t"), pool(folder, planted(9, 30, 16), "s")
-    return curated(folder, target, *EVERYTHING, evaluation=[test.embeddings], curated=seed.embeddings, **settings)[1]
+    return curated(
+        folder, target, *EVERYTHING, eval_embeddings=[test.embeddings], seed_embeddings=seed.embeddings, **settings
+    )[1]
 
 
 def test_verdicts_do_not_depend_on_order_threads_or_memory(tmp_path: Path) -> None:
@@ -399,71 +403,71 @@ def test_a_later_selection_goes_on_from_an_earlier_one(tmp_path: Path) -> None:
     assert sum(row["weight"] for row in then if row["keep"]) == 300
 
 
-def embedded_urls(corpora: Embedded, backbone: PixelDescriptor, out: Path) -> dict[str, str]:
+def embedded_urls(corpora: SyntheticCorpora, backbone: PixelDescriptorConfig, out: Path) -> dict[str, str]:
     return {
         role: embed(EmbedConfig(backbone=backbone, corpus=getattr(corpora, role), out=str(out / "{id}"))).url
         for role in ("pool", "seed", "test")
     }
 
 
-def test_the_embedded_pool_is_cleaned(embedded: Embedded, tmp_path: Path) -> None:
-    copies, likeness = embedded_urls(embedded, COPIES, tmp_path), embedded_urls(embedded, LIKENESS, tmp_path)
+def test_the_synthetic_pool_is_cleaned(synthetic: SyntheticCorpora, tmp_path: Path) -> None:
+    copies, likeness = embedded_urls(synthetic, COPIES, tmp_path), embedded_urls(synthetic, LIKENESS, tmp_path)
     near_duplicates = {"kind": "near_duplicates", "threshold": 0.95}
     clean, _ = curated(
         tmp_path,
-        Pool(embedded.pool, copies["pool"], []),
+        Pool(synthetic.pool, copies["pool"], []),
         {"kind": "exact"},
         near_duplicates,
         {"kind": "decontaminate", "threshold": 0.88},
-        evaluation=[copies["test"]],
+        eval_embeddings=[copies["test"]],
     )
     near, ledger = curated(
         tmp_path,
-        Pool(embedded.pool, likeness["pool"], []),
+        Pool(synthetic.pool, likeness["pool"], []),
         {"kind": "retrieve", "k": 8},
-        curated=likeness["seed"],
+        seed_embeddings=likeness["seed"],
         selection=clean.url,
     )
-    scores = score_synthetic(near.url, embedded.truth)
+    scores = score_synthetic(near.url, synthetic.truth)
     assert scores["dedup"]["recall"] > 0.75
     assert scores["decontamination"]["precision"] > 0.9
     assert scores["decontamination"]["recall"] > 0.8
-    junk = np.mean([each["kind"] != "photo" for each in json.loads(embedded.truth.read_text()).values()])
+    junk = np.mean([each["kind"] != "photo" for each in json.loads(synthetic.truth.read_text()).values()])
     assert scores["retrieval"]["precision"] > 1 - junk + 0.2
 
     assert all(row["reason"] for row in ledger)
     smaller = Corpus.open(
-        materialize(MaterializeConfig(corpus=embedded.pool, selection=near.url, out=str(tmp_path / "small"))).url
+        materialize(MaterializeConfig(corpus=synthetic.pool, selection=near.url, out=str(tmp_path / "small"))).url
     )
-    whole = Corpus.open(embedded.pool)
+    whole = Corpus.open(synthetic.pool)
     originals = {key: whole.read_image(row) for row, key in enumerate(whole.keys)}
     assert smaller.keys == [row["key"] for row in ledger if row["keep"]]
     assert all(smaller.read_image(row) == originals[key] for row, key in enumerate(smaller.keys))
 
 
-def test_a_selection_over_another_corpus_is_refused(embedded: Embedded, tmp_path: Path) -> None:
+def test_a_selection_over_another_corpus_is_refused(synthetic: SyntheticCorpora, tmp_path: Path) -> None:
     exact: Any = [{"kind": "exact"}]
-    of_seed = run(CurateConfig(steps=exact, corpus=embedded.seed, out=str(tmp_path / "seed")))
+    of_seed = run(CurateConfig(steps=exact, corpus=synthetic.seed, out=str(tmp_path / "seed")))
     with pytest.raises(UserError, match="judges another corpus"):
-        run(CurateConfig(steps=exact, corpus=embedded.pool, selection=of_seed.url, out=str(tmp_path / "x")))
+        run(CurateConfig(steps=exact, corpus=synthetic.pool, selection=of_seed.url, out=str(tmp_path / "x")))
 
 
-def test_a_step_without_its_input_is_named(embedded: Embedded, tmp_path: Path) -> None:
+def test_a_step_without_its_input_is_named(synthetic: SyntheticCorpora, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="embeddings: needed by the step near_duplicates"):
-        run(CurateConfig(corpus=embedded.pool, out=str(tmp_path / "x")))
+        run(CurateConfig(corpus=synthetic.pool, out=str(tmp_path / "x")))
 
 
 def test_a_step_that_leaves_nothing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the step filter leaves no image"):
-        curated(tmp_path, pool(tmp_path, unit(0, 5)), {"kind": "filter", "min_side": 9})
+    with pytest.raises(UserError, match="the step metadata_filter leaves no image"):
+        curated(tmp_path, pool(tmp_path, unit(0, 5)), {"kind": "metadata_filter", "min_side": 9})
 
 
 @pytest.mark.slow
 def test_known_leaks_of_cifar10_are_found(shared_data: Path, tmp_path: Path) -> None:
     """Test images listed as near-duplicates of training images of two shards, against those shards."""
     folder = shared_data / "cifar10"
-    target = ingested(folder / "train-{000000..000001}.tar.gz", tmp_path / "pool")
-    test = ingested(folder / "test-*.tar.gz", tmp_path / "test")
+    target = ingest_folder(folder / "train-{000000..000001}.tar.gz", tmp_path / "pool")
+    test = ingest_folder(folder / "test-*.tar.gz", tmp_path / "test")
     urls = [
         embed(EmbedConfig(backbone=COPIES, corpus=each.artifact.url, out=str(tmp_path / "{id}"))).url
         for each in (target, test)
@@ -472,7 +476,7 @@ def test_known_leaks_of_cifar10_are_found(shared_data: Path, tmp_path: Path) -> 
         tmp_path,
         Pool(target.artifact.url, urls[0], []),
         {"kind": "decontaminate", "threshold": 0.9, "count_components": False},
-        evaluation=[urls[1]],
+        eval_embeddings=[urls[1]],
     )
     scores = score_known_leaks(selection.url, folder / "near_duplicates_test_train.csv", "train_key")
     assert scores["listed"] > 20

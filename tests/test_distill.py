@@ -20,20 +20,21 @@ from PIL import Image
 import distill
 import pretrain
 from distill.config import DistillConfig, FormatName, PublishConfig
-from distill.distill import _dataset
-from distill.formats import timm_folder
-from distill.lesson import Lesson
-from distill.publish import publish
+from distill.export.formats import timm_folder
+from distill.export.publish import publish
+from distill.train.build import DistillationSetup
+from distill.train.distill import _build_dataset
 from eval import run as evaluate
 from eval.config import EvaluateConfig
 from infra.errors import UserError
-from pretrain.backbones import load
-from pretrain.checkpoints import Checkpoint
-from pretrain.config import CheckpointBackbone, Optimizer, Sharding
+from pretrain.backbones.config import CheckpointBackboneConfig
+from pretrain.backbones.registry import load_backbone
+from pretrain.checkpoint.artifact import Checkpoint
+from pretrain.config import Optimizer, Sharding
 from pretrain.data.loader import Batch
-from pretrain.sharding import base
+from pretrain.sharding import build
 from pretrain.trainer import parameter_groups
-from tests.conftest import Embedded
+from tests.conftest import SyntheticCorpora
 from tests.test_pretrain_training import TINY, config
 
 MODEL = {"embed_dim": 24, "depth": 1, "num_heads": 2, "patch_size": 8, "image_size": 32, "num_register_tokens": 2}
@@ -48,19 +49,19 @@ STUDENT = {
 
 
 @pytest.fixture(scope="module")
-def teacher(embedded: Embedded, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+def teacher(synthetic: SyntheticCorpora, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     out = tmp_path_factory.mktemp("teacher") / "run"
     settings = {
         "schedule": {"steps": 6, "global_batch_size": 8},
         "sharding": {"backend": "torch"},
         "runtime": {"num_workers": 0},
     }
-    return Checkpoint.open(pretrain.run(config(embedded.seed, out, **settings)).url)
+    return Checkpoint.open(pretrain.run(config(synthetic.seed, out, **settings)).url)
 
 
 @pytest.fixture(scope="module")
-def student(embedded: Embedded, teacher: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    settings = distillation(teacher, embedded.seed, tmp_path_factory.mktemp("student") / "run")
+def student(synthetic: SyntheticCorpora, teacher: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    settings = distillation(teacher, synthetic.seed, tmp_path_factory.mktemp("student") / "run")
     return Checkpoint.open(distill.run(settings).url)
 
 
@@ -69,12 +70,12 @@ def distillation(teacher: Checkpoint, corpus: str, out: Path, **changes: object)
     return DistillConfig.model_validate(content)
 
 
-def lesson(teacher: Checkpoint, **changes: object) -> Lesson:
-    return Lesson.of(distillation(teacher, "x", Path("y"), **changes), [])
+def lesson(teacher: Checkpoint, **changes: object) -> DistillationSetup:
+    return DistillationSetup.from_config(distillation(teacher, "x", Path("y"), **changes), [])
 
 
 def test_the_teacher_and_its_heads_are_those_of_the_checkpoint(teacher: Checkpoint) -> None:
-    learner = lesson(teacher).build()
+    learner = lesson(teacher).build_module()
     state = learner.state_dict()
     for name, value in teacher.weights("teacher.").items():
         assert torch.equal(state[f"teacher.{name}"], value)
@@ -84,21 +85,25 @@ def test_the_teacher_and_its_heads_are_those_of_the_checkpoint(teacher: Checkpoi
 
 
 def test_distilling_moves_the_student_and_its_average_and_not_the_teacher(
-    embedded: Embedded, teacher: Checkpoint, student: Checkpoint
+    synthetic: SyntheticCorpora, teacher: Checkpoint, student: Checkpoint
 ) -> None:
     assert student.description.released == "average"
     first, average, last = (
         state["blocks.0.mlp.fc1.weight"]
-        for state in (student.untrained().state_dict(), student.backbone().state_dict(), student.weights("student."))
+        for state in (
+            student.untrained_backbone().state_dict(),
+            student.backbone().state_dict(),
+            student.weights("student."),
+        )
     )
     assert not torch.equal(first, average)
     assert not torch.equal(average, last)
-    learner = lesson(teacher).build()
-    engine = base.build(
+    learner = lesson(teacher).build_module()
+    engine = build.build(
         learner, parameter_groups(learner, learner_settings()), Optimizer(), Sharding(backend="torch"), (4, 1)
     )
     before = {name: value.clone() for name, value in learner.state_dict().items()}
-    loss, _ = engine.forward(batch_of(embedded, teacher), 0.07)
+    loss, _ = engine.forward(batch_of(synthetic, teacher), 0.07)
     engine.parameter_groups()[0]["lr"] = 1e-3
     engine.backward(loss)
     engine.step()
@@ -112,33 +117,37 @@ def learner_settings() -> DistillConfig:
     return DistillConfig.model_validate({**STUDENT, "teacher_checkpoint": "t", "corpora": ["x"], "out": "y"})
 
 
-def batch_of(embedded: Embedded, teacher: Checkpoint) -> Batch:
-    return _dataset(Lesson.of(distillation(teacher, embedded.seed, Path("y")), [])).batch(np.arange(4))
+def batch_of(synthetic: SyntheticCorpora, teacher: Checkpoint) -> Batch:
+    return _build_dataset(DistillationSetup.from_config(distillation(teacher, synthetic.seed, Path("y")), [])).batch(
+        np.arange(4)
+    )
 
 
 @pytest.mark.parametrize("patches", ["sampled", "all"])
-def test_the_student_sees_everything(teacher: Checkpoint, embedded: Embedded, patches: str) -> None:
-    learner = lesson(teacher, objectives=[{"kind": "prototypes", "patches": patches}]).build().eval()
-    batch = batch_of(embedded, teacher)
+def test_the_student_sees_everything(teacher: Checkpoint, synthetic: SyntheticCorpora, patches: str) -> None:
+    learner = lesson(teacher, objectives=[{"kind": "dino_ibot", "patches": patches}]).build_module().eval()
+    batch = batch_of(synthetic, teacher)
     seen: list[object] = []
     compared: list[int] = []
-    (part,) = learner.parts()
+    (part,) = learner.branches()
     part.student.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
     head = dict(learner.named_modules())["students.of_student.objectives.ibot.head"]
     head.register_forward_pre_hook(lambda _, arguments: compared.append(len(arguments[0])))
     learner(batch, 0.07)
     assert batch.masks.any()
     assert seen == [[None, None]]
-    assert compared == [len(batch.masked) if patches == "sampled" else batch.masks.numel()]
+    assert compared == [len(batch.mask_indices) if patches == "sampled" else batch.masks.numel()]
 
 
-def test_crops_must_fit_every_students_patches(teacher: Checkpoint, embedded: Embedded, tmp_path: Path) -> None:
+def test_crops_must_fit_every_students_patches(
+    teacher: Checkpoint, synthetic: SyntheticCorpora, tmp_path: Path
+) -> None:
     model = {**MODEL, "patch_size": 3, "image_size": 33}
     with pytest.raises(UserError, match=r"32 is no multiple of the patch size 3 of students.odd.model"):
-        distill.run(distillation(teacher, embedded.seed, tmp_path / "x", students={"odd": {"model": model}}))
+        distill.run(distillation(teacher, synthetic.seed, tmp_path / "x", students={"odd": {"model": model}}))
 
 
-def test_a_mixed_teacher_hands_down_its_prototypes_alone(embedded: Embedded, tmp_path: Path) -> None:
+def test_a_mixed_teacher_hands_down_its_prototypes_alone(synthetic: SyntheticCorpora, tmp_path: Path) -> None:
     """Tied heads are DINO's, and pixels are nothing to learn from a teacher; without prototypes nothing is."""
     settings = {
         "schedule": {"steps": 1, "global_batch_size": 8},
@@ -147,35 +156,35 @@ def test_a_mixed_teacher_hands_down_its_prototypes_alone(embedded: Embedded, tmp
     }
     dino, pixels = TINY["objectives"][0], {"kind": "simmim"}  # type: ignore[index]
     mixed = config(
-        embedded.seed, tmp_path / "mixed", **settings, objectives=[dino, {"kind": "ibot", "share_head": True}, pixels]
+        synthetic.seed, tmp_path / "mixed", **settings, objectives=[dino, {"kind": "ibot", "share_head": True}, pixels]
     )
     checkpoint = Checkpoint.open(pretrain.run(mixed).url)
-    assert [each.kind for each in lesson(checkpoint).inherited] == ["dino", "ibot"]
-    student = Checkpoint.open(distill.run(distillation(checkpoint, embedded.seed, tmp_path / "student")).url)
+    assert [each.kind for each in lesson(checkpoint).teacher_objectives] == ["dino", "ibot"]
+    student = Checkpoint.open(distill.run(distillation(checkpoint, synthetic.seed, tmp_path / "student")).url)
     with pytest.raises(UserError, match="which has no heads"):
-        distill.run(distillation(student, embedded.seed, tmp_path / "again"))
-    alone = config(embedded.seed, tmp_path / "alone", **settings, objectives=[pixels])
+        distill.run(distillation(student, synthetic.seed, tmp_path / "again"))
+    alone = config(synthetic.seed, tmp_path / "alone", **settings, objectives=[pixels])
     nothing = Checkpoint.open(pretrain.run(alone).url)
     with pytest.raises(UserError, match="no prototypes to distill from"):
-        distill.run(distillation(nothing, embedded.seed, tmp_path / "none"))
+        distill.run(distillation(nothing, synthetic.seed, tmp_path / "none"))
 
 
 @pytest.fixture(scope="module")
-def published(embedded: Embedded, student: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def published(synthetic: SyntheticCorpora, student: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("published")
     report = evaluate(
         EvaluateConfig(
-            model=CheckpointBackbone(url=student.artifact.url),
-            datasets={"train": embedded.seed, "test": embedded.test},
+            model=CheckpointBackboneConfig(url=student.artifact.url),
+            datasets={"train": synthetic.seed, "test": synthetic.test},
             out=str(out / "report"),
         )
     )
     settings = PublishConfig(
         checkpoint=student.artifact.url,
-        images=embedded.test,
+        images=synthetic.test,
         reports=[report.url],
         license="cc0-1.0",
-        formats=["official", "torch_export", "onnx", "transformers", "hub"],
+        formats=["official", "torch_export", "onnx", "transformers", "torch_hub"],
         out=str(out / "backbone"),
     )
     artifact = publish(settings)
@@ -197,13 +206,15 @@ print(json.dumps(features[0].tolist()))
 
 
 @pytest.mark.multiprocess
-def test_the_model_cards_snippet_gives_our_features(embedded: Embedded, student: Checkpoint, published: Path) -> None:
+def test_the_model_cards_snippet_gives_our_features(
+    synthetic: SyntheticCorpora, student: Checkpoint, published: Path
+) -> None:
     """The transform included, on an image file, in a process that never imports Fovea."""
-    path = sorted((embedded.folder / "test").rglob("*.png"))[3]
+    path = sorted((synthetic.folder / "test").rglob("*.png"))[3]
     done = subprocess.run(
         [sys.executable, "-I", "-c", LOAD, str(published), str(path)], capture_output=True, text=True, check=True
     )
-    backbone = load(CheckpointBackbone(url=student.artifact.url))
+    backbone = load_backbone(CheckpointBackboneConfig(url=student.artifact.url))
     image = torch.as_tensor(np.array(backbone.preprocess(Image.open(path).convert("RGB"))))
     np.testing.assert_allclose(json.loads(done.stdout), backbone.features(image[None])[0], rtol=0, atol=1e-5)
 
@@ -217,9 +228,9 @@ image = Image.open(sys.argv[1]).convert("RGB")
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_the_cards_snippets_run_as_they_stand(embedded: Embedded, published: Path) -> None:
+def test_the_cards_snippets_run_as_they_stand(synthetic: SyntheticCorpora, published: Path) -> None:
     """Each in a process of its own that never imports Fovea."""
-    path = sorted((embedded.folder / "test").rglob("*.png"))[3]
+    path = sorted((synthetic.folder / "test").rglob("*.png"))[3]
     blocks = re.findall(r"```python\n(.*?)```", (published / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 6
     for block in blocks:
@@ -247,13 +258,13 @@ def test_graphs_take_any_batch_and_size(student: Checkpoint, published: Path) ->
 AGAIN = """
 import sys
 from pathlib import Path
-from distill.formats.catalogue import FORMATS
-from distill.formats.material import Material
-from pretrain.checkpoints import Checkpoint
+from distill.export.formats.registry import FORMATS
+from distill.export.formats.source import PublishSource
+from pretrain.checkpoint.artifact import Checkpoint
 
 checkpoint = Checkpoint.open(sys.argv[1])
 for name in ("timm", "onnx", "torch_export"):
-    FORMATS[name].write(Material.of(checkpoint), Path(sys.argv[2]))
+    FORMATS[name].write(PublishSource.from_checkpoint(checkpoint), Path(sys.argv[2]))
 """
 
 
@@ -293,9 +304,9 @@ def test_the_card_tells_numbers_lineage_and_licence(published: Path) -> None:
     assert card.startswith("---\nlicense: cc0-1.0\n")
     assert "| knn | accuracy, k = " in card
     assert "| logistic | accuracy | untrained |" in card
-    assert "| health | RankMe | model |" in card
+    assert "| representation | RankMe | model |" in card
     (evaluated,) = json.loads((published / "eval.json").read_text())
-    assert {row["protocol"] for row in evaluated["rows"]} == {"knn", "logistic", "health"}
+    assert {row["protocol"] for row in evaluated["rows"]} == {"knn", "logistic", "representation"}
     lineage = json.loads((published / "lineage.json").read_text())
     assert {each["stage"] for each in lineage} >= {"source", "ingest", "pretrain", "distill", "evaluate"}
     known: set[str] = set()
@@ -307,7 +318,7 @@ def test_the_card_tells_numbers_lineage_and_licence(published: Path) -> None:
 @pytest.mark.parametrize("side", [64, 96, 256, 518])
 @pytest.mark.parametrize("size", [(600, 600), (601, 777), (930, 604), (607, 1001)])
 def test_timm_prepares_images_as_we_do(side: int, size: tuple[int, int]) -> None:
-    from pretrain.backbones import center_crop
+    from pretrain.backbones.preprocessing import center_crop
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
     transform = timm.data.create_transform(
@@ -325,7 +336,7 @@ def test_timm_resizes_to_the_side_that_we_do() -> None:
 def test_rotary_models_load_in_transformers_with_and_without_registers(tmp_path: Path) -> None:
     from transformers import AutoModel
 
-    from distill.formats import graphs, transformers_folder
+    from distill.export.formats import graphs, transformers_folder
     from pretrain.data.config import Views
     from pretrain.models.config import VisionTransformerConfig
     from pretrain.models.vit import VisionTransformer
@@ -351,7 +362,7 @@ def test_rotary_models_load_in_transformers_with_and_without_registers(tmp_path:
 
 
 def test_a_backbone_that_timm_sees_differently_is_not_published(
-    embedded: Embedded, student: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    synthetic: SyntheticCorpora, student: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = timm_folder.config_json
     monkeypatch.setattr(
@@ -359,7 +370,7 @@ def test_a_backbone_that_timm_sees_differently_is_not_published(
         "config_json",
         lambda *arguments: (config := honest(*arguments)) | {"model_args": config["model_args"] | {"num_heads": 1}},
     )
-    settings = PublishConfig(checkpoint=student.artifact.url, images=embedded.test, out=str(tmp_path / "b"))
+    settings = PublishConfig(checkpoint=student.artifact.url, images=synthetic.test, out=str(tmp_path / "b"))
     with pytest.raises(UserError, match="timm: features differ"):
         publish(settings)
     assert not (tmp_path / "b" / "manifest.json").exists()

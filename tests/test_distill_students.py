@@ -17,27 +17,28 @@ from safetensors.torch import load_file, save_file
 
 import distill
 import pretrain
-from distill import distill as distill_module
-from distill import taught
 from distill.config import DistillConfig, PublishConfig
-from distill.distill import _dataset
-from distill.learner import Distillation
-from distill.lesson import Lesson
-from distill.publish import publish
-from distill.specs import checkpoint_spec, student_url, student_urls
-from distill.taught import Kept
-from distill.teachers import BackboneTeacher
-from eval.tasks.knn import predict
-from infra.artifacts import open_artifact
+from distill.export.publish import publish
+from distill.train import distill as distill_module
+from distill.train import teacher_cache
+from distill.train.build import DistillationSetup
+from distill.train.distill import _build_dataset
+from distill.train.specs import checkpoint_spec, student_url, student_urls
+from distill.train.teacher_cache import TeacherCache
+from distill.train.teachers import BackboneTeacher
+from distill.train.train_module import DistillModule
+from eval.protocols.knn import predict
+from infra.artifacts.artifact import open_artifact
 from infra.config import load_yaml
-from infra.corpora import Corpus
+from infra.corpus.corpus import Corpus
 from infra.errors import UserError
-from pretrain.backbones import load
-from pretrain.checkpoints import WEIGHTS, Checkpoint
-from pretrain.config import CheckpointBackbone, OpenClipBackbone, PretrainConfig, TimmBackbone
-from pretrain.features import extract
+from pretrain.backbones.config import CheckpointBackboneConfig, OpenClipBackboneConfig, TimmBackboneConfig
+from pretrain.backbones.features import extract
+from pretrain.backbones.registry import load_backbone
+from pretrain.checkpoint.artifact import WEIGHTS, Checkpoint
+from pretrain.config import PretrainConfig
 from pretrain.networks import build_backbone
-from tests.conftest import Embedded, image_folder, ingested
+from tests.conftest import SyntheticCorpora, image_folder, ingest_folder
 from tests.test_pretrain_training import HEAD, config, losses
 
 PLAIN: dict[str, Any] = {
@@ -51,12 +52,12 @@ VIT = {"embed_dim": 24, "depth": 1, "num_heads": 2, "patch_size": 8, "image_size
 SMALL = {"model": VIT}
 FINE = {"model": {**VIT, "patch_size": 4, "num_register_tokens": 1}, "lr": 0.5}
 NET = {"timm": {"name": "test_resnet", "image_size": 32}}
-SAID = [{"kind": "prototypes"}, {"kind": "features"}]
+SAID = [{"kind": "dino_ibot"}, {"kind": "features"}]
 HERE = {"global_crops": {"size": 32}, "num_local_crops": 0}
 
 
 @pytest.fixture(scope="module")
-def teacher(embedded: Embedded, tmp_path_factory: pytest.TempPathFactory) -> str:
+def teacher(synthetic: SyntheticCorpora, tmp_path_factory: pytest.TempPathFactory) -> str:
     settings = {
         "schedule": {"steps": 6, "global_batch_size": 8},
         "sharding": {"backend": "torch"},
@@ -64,15 +65,15 @@ def teacher(embedded: Embedded, tmp_path_factory: pytest.TempPathFactory) -> str
     }
     objectives = [{"kind": kind, "head": HEAD} for kind in ("dino", "ibot")]
     out = tmp_path_factory.mktemp("teacher") / "run"
-    return pretrain.run(config(embedded.seed, out, **settings, objectives=objectives)).url
+    return pretrain.run(config(synthetic.seed, out, **settings, objectives=objectives)).url
 
 
 @pytest.fixture(scope="module")
-def foreign(tmp_path_factory: pytest.TempPathFactory) -> TimmBackbone:
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> TimmBackboneConfig:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("timm") / "model.safetensors"
     save_file(timm.create_model("test_vit2", num_classes=0).state_dict(), path)
-    return TimmBackbone(model="test_vit2", checkpoint=str(path))
+    return TimmBackboneConfig(model="test_vit2", checkpoint=str(path))
 
 
 def settings(corpus: str, out: Path, **changes: Any) -> DistillConfig:
@@ -80,7 +81,7 @@ def settings(corpus: str, out: Path, **changes: Any) -> DistillConfig:
 
 
 def test_students_together_are_what_they_are_alone(
-    embedded: Embedded, teacher: str, foreign: TimmBackbone, tmp_path: Path
+    synthetic: SyntheticCorpora, teacher: str, foreign: TimmBackboneConfig, tmp_path: Path
 ) -> None:
     """Bit for bit: by the teacher's heads and by features of two teachers, one of which is standardised once for all;
     of another patch size, of another learning rate, with batch normalisation."""
@@ -91,12 +92,12 @@ def test_students_together_are_what_they_are_alone(
         "objectives": SAID,
         "optimizer": {"base_lr": 2e-2, "grad_clip": 0.1},
     }
-    together = distill.run(settings(embedded.seed, tmp_path / "all", **shared, students=students))
+    together = distill.run(settings(synthetic.seed, tmp_path / "all", **shared, students=students))
     assert together.metrics["students"] == {name: f"{tmp_path}/all-{name}" for name in students}
     with pytest.raises(UserError, match=r"of several students; give one of fine"):
         Checkpoint.open(together.url)
     for name, student in students.items():
-        alone = distill.run(settings(embedded.seed, tmp_path / name, **shared, students={"student": student}))
+        alone = distill.run(settings(synthetic.seed, tmp_path / name, **shared, students={"student": student}))
         ours, single = (load_file(Path(url) / WEIGHTS) for url in (student_url(together.url, name), alone.url))
         assert ours.keys() == single.keys()
         assert all(torch.equal(value, single[key]) for key, value in ours.items()), name
@@ -107,10 +108,10 @@ def test_students_together_are_what_they_are_alone(
     assert losses(tmp_path / "all")[-1]["gradient_norm"] > 0.3  # so that clipping tells
 
 
-def test_teachers_run_once_a_batch(embedded: Embedded, teacher: str, foreign: TimmBackbone) -> None:
+def test_teachers_run_once_a_batch(synthetic: SyntheticCorpora, teacher: str, foreign: TimmBackboneConfig) -> None:
     students = {"small": SMALL, "fine": FINE}
     asked = settings(
-        embedded.seed,
+        synthetic.seed,
         Path("x"),
         teacher_checkpoint=teacher,
         teachers={"timm": foreign.model_dump()},
@@ -132,14 +133,18 @@ def test_teachers_run_once_a_batch(embedded: Embedded, teacher: str, foreign: Ti
     assert sorted(calls) == ["head", "head", "teacher", "timm"]
 
 
-def learner_and_batch(asked: DistillConfig, classes: tuple[str, ...] = ()) -> tuple[Distillation, Any]:
-    lesson = Lesson.of(asked, list(classes))
-    return lesson.build(), _dataset(lesson).batch(np.arange(4))
+def learner_and_batch(asked: DistillConfig, classes: tuple[str, ...] = ()) -> tuple[DistillModule, Any]:
+    lesson = DistillationSetup.from_config(asked, list(classes))
+    return lesson.build_module(), _build_dataset(lesson).batch(np.arange(4))
 
 
 @pytest.mark.multiprocess
 def test_a_stopped_family_goes_on_bit_for_bit(
-    embedded: Embedded, teacher: str, foreign: TimmBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    synthetic: SyntheticCorpora,
+    teacher: str,
+    foreign: TimmBackboneConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is known of the teachers' features goes on too."""
     shared: dict[str, Any] = {
@@ -148,20 +153,20 @@ def test_a_stopped_family_goes_on_bit_for_bit(
         "objectives": SAID,
         "students": {"small": SMALL, "net": NET},
     }
-    whole = distill.run(settings(embedded.seed, tmp_path / "whole", **shared))
-    honest, calls = Distillation.losses, []
+    whole = distill.run(settings(synthetic.seed, tmp_path / "whole", **shared))
+    honest, calls = DistillModule.losses, []
 
-    def fails(self: Distillation, *arguments: Any) -> Any:
+    def fails(self: DistillModule, *arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 6:
             raise KeyboardInterrupt
         return honest(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Distillation, "losses", fails)
+        patch.setattr(DistillModule, "losses", fails)
         with pytest.raises(KeyboardInterrupt):
-            distill.run(settings(embedded.seed, tmp_path / "run", **shared))
-    again = distill.run(settings(embedded.seed, tmp_path / "run", **shared))
+            distill.run(settings(synthetic.seed, tmp_path / "run", **shared))
+    again = distill.run(settings(synthetic.seed, tmp_path / "run", **shared))
     assert again.metrics["resumed_at"] == 4
     assert again.id == whole.id
     for name in ("small", "net"):
@@ -169,26 +174,26 @@ def test_a_stopped_family_goes_on_bit_for_bit(
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
-def test_a_students_company_is_no_part_of_its_id(embedded: Embedded, teacher: str, tmp_path: Path) -> None:
+def test_a_students_company_is_no_part_of_its_id(synthetic: SyntheticCorpora, teacher: str, tmp_path: Path) -> None:
     """Its place is looked at before the training; when it is gone, nothing else is taken for it."""
     shared = {"teacher_checkpoint": teacher, "schedule": {"steps": 1, "global_batch_size": 8}}
-    both = distill.run(settings(embedded.seed, tmp_path / "a", **shared, students={"x": SMALL, "y": NET}))
-    other = distill.run(settings(embedded.seed, tmp_path / "b", **shared, students={"x": SMALL, "z": FINE}))
+    both = distill.run(settings(synthetic.seed, tmp_path / "a", **shared, students={"x": SMALL, "y": NET}))
+    other = distill.run(settings(synthetic.seed, tmp_path / "b", **shared, students={"x": SMALL, "z": FINE}))
     first, second = (open_artifact(student_url(each.url, "x"), "checkpoint") for each in (both, other))
     assert first.id == second.id
     assert first.manifest.files == second.manifest.files
     longer = {**shared, "schedule": {"steps": 2, "global_batch_size": 8}, "students": {"x": SMALL, "y": NET}}
     shutil.rmtree(both.url)
     with pytest.raises(UserError, match=r"a-x: holds an artifact of other settings \(schedule\.steps 1, now 2\)"):
-        distill.run(settings(embedded.seed, tmp_path / "a", **longer))
+        distill.run(settings(synthetic.seed, tmp_path / "a", **longer))
     assert not (tmp_path / "a").exists()
     shutil.rmtree(student_url(other.url, "z"))
     with pytest.raises(UserError, match="b-z: the student is gone"):
-        distill.run(settings(embedded.seed, tmp_path / "b", **shared, students={"x": SMALL, "z": FINE}))
+        distill.run(settings(synthetic.seed, tmp_path / "b", **shared, students={"x": SMALL, "z": FINE}))
 
 
 def test_students_named_like_parts_of_torch_and_teachers_in_any_order(
-    embedded: Embedded, teacher: str, foreign: TimmBackbone, tmp_path: Path
+    synthetic: SyntheticCorpora, teacher: str, foreign: TimmBackboneConfig, tmp_path: Path
 ) -> None:
     both = {"half": foreign.model_dump(), "apply": {"kind": "checkpoint", "url": teacher}}
     shared: dict[str, Any] = {
@@ -197,8 +202,8 @@ def test_students_named_like_parts_of_torch_and_teachers_in_any_order(
         "students": {"type": SMALL, "keys": NET},
     }
     shared |= {"schedule": {"steps": 2, "global_batch_size": 8}}
-    asked = settings(embedded.seed, tmp_path / "a", **shared, teachers=both)
-    turned = settings(embedded.seed, tmp_path / "b", **shared, teachers=dict(reversed(both.items())))
+    asked = settings(synthetic.seed, tmp_path / "a", **shared, teachers=both)
+    turned = settings(synthetic.seed, tmp_path / "b", **shared, teachers=dict(reversed(both.items())))
     a, b = (load_file(Path(student_url(distill.run(each).url, "type")) / WEIGHTS) for each in (asked, turned))
     assert all(torch.equal(value, b[name]) for name, value in a.items())
     assert checkpoint_spec(asked).id == checkpoint_spec(turned).id
@@ -206,7 +211,7 @@ def test_students_named_like_parts_of_torch_and_teachers_in_any_order(
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_ranks_tell_all_pairs_apart(clip: OpenClipBackbone, tmp_path: Path) -> None:
+def test_two_ranks_tell_all_pairs_apart(clip: OpenClipBackboneConfig, tmp_path: Path) -> None:
     """CLIP's logits are over the batch of all ranks."""
     clip_here = tmp_path / "tiny-clip.json"
     assert clip_here.exists()
@@ -214,7 +219,7 @@ def test_two_ranks_tell_all_pairs_apart(clip: OpenClipBackbone, tmp_path: Path) 
         "teachers": {"big": clip.model_dump()},
         "objectives": [
             {
-                "kind": "clip",
+                "kind": "clip_distill",
                 "teacher": "big",
                 "embed_dim": 8,
                 "text": {"context": 8, "width": 16, "num_heads": 2, "layers": 1},
@@ -233,7 +238,7 @@ def test_two_ranks_tell_all_pairs_apart(clip: OpenClipBackbone, tmp_path: Path) 
     _torchrun(run, tmp_path / "job", tmp_path / "start.py")
     distill.run(settings(corpus, tmp_path / "one", **asked))
     for ours, single in zip(losses(tmp_path / "run"), losses(tmp_path / "one"), strict=True):
-        assert ours["clip_contrast"] == pytest.approx(single["clip_contrast"], rel=1e-3)
+        assert ours["clip_distill_contrastive"] == pytest.approx(single["clip_distill_contrastive"], rel=1e-3)
         assert ours["clip_distill"] == pytest.approx(single["clip_distill"], rel=1e-3)
 
 
@@ -241,23 +246,23 @@ def test_two_ranks_tell_all_pairs_apart(clip: OpenClipBackbone, tmp_path: Path) 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("stage", [0, 3])
 def test_two_ranks_distill_as_one(
-    embedded: Embedded, teacher: str, foreign: TimmBackbone, tmp_path: Path, stage: int
+    synthetic: SyntheticCorpora, teacher: str, foreign: TimmBackboneConfig, tmp_path: Path, stage: int
 ) -> None:
     """Every rank has a share of all students: no rank waits for a larger one's."""
     shared: dict[str, Any] = {
         "teacher_checkpoint": teacher,
         "teachers": {"timm": foreign.model_dump()},
-        "objectives": [{"kind": "prototypes", "patches": "all"}, {"kind": "features"}],  # masks are each rank's own
+        "objectives": [{"kind": "dino_ibot", "patches": "all"}, {"kind": "features"}],  # masks are each rank's own
         "students": {"small": SMALL, "fine": FINE},
         "schedule": {"steps": 4, "global_batch_size": 8},
         "collapse": {"every": 2},
         "teacher": {"momentum": [0.5, 0.5], "temperature": [0.07, 0.07]},
     }
     sharding = {"zero_stage": stage}
-    run = settings(embedded.seed, tmp_path / "run", **shared, sharding=sharding)
+    run = settings(synthetic.seed, tmp_path / "run", **shared, sharding=sharding)
     (tmp_path / "job").mkdir()
     _torchrun(run, tmp_path / "job")
-    distill.run(settings(embedded.seed, tmp_path / "one", **shared))
+    distill.run(settings(synthetic.seed, tmp_path / "one", **shared))
     for ours, single in zip(losses(tmp_path / "run"), losses(tmp_path / "one"), strict=True):
         assert ours["gradient_norm"] == pytest.approx(single["gradient_norm"], rel=1e-2)
         assert ours == pytest.approx(single, rel=1e-2)
@@ -285,25 +290,25 @@ NETWORKS = [
 
 
 def test_a_network_of_timm_is_distilled_evaluated_and_published(
-    embedded: Embedded, foreign: TimmBackbone, tmp_path: Path
+    synthetic: SyntheticCorpora, foreign: TimmBackboneConfig, tmp_path: Path
 ) -> None:
     asked = settings(
-        embedded.seed,
+        synthetic.seed,
         tmp_path / "student",
         teachers={"timm": foreign.model_dump()},
-        objectives=[{"kind": "features"}, {"kind": "relations"}],
+        objectives=[{"kind": "features"}, {"kind": "gram_distill"}],
         views=HERE,
         students={"student": {"timm": {"name": "test_convnext", "image_size": 64}}},
     )
     student = distill.run(asked)
     assert student_urls(student, ["student"]) == {"student": student.url}
-    features = extract(load(CheckpointBackbone(url=student.url)), Corpus.open(embedded.test), 8, "x")
+    features = extract(load_backbone(CheckpointBackboneConfig(url=student.url)), Corpus.open(synthetic.test), 8, "x")
     assert features.shape[1] == 64
     artifact = publish(
         PublishConfig(
             checkpoint=student.url,
-            images=embedded.test,
-            formats=["hub", "onnx", "torch_export"],
+            images=synthetic.test,
+            formats=["torch_hub", "onnx", "torch_export"],
             out=str(tmp_path / "backbone"),
         )
     )
@@ -312,19 +317,21 @@ def test_a_network_of_timm_is_distilled_evaluated_and_published(
     with pytest.raises(UserError, match="the official code has no model like test_convnext; leave official out"):
         publish(
             PublishConfig(
-                checkpoint=student.url, images=embedded.test, formats=["official"], out=str(tmp_path / "other")
+                checkpoint=student.url, images=synthetic.test, formats=["official"], out=str(tmp_path / "other")
             )
         )
 
 
-def test_a_teacher_says_of_crops_what_its_library_says(foreign: TimmBackbone, clip: OpenClipBackbone) -> None:
+def test_a_teacher_says_of_crops_what_its_library_says(
+    foreign: TimmBackboneConfig, clip: OpenClipBackboneConfig
+) -> None:
     """Crops of another side come resized; those of a Vision Transformer that takes any, as they are."""
     crops = torch.randint(0, 256, (3, 3, 48, 48), generator=torch.Generator().manual_seed(0)).float() / 255
     for config_, side in ((foreign, 48), (clip, 32)):
-        teacher, backbone = BackboneTeacher("it", config_), load(config_)
+        teacher, backbone = BackboneTeacher("it", config_), load_backbone(config_)
         sized = crops if side == 48 else F.interpolate(crops, (side, side), mode="bilinear", antialias=True)
         images = sized.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
-        vectors, (tokens,) = backbone.layers(backbone.normalised(images), 1)  # type: ignore[attr-defined]
+        vectors, (tokens,) = backbone.layers(backbone.get_normalized_layers(images), 1)  # type: ignore[attr-defined]
         found = teacher(crops)
         torch.testing.assert_close(found.class_token, vectors)
         torch.testing.assert_close(found.patch_tokens, tokens.patch_tokens.flatten(1, 2))
@@ -333,7 +340,7 @@ def test_a_teacher_says_of_crops_what_its_library_says(foreign: TimmBackbone, cl
 
 
 def test_deit_learns_classes_from_labels_and_a_classifier(tmp_path: Path) -> None:
-    corpus = ingested(image_folder(tmp_path / "images", 24, classes=3), tmp_path / "corpus").artifact.url
+    corpus = ingest_folder(image_folder(tmp_path / "images", 24, classes=3), tmp_path / "corpus").artifact.url
     torch.manual_seed(0)
     save_file(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "teacher.safetensors")
     deit = {"kind": "deit", "classifier": "test_resnet", "checkpoint": str(tmp_path / "teacher.safetensors")}
@@ -377,15 +384,15 @@ def captioned(tmp_path: Path) -> str:
     folder = image_folder(tmp_path / "images", 24)
     for path in folder.glob("*.png"):
         path.with_suffix(".txt").write_text(f"picture number {path.stem}")
-    return ingested(folder, tmp_path / "corpus").artifact.url
+    return ingest_folder(folder, tmp_path / "corpus").artifact.url
 
 
-def test_clip_is_distilled_by_open_clips_loss(clip: OpenClipBackbone, tmp_path: Path) -> None:
+def test_clip_is_distilled_by_open_clips_loss(clip: OpenClipBackboneConfig, tmp_path: Path) -> None:
     """The loss of the first step by hand; then its student names images as one that was pretrained does."""
     import open_clip
     from open_clip.loss import DistillClipLoss
 
-    from pretrain.image_text import has_texts
+    from pretrain.backbones.image_text import has_texts
 
     corpus = captioned(tmp_path)
     text = {"context": 8, "width": 16, "num_heads": 2, "layers": 1}
@@ -393,7 +400,9 @@ def test_clip_is_distilled_by_open_clips_loss(clip: OpenClipBackbone, tmp_path: 
         corpus,
         tmp_path / "student",
         teachers={"big": clip.model_dump()},
-        objectives=[{"kind": "clip", "teacher": "big", "embed_dim": 8, "text": text, "contrast": 0.5}],
+        objectives=[
+            {"kind": "clip_distill", "teacher": "big", "embed_dim": 8, "text": text, "contrastive_weight": 0.5}
+        ],
         views={**HERE, "num_global_crops": 1},
         students={"student": SMALL},
         schedule={"steps": 30, "global_batch_size": 8},
@@ -407,105 +416,113 @@ def test_clip_is_distilled_by_open_clips_loss(clip: OpenClipBackbone, tmp_path: 
     with torch.inference_mode():
         seen = model.encode_image((crops - mean) / std, normalize=True)
         told = model.encode_text(batch.texts, normalize=True)
-    towers: Any = learner.get_submodule("students.of_student.objectives.clip.towers")
-    (part,) = learner.parts()
-    image = towers.encode_images(part.student([learner.images(batch.global_crops)])[0].class_token)
+    towers: Any = learner.get_submodule("students.of_student.objectives.clip_distill.towers")
+    (part,) = learner.branches()
+    image = towers.encode_images(part.student([learner.normalize(batch.global_crops)])[0].class_token)
     contrast, distilled = DistillClipLoss()(
         image, towers.encode_texts(batch.texts), towers.scale(), seen.clone(), told.clone(), model.logit_scale.exp()
     )
     torch.testing.assert_close(terms["clip_distill"], distilled.detach(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(terms["clip_contrast"], 0.5 * contrast.detach().reshape(()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        terms["clip_distill_contrastive"], 0.5 * contrast.detach().reshape(()), rtol=1e-4, atol=1e-5
+    )
     url = distill.run(asked).url
     rows = losses(tmp_path / "student")
     assert rows[-1]["loss"] < rows[0]["loss"]
-    assert has_texts(CheckpointBackbone(url=url))
-    from pretrain import image_text
+    assert has_texts(CheckpointBackboneConfig(url=url))
+    from pretrain.backbones import image_text
 
-    assert image_text.load(CheckpointBackbone(url=url)).texts(["picture number 3"]).shape == (1, 8)
-    longer = {"kind": "clip", "teacher": "big", "text": {**text, "context": 9}}
+    assert image_text.load(CheckpointBackboneConfig(url=url)).texts(["picture number 3"]).shape == (1, 8)
+    longer = {"kind": "clip_distill", "teacher": "big", "text": {**text, "context": 9}}
     other = DistillConfig.model_validate(asked.model_dump() | {"objectives": [longer]})
     with pytest.raises(UserError, match=r"take one of byte pairs and set text\.context"):
-        Lesson.of(other, []).build()
+        DistillationSetup.from_config(other, []).build_module()
 
 
 CACHED: dict[str, Any] = {
-    "objectives": [*SAID, {"kind": "relations"}],
+    "objectives": [*SAID, {"kind": "gram_distill"}],
     "students": {"small": SMALL, "net": NET},
     "schedule": {"steps": 50, "global_batch_size": 8},
-    "cached_views": 2,
+    "num_cached_views": 2,
 }
 
 
 def test_kept_teaching_is_what_teachers_say(
-    embedded: Embedded, teacher: str, foreign: TimmBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    synthetic: SyntheticCorpora,
+    teacher: str,
+    foreign: TimmBackboneConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """To half precision, over several epochs; kept once, for the next distillation too, which asks nobody."""
     shared = CACHED | {"teacher_checkpoint": teacher, "teachers": {"timm": foreign.model_dump()}}
-    asked = settings(embedded.seed, tmp_path / "kept", **shared)
-    images = len(Corpus.open(embedded.seed))
+    asked = settings(synthetic.seed, tmp_path / "kept", **shared)
+    images = len(Corpus.open(synthetic.seed))
     assert images < 8 * 50 / 2  # so that views come again
     distill.run(asked)
-    (folder,) = (tmp_path / "taught").iterdir()
-    kept = Kept(open_artifact(str(folder), "embeddings"))
+    (folder,) = (tmp_path / "teacher_cache").iterdir()
+    kept = TeacherCache(open_artifact(str(folder), "embeddings"))
     assert kept.artifact.metrics["views"] == 2 * images
     assert set(kept.teachers) == {"teacher", "timm"}
-    lesson = Lesson.of(asked, [])
-    dataset = _dataset(lesson)
+    lesson = DistillationSetup.from_config(asked, [])
+    dataset = _build_dataset(lesson)
     places = np.array([3, images + 3, 2 * images + 5, 7])
     batch = dataset.batch(places)
     assert batch.keys.tolist() == (2 * dataset.order.rows_at(places) + places // images % 2).tolist()
-    for name, told in lesson.build().teach(batch).items():
+    for name, told in lesson.build_module().teacher_features(batch).items():
         found = kept.features(name, batch.keys, torch.device("cpu"))
         torch.testing.assert_close(found.class_token, told.class_token, rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(found.patch_tokens, told.patch_tokens, rtol=2e-3, atol=2e-3)
     with monkeypatch.context() as patch:
-        patch.setattr(distill_module, "_kept", lambda *_: None)
-        distill.run(settings(embedded.seed, tmp_path / "streamed", **shared))
+        patch.setattr(distill_module, "_open_teacher_cache", lambda *_: None)
+        distill.run(settings(synthetic.seed, tmp_path / "streamed", **shared))
     for ours, streamed in zip(losses(tmp_path / "kept"), losses(tmp_path / "streamed"), strict=True):
         assert ours["loss"] == pytest.approx(streamed["loss"], rel=2e-2)
     monkeypatch.setattr(BackboneTeacher, "__call__", lambda *_: pytest.fail("a teacher was asked"))
-    again = distill.run(settings(embedded.seed, tmp_path / "other", **shared | {"students": {"student": FINE}}))
+    again = distill.run(settings(synthetic.seed, tmp_path / "other", **shared | {"students": {"student": FINE}}))
     assert again.metrics["steps"] == 50
 
 
 def test_keeping_goes_on_after_a_kill(
-    embedded: Embedded, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    synthetic: SyntheticCorpora, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(taught, "_PART", 32)
-    shared = {"teacher_checkpoint": teacher, "cached_views": 1, "schedule": {"steps": 2, "global_batch_size": 8}}
-    distill.run(settings(embedded.seed, tmp_path / "whole" / "run", **shared))
-    honest, calls = Distillation.teach, []
+    monkeypatch.setattr(teacher_cache, "_PART", 32)
+    shared = {"teacher_checkpoint": teacher, "num_cached_views": 1, "schedule": {"steps": 2, "global_batch_size": 8}}
+    distill.run(settings(synthetic.seed, tmp_path / "whole" / "run", **shared))
+    honest, calls = DistillModule.teacher_features, []
 
-    def fails(self: Distillation, batch: Any) -> Any:
+    def fails(self: DistillModule, batch: Any) -> Any:
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
         return honest(self, batch)
 
-    monkeypatch.setattr(Distillation, "teach", fails)
+    monkeypatch.setattr(DistillModule, "teacher_features", fails)
     with pytest.raises(KeyboardInterrupt):
-        distill.run(settings(embedded.seed, tmp_path / "killed" / "run", **shared))
+        distill.run(settings(synthetic.seed, tmp_path / "killed" / "run", **shared))
     calls.clear()
-    monkeypatch.setattr(Distillation, "teach", lambda *arguments: (calls.append(1), honest(*arguments))[1])
-    distill.run(settings(embedded.seed, tmp_path / "killed" / "run", **shared))
-    (whole,), (killed,) = ((tmp_path / name / "taught").iterdir() for name in ("whole", "killed"))
+    monkeypatch.setattr(DistillModule, "teacher_features", lambda *arguments: (calls.append(1), honest(*arguments))[1])
+    distill.run(settings(synthetic.seed, tmp_path / "killed" / "run", **shared))
+    (whole,), (killed,) = ((tmp_path / name / "teacher_cache").iterdir() for name in ("whole", "killed"))
     parts = sorted(path.name for path in whole.glob("*.npy"))
     assert len(calls) == 1 + len(parts) // 2 - 2
     assert all((whole / name).read_bytes() == (killed / name).read_bytes() for name in parts)
 
 
-def test_mistakes_are_one_line(embedded: Embedded, teacher: str, foreign: TimmBackbone, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(
+    synthetic: SyntheticCorpora, teacher: str, foreign: TimmBackboneConfig, tmp_path: Path
+) -> None:
     features = {"teachers": {"timm": foreign.model_dump()}, "views": HERE}
     unknown = {"objectives": [{"kind": "features", "teachers": ["other"]}]}
     with pytest.raises(UserError, match="no teacher other; there are timm"):
-        distill.run(settings(embedded.seed, tmp_path / "a", **features, **unknown))
+        distill.run(settings(synthetic.seed, tmp_path / "a", **features, **unknown))
     with pytest.raises(UserError, match="needs a teacher with heads"):
-        distill.run(settings(embedded.seed, tmp_path / "b", **features))
+        distill.run(settings(synthetic.seed, tmp_path / "b", **features))
     with pytest.raises(ValueError, match="no plain name"):
-        settings(embedded.seed, tmp_path / "b", teacher_checkpoint=teacher, students={"a.b": {}})
+        settings(synthetic.seed, tmp_path / "b", teacher_checkpoint=teacher, students={"a.b": {}})
     pixels = {"teachers": {"pixels": {"kind": "pixels"}}, "objectives": [{"kind": "features"}], "views": HERE}
     with pytest.raises(UserError, match="one vector an image and no patch tokens"):
-        distill.run(settings(embedded.seed, tmp_path / "c", **pixels))
+        distill.run(settings(synthetic.seed, tmp_path / "c", **pixels))
 
 
 @pytest.mark.parametrize(
@@ -520,15 +537,15 @@ def test_recipes_are_whole(path: Path) -> None:
             network = build_backbone(student.network)
         assert network.embed_dim >= 384
     if asked.views is not None:
-        assert Lesson.of(asked, []).views == asked.views
+        assert DistillationSetup.from_config(asked, []).views == asked.views
 
 
-def test_what_decides_is_in_the_id(embedded: Embedded, foreign: TimmBackbone, tmp_path: Path) -> None:
+def test_what_decides_is_in_the_id(synthetic: SyntheticCorpora, foreign: TimmBackboneConfig, tmp_path: Path) -> None:
     features = {"teachers": {"timm": foreign.model_dump()}, "objectives": [{"kind": "features"}], "views": HERE}
     moved = foreign.model_copy(update={"checkpoint": str(tmp_path / "copy.safetensors")})
     Path(moved.checkpoint).write_bytes(Path(foreign.checkpoint).read_bytes())
     ids = [
-        checkpoint_spec(settings(embedded.seed, tmp_path, **{**features, **changes})).id
+        checkpoint_spec(settings(synthetic.seed, tmp_path, **{**features, **changes})).id
         for changes in (
             {},
             {"teachers": {"timm": moved.model_dump()}},
@@ -587,12 +604,12 @@ def test_distilled_students_beat_one_trained_from_scratch(shared_data: Path, tmp
 
     teacher = trained(WIDE, 400, [*LEARN, NAME], "teacher")
     found = {"scratch": accuracy(trained(NARROW, STEPS, LEARN, "scratch"), *corpora)}
-    for kind in ("prototypes", "features"):
+    for kind in ("dino_ibot", "features"):
         content = {"objectives": [{"kind": kind}], "students": {"student": {"model": NARROW}}}
         content |= {"schedule": {"steps": STEPS, "global_batch_size": 64}, "out": str(tmp_path / kind)}
         content |= {"teacher_checkpoint": teacher, "teacher": {"momentum": [0.9, 1.0], "temperature": [0.04, 0.04]}}
         found[kind] = accuracy(distill.run(DistillConfig.model_validate(shared | content)).url, *corpora)
-    assert min(found["prototypes"], found["features"]) > found["scratch"] + 0.005, found
+    assert min(found["dino_ibot"], found["features"]) > found["scratch"] + 0.005, found
 
 
 def slice_of(folder: Path, name: str, count: int, tmp_path: Path) -> str:
@@ -609,12 +626,12 @@ def slice_of(folder: Path, name: str, count: int, tmp_path: Path) -> str:
                 caption = names[int(data)].encode()
                 member.name, member.size = member.name.replace(".cls", ".txt"), len(caption)
                 part.addfile(member, io.BytesIO(caption))
-    return ingested(tmp_path / f"{name}.tar", tmp_path / name).artifact.url
+    return ingest_folder(tmp_path / f"{name}.tar", tmp_path / name).artifact.url
 
 
 def accuracy(url: str, train: str, test: str) -> float:
     """Of 20 nearest neighbours."""
-    backbone, corpora = load(CheckpointBackbone(url=url)), [Corpus.open(each) for each in (train, test)]
+    backbone, corpora = load_backbone(CheckpointBackboneConfig(url=url)), [Corpus.open(each) for each in (train, test)]
     bank, queries = (extract(backbone, corpus, 256, "knn") for corpus in corpora)
     votes = predict(bank, corpora[0].labels, queries, 10, 20, 0.07)
     return float((votes.argmax(1) == corpora[1].labels).mean())

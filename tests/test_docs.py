@@ -17,7 +17,7 @@ import pytest
 import yaml
 from moto.server import ThreadedMotoServer
 
-from tests.conftest import encoded, picture
+from tests.conftest import encode_image, picture
 from tests.console_blocks import Block, blocks, missing, pages
 
 ROOT = Path(__file__).parents[1]
@@ -74,14 +74,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def write_photographs(target: Path, count: int, first: int = 0) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for number in range(first, first + count):
-        (target / f"photo-{number:03d}.jpg").write_bytes(encoded(picture(number, (96, 72)), "JPEG", quality=92))
+        (target / f"photo-{number:03d}.jpg").write_bytes(encode_image(picture(number, (96, 72)), "JPEG", quality=92))
 
 
 def shard(first: int, captions: bool = False) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for number in range(first, first + 4):
-            members = {"jpg": encoded(picture(number, (96, 72)), "JPEG")}
+            members = {"jpg": encode_image(picture(number, (96, 72)), "JPEG")}
             if captions:
                 members |= {"txt": f"picture {number}".encode(), "json": json.dumps({"caption": number}).encode()}
             for extension, data in members.items():

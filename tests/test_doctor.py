@@ -31,7 +31,7 @@ def test_here_all_that_is_installed_works(tmp_path: Path, monkeypatch: pytest.Mo
         ("requirements", "storage", "clock", "slurm"), "ok"
     )
     assert not list((tmp_path / "bucket").iterdir())
-    assert "no SLURM here" in found["slurm"].told
+    assert "no SLURM here" in found["slurm"].message
     assert page._faiss().status == "ok"
     kernels = by_name(list(doctor.kernels()))
     assert kernels["attention sdpa"].status == "ok"
@@ -43,8 +43,8 @@ def test_what_is_missing_or_too_old_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("infra.doctor.machine.metadata.requires", lambda _: asked)
     found = by_name(list(machine.packages()))["requirements"]
     assert found.status == "fail"
-    assert found.told.startswith("not-there>=1 is asked for, none is there; numpy>=99 is asked for")
-    assert "pytest" not in found.told
+    assert found.message.startswith("not-there>=1 is asked for, none is there; numpy>=99 is asked for")
+    assert "pytest" not in found.message
     assert found.remedy
 
 
@@ -66,7 +66,7 @@ def test_a_storage_that_is_not_there_fails_in_a_line(monkeypatch: pytest.MonkeyP
         monkeypatch.setenv(f"AWS_{name}", value)
     found = by_name(list(machine.reached("s3://bucket/folder")))
     assert found["storage"].status == "fail"
-    assert "\n" not in found["storage"].told
+    assert "\n" not in found["storage"].message
     assert "credentials" in found["storage"].remedy
 
 
@@ -85,7 +85,7 @@ def test_slurm_is_asked(script: str, status: str, told: str, tmp_path: Path, mon
     monkeypatch.setenv("PATH", str(tmp_path))
     found = machine.slurm()
     assert found.status == status
-    assert told in found.told
+    assert told in found.message
 
 
 def test_a_check_that_raises_has_failed() -> None:

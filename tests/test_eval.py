@@ -13,13 +13,13 @@ from scipy.stats import t, ttest_rel
 
 from eval.compare import compare, paired_interval
 from eval.config import CompareConfig, ReportConfig
-from eval.gallery import Picture
-from eval.page import render
-from eval.rendering import PAGE
-from eval.scores import Scorer
-from infra.artifacts import Artifact, ArtifactSpec, produce
+from eval.report.gallery import Picture
+from eval.report.run_page import render
+from eval.report.templating import PAGE
+from eval.stats.scores import Scorer
+from infra.artifacts.artifact import Artifact, ArtifactSpec, get_or_create
+from infra.artifacts.lineage import Ancestor
 from infra.errors import UserError
-from infra.lineage import Ancestor
 
 BY = Scorer("knn", "model", 400, 0)
 
@@ -28,7 +28,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     rng = np.random.default_rng(0)
     covered = 0
     for trial in range(200):
-        score = replace(BY, seed=trial).accuracy("accuracy", rng.random(300) < 0.4)
+        score = replace(BY, seed=trial).score_accuracy("accuracy", rng.random(300) < 0.4)
         assert score.low is not None
         assert score.high is not None
         assert score.low <= score.value <= score.high
@@ -37,7 +37,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
 
 
 def test_an_interval_has_the_width_of_theory() -> None:
-    score = replace(BY, resamples=20_000).accuracy("accuracy", np.arange(900) < 270)
+    score = replace(BY, resamples=20_000).score_accuracy("accuracy", np.arange(900) < 270)
     assert score.low is not None
     assert score.high is not None
     assert score.high - score.low == pytest.approx(2 * 1.96 * math.sqrt(0.3 * 0.7 / 900), rel=0.1)
@@ -47,13 +47,13 @@ def test_any_function_of_the_images_has_an_interval() -> None:
     rng = np.random.default_rng(0)
     values = rng.normal(2, 1, 400)
     leaked = np.arange(400) < 100
-    score = replace(BY, resamples=2000).over_images(
-        "metres", 400, lambda rows: float(values[rows].mean()), leaked, share=False, better="lower"
+    score = replace(BY, resamples=2000).score_images(
+        "metres", 400, lambda rows: float(values[rows].mean()), leaked, is_fraction=False, better="lower"
     )
     assert score.value == pytest.approx(values.mean())
     assert (score.low, score.high) == pytest.approx(t.interval(0.95, 399, values.mean(), values.std() / 20), abs=0.02)
     assert score.without_leaks == pytest.approx(values[100:].mean())
-    assert (score.leaked, score.better, score.share) == (100, "lower", False)
+    assert (score.leaked, score.better, score.is_fraction) == (100, "lower", False)
 
 
 def test_the_page_escapes_what_came_from_the_web() -> None:
@@ -78,15 +78,15 @@ def scored(folder: Path, name: str, values: list[float]) -> list[Artifact]:
 
     def write(directory: Path, value: float) -> dict[str, dict[str, float]]:
         rows = [
-            BY.plain("accuracy", value, 100, share=True),
-            BY.plain("accuracy at another k", 0.5, 100, share=True),
-            replace(BY, subject="pixels").plain("accuracy", 0.1, 100, share=True),
+            BY.score_value("accuracy", value, 100, is_fraction=True),
+            BY.score_value("accuracy at another k", 0.5, 100, is_fraction=True),
+            replace(BY, model="pixels").score_value("accuracy", 0.1, 100, is_fraction=True),
         ]
         (directory / "report.json").write_text(json.dumps({"rows": [row.as_dict() for row in rows], "left_out": {}}))
         return {"knn": {"model": value, "pixels": 0.1}}
 
     return [
-        produce(
+        get_or_create(
             ArtifactSpec("report", "evaluate", 1, {"name": name, "number": number}),
             str(folder / f"{name.strip('<i>')}-{number}"),
             lambda directory, value=value: write(directory, value),
@@ -102,7 +102,7 @@ def test_groups_are_compared_report_by_report(tmp_path: Path) -> None:
     groups = {"raw": first, "<i>curated": second, "one": first[:1]}
     urls = {name: [each.url for each in scored(tmp_path, name, values.tolist())] for name, values in groups.items()}
     artifact = compare(CompareConfig(groups=urls, out=str(tmp_path / "page")))
-    rows = {row["subject"]: row for row in artifact.read_json("report.json")["rows"]}
+    rows = {row["model"]: row for row in artifact.read_json("report.json")["rows"]}
     assert artifact.metrics["knn"]["raw"] == pytest.approx(first.mean())
     gain = ttest_rel(second, first).confidence_interval(0.95)
     assert (rows["<i>curated"]["gain_low"], rows["<i>curated"]["gain_high"]) == pytest.approx(tuple(gain))
@@ -113,7 +113,7 @@ def test_groups_are_compared_report_by_report(tmp_path: Path) -> None:
     html = artifact.read_bytes(PAGE).decode()
     assert "<i>curated" not in html
     assert f"{100 * (second - first).mean():+.2f}" in html
-    bare = produce(
+    bare = get_or_create(
         ArtifactSpec("report", "x", 1, {}), str(tmp_path / "bare"), lambda directory: {"linear": {"model": 0.1}}
     )
     with pytest.raises(UserError, match="tells no scores"):

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
-from eval import maps
-from eval.pictures.patches import patch_pca, principal_colours
-from eval.tasks import correspondence, depth, propagation, segmentation
-from eval.tasks.config import Correspondence, Depth, KnnSegmentation, Propagation, Segmentation
-from infra.corpora import Corpus
+from eval.data import dense_labels
+from eval.protocols import correspondence, depth, segmentation, video_segmentation
+from eval.protocols.config import Correspondence, Depth, KnnSegmentation, Segmentation, VideoSegmentation
+from eval.report.pictures.patches import patch_pca, principal_colors
+from infra.corpus.corpus import Corpus
 from infra.errors import UserError
-from tests.benches import Colours, bench, first_of, png, samples, subject
+from tests.eval_contexts import Colours, first_of, make_context, make_model, png, samples
 
 COLOURS = np.array([[20, 20, 20], [220, 40, 40], [40, 220, 40], [40, 40, 220]])
 NUMBERS = np.array([0, 3, 7, 90])
@@ -43,9 +43,9 @@ def scenes(folder: Path, count: int, first: int) -> Corpus:
 
 
 def _jpeg(image: np.ndarray) -> bytes:
-    from tests.conftest import encoded
+    from tests.conftest import encode_image
 
-    return encoded(Image.fromarray(image), "JPEG", quality=95)
+    return encode_image(Image.fromarray(image), "JPEG", quality=95)
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +57,11 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Corpus]:
 @pytest.mark.parametrize("kind", ["segmentation", "knn_segmentation"])
 def test_what_colours_tell_is_segmented(kind: str, sets: dict[str, Corpus], tmp_path: Path) -> None:
     options = {"steps": 300, "batch": 4} if kind == "segmentation" else {"k": 5}
-    opened = bench(sets, [{"kind": kind, "grid": 16, **options}], pictures=3)
+    opened = make_context(sets, [{"kind": kind, "grid": 16, **options}], pictures=3)
     task = opened.settings.tasks[0]
     assert isinstance(task, Segmentation | KnnSegmentation)
     run = {"segmentation": segmentation.segmentation, "knn_segmentation": segmentation.knn_segmentation}[kind]
-    outcome = run(task, subject(tmp_path, backbone=Colours()), opened)
+    outcome = run(task, make_model(tmp_path, backbone=Colours()), opened)
     score = outcome.scores[0]
     assert score.value > 0.8
     assert score.low is not None
@@ -88,7 +88,7 @@ def test_miou_is_that_of_torchmetrics() -> None:
 def test_shares_of_a_patch_are_counted_by_pixels() -> None:
     rng = np.random.default_rng(0)
     values = rng.choice([1, 5, 255], (32, 48)).astype(np.uint8)
-    shares = maps.patch_shares(values, np.array([1, 5]), (4, 6), 32)
+    shares = dense_labels.patch_class_fractions(values, np.array([1, 5]), (4, 6), 32)
     cells = values.reshape(4, 8, 6, 8)
     for column, number in enumerate((1, 5)):
         np.testing.assert_allclose(shares[:, column], (cells == number).mean((1, 3)).ravel(), atol=1e-6)
@@ -100,21 +100,21 @@ def test_segmentation_on_real_masks(shared_data: Path, tmp_path: Path) -> None:
         "train": first_of(folder / "train-000000.tar", 20, tmp_path / "train"),
         "test": first_of(folder / "val-000000.tar", 12, tmp_path / "test"),
     }
-    opened = bench(sets, [{"kind": "segmentation", "grid": 16, "steps": 20, "ignore": [0, 255]}])
+    opened = make_context(sets, [{"kind": "segmentation", "grid": 16, "steps": 20, "ignore": [0, 255]}])
     task = opened.settings.tasks[0]
     assert isinstance(task, Segmentation)
-    (score,) = segmentation.segmentation(task, subject(tmp_path, backbone=Colours()), opened).scores
+    (score,) = segmentation.segmentation(task, make_model(tmp_path, backbone=Colours()), opened).scores
     assert 0 < score.value < 0.2
     assert score.images == len(sets["test"])
 
 
 def test_backbones_without_patches_and_missing_masks_are_named(sets: dict[str, Corpus], tmp_path: Path) -> None:
-    opened = bench(sets, [{"kind": "segmentation", "grid": 16}])
+    opened = make_context(sets, [{"kind": "segmentation", "grid": 16}])
     with pytest.raises(UserError, match="segmentation: this backbone gives one vector an image"):
-        segmentation.segmentation(opened.settings.tasks[0], subject(tmp_path), opened)  # type: ignore[arg-type]
-    opened = bench(sets, [{"kind": "depth", "grid": 16}])
+        segmentation.segmentation(opened.settings.tasks[0], make_model(tmp_path), opened)  # type: ignore[arg-type]
+    opened = make_context(sets, [{"kind": "depth", "grid": 16}])
     with pytest.raises(UserError, match=r"has no depth\.png beside it"):
-        depth.depth(opened.settings.tasks[0], subject(tmp_path, backbone=Colours()), opened)  # type: ignore[arg-type]
+        depth.depth(opened.settings.tasks[0], make_model(tmp_path, backbone=Colours()), opened)  # type: ignore[arg-type]
 
 
 def test_depth_is_learned_where_brightness_tells_it(tmp_path: Path) -> None:
@@ -130,11 +130,13 @@ def test_depth_is_learned_where_brightness_tells_it(tmp_path: Path) -> None:
         return samples(tmp_path / name, members)
 
     sets = {"train": corpus("train", 0), "test": corpus("test", 50)}
-    opened = bench(sets, [{"kind": "depth", "grid": 16, "steps": 400, "batch": 4, "bins": 64, "learning_rate": 0.01}])
+    opened = make_context(
+        sets, [{"kind": "depth", "grid": 16, "steps": 400, "batch": 4, "bins": 64, "learning_rate": 0.01}]
+    )
     task = opened.settings.tasks[0]
     assert isinstance(task, Depth)
-    error, *deltas = depth.depth(task, subject(tmp_path, backbone=Colours()), opened).scores
-    assert (error.metric, error.better, error.share) == ("RMSE, m", "lower", False)
+    error, *deltas = depth.depth(task, make_model(tmp_path, backbone=Colours()), opened).scores
+    assert (error.metric, error.better, error.is_fraction) == ("RMSE, m", "lower", False)
     assert error.value < 0.8
     assert deltas[0].value > 0.8
     assert [each.value for each in deltas] == sorted(each.value for each in deltas)
@@ -142,11 +144,11 @@ def test_depth_is_learned_where_brightness_tells_it(tmp_path: Path) -> None:
 
 def test_depth_errors_by_hand() -> None:
     truth, found = np.array([[0, 2.0], [4.0, 1.0]]), np.array([[9.0, 2.4], [5.2, 3.0]])
-    error, *within = depth.errors(found, truth)
+    error, *within = depth.depth_errors(found, truth)
     assert error == pytest.approx(np.sqrt((0.4**2 + 1.2**2 + 2**2) / 3))
     assert within == pytest.approx([1 / 3, 2 / 3, 2 / 3])  # factors 1.2, 1.3 and 3
-    assert np.isnan(depth.errors(found, np.zeros((2, 2)))).all()
-    same = depth.scale_invariant(torch.tensor([2.0, 4.0]), torch.tensor([1.0, 2.0]))
+    assert np.isnan(depth.depth_errors(found, np.zeros((2, 2)))).all()
+    same = depth.scale_invariant_loss(torch.tensor([2.0, 4.0]), torch.tensor([1.0, 2.0]))
     assert float(same) == pytest.approx(np.sqrt(0.15) * np.log(2), rel=1e-3)
 
 
@@ -161,11 +163,13 @@ def test_masks_are_carried_through_a_video(tmp_path: Path) -> None:
             image = COLOURS[mask] + np.random.default_rng(frame).normal(scale=5, size=(64, 96, 3))
             members[f"{name}/{frame:05d}"] = {"jpg": _jpeg(image.clip(0, 255).astype(np.uint8)), "seg.png": png(mask)}
     corpus = samples(tmp_path, members)
-    assert [len(frames) for frames in propagation.videos_of(corpus).values()] == [6, 6]
-    opened = bench({"test": corpus}, [{"kind": "propagation", "grid": 16}])
+    assert [len(frames) for frames in video_segmentation.group_videos(corpus).values()] == [6, 6]
+    opened = make_context({"test": corpus}, [{"kind": "video_segmentation", "grid": 16}])
     task = opened.settings.tasks[0]
-    assert isinstance(task, Propagation)
-    both, region, boundary = propagation.propagation(task, subject(tmp_path, backbone=Colours()), opened).scores
+    assert isinstance(task, VideoSegmentation)
+    both, region, boundary = video_segmentation.video_segmentation(
+        task, make_model(tmp_path, backbone=Colours()), opened
+    ).scores
     assert both.images == 4  # objects
     assert region.value > 0.8
     assert boundary.value > 0.8
@@ -175,13 +179,15 @@ def test_masks_are_carried_through_a_video(tmp_path: Path) -> None:
 def test_regions_and_boundaries_by_hand() -> None:
     first, second = np.zeros((50, 50), dtype=bool), np.zeros((50, 50), dtype=bool)
     first[10:30, 10:30], second[10:30, 15:35] = True, True
-    assert propagation.region(first, second) == pytest.approx(300 / 500)
-    assert propagation.region(first, first) == propagation.boundary(first, first) == 1.0
-    assert propagation.boundary(first, np.zeros_like(first)) == 0.0
+    assert video_segmentation.region_similarity(first, second) == pytest.approx(300 / 500)
+    assert (
+        video_segmentation.region_similarity(first, first) == video_segmentation.boundary_accuracy(first, first) == 1.0
+    )
+    assert video_segmentation.boundary_accuracy(first, np.zeros_like(first)) == 0.0
     moved = np.zeros_like(first)
     moved[11:31, 10:30] = True
-    assert propagation.boundary(first, moved) == 1.0  # one pixel, within the tolerance
-    assert propagation.boundary(first, second) < 0.8
+    assert video_segmentation.boundary_accuracy(first, moved) == 1.0  # one pixel, within the tolerance
+    assert video_segmentation.boundary_accuracy(first, second) < 0.8
 
 
 def test_points_are_found_where_the_same_colour_is(tmp_path: Path) -> None:
@@ -194,34 +200,36 @@ def test_points_are_found_where_the_same_colour_is(tmp_path: Path) -> None:
     mirrored = pair | {"target_points": [[64 - x, y] for x, y in points]}
     wrong = pair | {"target_points": [[(x + 32) % 64, y] for x, y in points]}
     (tmp_path / "pairs.json").write_text(json.dumps([mirrored, wrong]))
-    opened = bench({"test": corpus}, [{"kind": "correspondence", "pairs": str(tmp_path / "pairs.json"), "grid": 16}])
+    opened = make_context(
+        {"test": corpus}, [{"kind": "correspondence", "pairs": str(tmp_path / "pairs.json"), "grid": 16}]
+    )
     task = opened.settings.tasks[0]
     assert isinstance(task, Correspondence)
-    (score,) = correspondence.correspondence(task, subject(tmp_path, backbone=Colours()), opened).scores
+    (score,) = correspondence.correspondence(task, make_model(tmp_path, backbone=Colours()), opened).scores
     assert score.metric == "PCK@0.1"
     assert score.value == pytest.approx(0.5)
     (tmp_path / "pairs.json").write_text(json.dumps([{"source": "a"}]))
     with pytest.raises(UserError, match="target: field required"):
-        correspondence.correspondence(task, subject(tmp_path, backbone=Colours()), opened)
+        correspondence.correspondence(task, make_model(tmp_path, backbone=Colours()), opened)
 
 
 def test_patches_of_one_thing_have_one_colour() -> None:
     rng = np.random.default_rng(0)
     things, ground = rng.normal(3, 0.5, (60, 8)), rng.normal(-3, 0.3, (140, 8))
-    colours = principal_colours(np.concatenate([things, ground])).astype(int)
+    colours = principal_colors(np.concatenate([things, ground])).astype(int)
     first = colours[:, 0]
     assert min(first[:60].min(), first[60:].min()) < max(first[:60].min(), first[60:].min()) - 100
     assert np.ptp(first[:60]) < 100
     assert np.ptp(first[60:]) < 100
-    assert principal_colours(rng.normal(size=(50, 2))).shape == (50, 3)  # fewer dimensions than colours
-    assert not principal_colours(np.ones((5, 4))).any()  # nothing tells them apart
+    assert principal_colors(rng.normal(size=(50, 2))).shape == (50, 3)  # fewer dimensions than colours
+    assert not principal_colors(np.ones((5, 4))).any()  # nothing tells them apart
 
 
 def test_maps_are_pngs_and_nothing_that_could_run(tmp_path: Path) -> None:
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n"
     corpus = samples(tmp_path, {"a": {"jpg": _jpeg(scene(0)[0]), "seg.png": script}})
     with pytest.raises(UserError, match=r"a\.seg\.png is no readable image"):
-        maps.read_map(corpus, 0, "seg.png")
+        dense_labels.read_map(corpus, 0, "seg.png")
 
 
 def test_pictures_of_patches_are_pngs(sets: dict[str, Corpus]) -> None:
@@ -244,7 +252,7 @@ def test_attention_of_the_class_token_is_that_of_the_reference(tmp_path: Path) -
 
         handle = model.blocks[-1].register_forward_pre_hook(lambda module, inputs, seen=seen: seen.update(x=inputs[0]))
         with torch.inference_mode():
-            ours = model.class_attention(images)
+            ours = model.get_last_self_attention(images)
             model([images])
         handle.remove()
         block = model.blocks[-1]

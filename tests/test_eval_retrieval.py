@@ -12,13 +12,13 @@ from sklearn.metrics import average_precision_score
 from torchmetrics.functional.retrieval import retrieval_average_precision
 
 import pretrain
-from eval.tasks import health, retrieval
-from eval.tasks.config import CopyDetection, Health, Retrieval
-from infra.corpora import Corpus
+from eval.protocols import representation, retrieval
+from eval.protocols.config import CopyDetection, Representation, Retrieval
+from infra.corpus.corpus import Corpus
 from infra.errors import UserError
-from pretrain.config import CheckpointBackbone
-from tests.benches import Colours, bench, png, samples, subject
-from tests.conftest import Embedded, encoded, picture
+from pretrain.backbones.config import CheckpointBackboneConfig
+from tests.conftest import SyntheticCorpora, encode_image, picture
+from tests.eval_contexts import Colours, make_context, make_model, png, samples
 from tests.test_pretrain_training import config
 
 
@@ -47,9 +47,9 @@ def test_easy_hard_and_junk_count_as_the_protocol_says(tmp_path: Path) -> None:
     searched = samples(tmp_path / "r", {name: {"png": png(images[name])} for name in shades if name != "q"})
     truth = {"q": {"easy": ["easy"], "hard": ["hard"], "junk": ["junk"], "box": [0, 0, 16, 32]}}
     (tmp_path / "truth.json").write_text(json.dumps(truth))
-    task = Retrieval(truth=str(tmp_path / "truth.json"))
-    opened = bench({"test": searched, "queries": queries}, [task.model_dump()])
-    tested = subject(tmp_path, backbone=Colours())
+    task = Retrieval(ground_truth=str(tmp_path / "truth.json"))
+    opened = make_context({"test": searched, "queries": queries}, [task.model_dump()])
+    tested = make_model(tmp_path, backbone=Colours())
     values = {each.metric: each.value for each in retrieval.retrieval(task, tested, opened).scores}
     assert values == {"mAP, medium": 1.0, "mAP, hard": 1.0, "mAP, easy": 1.0}
     truth["q"] |= {"easy": ["far"], "junk": []}
@@ -75,14 +75,14 @@ def test_micro_precision_is_that_of_scikit_learn() -> None:
 
 
 def test_copies_are_found_among_others(tmp_path: Path) -> None:
-    references = samples(tmp_path / "r", {f"r{i}": {"png": encoded(picture(i))} for i in range(12)})
-    copies = {f"q{i}": {"jpg": encoded(picture(i).resize((60, 48)), "JPEG", quality=60)} for i in range(4)}
-    strangers = {f"s{i}": {"png": encoded(picture(100 + i))} for i in range(4)}
+    references = samples(tmp_path / "r", {f"r{i}": {"png": encode_image(picture(i))} for i in range(12)})
+    copies = {f"q{i}": {"jpg": encode_image(picture(i).resize((60, 48)), "JPEG", quality=60)} for i in range(4)}
+    strangers = {f"s{i}": {"png": encode_image(picture(100 + i))} for i in range(4)}
     queries = samples(tmp_path / "q", copies | strangers)
     (tmp_path / "truth.json").write_text(json.dumps({f"q{i}": [f"r{i}"] for i in range(4)}))
-    task = CopyDetection(truth=str(tmp_path / "truth.json"), candidates=3)
-    opened = bench({"test": references, "queries": queries}, [task.model_dump()])
-    precision, recall = retrieval.copy_detection(task, subject(tmp_path), opened).scores
+    task = CopyDetection(ground_truth=str(tmp_path / "truth.json"), num_candidates=3)
+    opened = make_context({"test": references, "queries": queries}, [task.model_dump()])
+    precision, recall = retrieval.copy_detection(task, make_model(tmp_path), opened).scores
     assert (precision.metric, precision.value) == ("µAP", pytest.approx(1.0))
     assert recall.value == 1.0
 
@@ -97,7 +97,7 @@ def test_lidar_by_its_definition() -> None:
     root = directions @ np.diag(values**-0.5) @ directions.T
     spectrum = np.linalg.eigvalsh(root @ between @ root)
     shares = spectrum / spectrum.sum()
-    assert health.lidar(views) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-3)
+    assert representation.lidar(views) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-3)
 
 
 def test_alpha_is_the_slope_of_a_power_law() -> None:
@@ -105,19 +105,21 @@ def test_alpha_is_the_slope_of_a_power_law() -> None:
     basis = np.linalg.qr(rng.normal(size=(4000, 64)))[0] * np.sqrt(4000)
     basis -= basis.mean(0)
     vectors = basis * np.arange(1, 65) ** (-0.75)  # eigenvalues fall as i ** -1.5
-    assert health.alpha_req(vectors) == pytest.approx(1.5, abs=0.05)
-    assert health.alpha_req(np.ones((10, 4))) == float("inf")
+    assert representation.alpha_req(vectors) == pytest.approx(1.5, abs=0.05)
+    assert representation.alpha_req(np.ones((10, 4))) == float("inf")
 
 
-def test_health_of_a_trained_teacher_tells_of_its_prototypes(embedded: Embedded, tmp_path: Path) -> None:
-    trained = pretrain.run(config(embedded.seed, tmp_path / "teacher", schedule={"steps": 2, "global_batch_size": 8}))
-    opened = bench({"test": Corpus.open(embedded.test)}, [{"kind": "health", "images": 40, "views": 3}])
+def test_health_of_a_trained_teacher_tells_of_its_prototypes(synthetic: SyntheticCorpora, tmp_path: Path) -> None:
+    trained = pretrain.run(config(synthetic.seed, tmp_path / "teacher", schedule={"steps": 2, "global_batch_size": 8}))
+    opened = make_context({"test": Corpus.open(synthetic.test)}, [{"kind": "representation", "images": 40, "views": 3}])
     task = opened.settings.tasks[0]
-    assert isinstance(task, Health)
-    model = CheckpointBackbone(url=trained.url)
-    found = {each.metric: each for each in health.health(task, subject(tmp_path, model), opened).scores}
+    assert isinstance(task, Representation)
+    model = CheckpointBackboneConfig(url=trained.url)
+    found = {
+        each.metric: each for each in representation.representation(task, make_model(tmp_path, model), opened).scores
+    }
     assert set(found) == {"RankMe", "LiDAR", "alpha-ReQ", "outlying patch tokens", "prototype usage"}
     assert 1 <= found["RankMe"].value <= 32
     assert 0 < found["prototype usage"].value <= 1
-    before = {each.metric for each in health.health(task, subject(tmp_path / "b"), opened).scores}
+    before = {each.metric for each in representation.representation(task, make_model(tmp_path / "b"), opened).scores}
     assert before == {"RankMe", "LiDAR", "alpha-ReQ"}

@@ -21,14 +21,14 @@ from starlette.testclient import TestClient
 import curation
 from curation.config import CurateConfig
 from distill.config import DistillConfig
-from eval.browse.server import application
-from eval.rendering import PAGE
+from eval.report.templating import PAGE
+from eval.ui.server import make_app
 from flows.cli.main import main
 from flows.config import PipelineConfig
-from infra.artifacts import Artifact, find, verify
+from infra.artifacts.artifact import Artifact, find, verify
 from infra.config import load_yaml
 from infra.errors import UserError
-from tests.conftest import SMALL, Embedded, image_folder
+from tests.conftest import SMALL, SyntheticCorpora, image_folder
 from tests.test_distill import MODEL, STUDENT
 from tests.test_pretrain_recipes import RECIPES
 from tests.test_pretrain_training import TINY, until_saved
@@ -204,7 +204,7 @@ def test_every_pipeline_passes_through_the_command_line(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FOVEA_DATA", str(tmp_path))
-    from flows import pipeline
+    from flows.orchestration import pipeline
 
     def reached(config: PipelineConfig) -> None:
         raise UserError(f"{len(config.evaluate.tasks)} protocols")
@@ -230,10 +230,10 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 def test_flags_below_a_recipes_students_reach_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from flows import trainings
+    from flows import training
 
     seen: list[DistillConfig] = []
-    monkeypatch.setattr(trainings, "train", lambda _, config: seen.append(config))
+    monkeypatch.setattr(training, "train", lambda _, config: seen.append(config))
     main(["distill", "dinov2_family", "--corpora", "x", "--out", "y", "--students.small.lr", "0.5"])
     (config,) = seen
     assert {name: each.lr for name, each in config.students.items()} == {"base": 1.0, "large": 1.0, "small": 0.5}
@@ -264,7 +264,7 @@ def pipeline(root: Path) -> dict[str, object]:
         },
         "pretrain": TINY,
         "distill": {**STUDENT, "students": students},
-        "evaluate": {"tasks": [{"kind": "knn", "k": [5]}, {"kind": "logistic", "strengths": [1.0]}], "pictures": 4},
+        "evaluate": {"tasks": [{"kind": "knn", "k": [5]}, {"kind": "logistic", "C": [1.0]}], "pictures": 4},
     }
     PipelineConfig.model_validate(settings)
     return settings
@@ -278,7 +278,7 @@ def run_pipeline(root: Path, home: Path) -> subprocess.CompletedProcess[str]:
 
 def crawled(root: Path) -> dict[str, int]:
     """Status codes of all pages and pictures of `fovea ui` that its links lead to."""
-    client = TestClient(application(str(root), ["localhost"]), base_url="http://localhost")
+    client = TestClient(make_app(str(root), ["localhost"]), base_url="http://localhost")
     answers: dict[str, int] = {}
     left = ["/"]
     while left:
@@ -329,7 +329,7 @@ def test_the_pipeline_runs_resumes_and_survives_kill(tmp_path: Path) -> None:
         assert f"{name}: {verdict[:20]}" in first.stdout
     assert set(summary["publish"]) == {"small", "coarse"}
     for differences in summary["publish"].values():
-        assert set(differences) == {"timm", "hub", "official"}
+        assert set(differences) == {"timm", "torch_hub", "official"}
         assert max(differences.values()) <= 1e-5
     for stage, each in summary["artifacts"].items():
         artifact = find(each["url"])
@@ -365,16 +365,16 @@ def test_the_pipeline_runs_resumes_and_survives_kill(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.timeout(600)
-def test_an_ablation_trains_on_each_choice_and_compares(embedded: Embedded, tmp_path: Path) -> None:
-    cut = CurateConfig(corpus=embedded.pool, steps=[{"kind": "exact"}], out=str(tmp_path / "selection"))
+def test_an_ablation_trains_on_each_choice_and_compares(synthetic: SyntheticCorpora, tmp_path: Path) -> None:
+    cut = CurateConfig(corpus=synthetic.pool, steps=[{"kind": "exact"}], out=str(tmp_path / "selection"))
     selection = curation.run(cut)
     settings = {
         "root": str(tmp_path / "runs"),
-        "corpus": embedded.pool,
+        "corpus": synthetic.pool,
         "selections": {"clean": selection.url},
         "seeds": [3],
-        "train": embedded.seed,
-        "test": embedded.test,
+        "train": synthetic.seed,
+        "test": synthetic.test,
         "pretrain": TINY | {"schedule": {"steps": 3, "global_batch_size": 16}},
         "evaluate": {"tasks": [{"kind": "knn", "k": [5]}], "baselines": False, "pictures": 0},
     }
@@ -384,7 +384,7 @@ def test_an_ablation_trains_on_each_choice_and_compares(embedded: Embedded, tmp_
     report = find(done.stdout.split()[-1])
     assert report is not None
     assert set(report.metrics["knn"]) == {"raw", "clean", "random"}
-    images = {row["subject"]: row["images"] for row in report.read_json("report.json")["rows"]}
+    images = {row["model"]: row["images"] for row in report.read_json("report.json")["rows"]}
     assert images["random"] == images["clean"] == selection.metrics["kept"] < images["raw"]
     trained = [find(str(path)) for path in (tmp_path / "runs" / "pretrain").iterdir()]
     assert [each.manifest.config["schedule"]["seed"] for each in trained if each is not None] == [3, 3, 3]

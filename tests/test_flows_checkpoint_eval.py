@@ -15,28 +15,28 @@ import yaml
 
 import pretrain
 from flows.config import PipelineConfig
-from infra.artifacts import find, open_artifact, verify
-from pretrain import dumps
-from pretrain.checkpoints import WEIGHTS, Checkpoint
+from infra.artifacts.artifact import find, open_artifact, verify
+from pretrain.checkpoint import teacher_export
+from pretrain.checkpoint.artifact import WEIGHTS, Checkpoint
 from pretrain.models.vit import VisionTransformer
-from tests.conftest import Embedded
+from tests.conftest import SyntheticCorpora
 from tests.test_pretrain_training import TINY, config
 
 FOVEA = Path(sys.executable).with_name("fovea")
 RUNTIME = {"num_workers": 0, "checkpoint_every": 3, "export_teacher_every": 4}
 
 
-def test_teachers_are_what_the_probe_sees_at_their_steps(embedded: Embedded, tmp_path: Path) -> None:
+def test_teachers_are_what_the_probe_sees_at_their_steps(synthetic: SyntheticCorpora, tmp_path: Path) -> None:
     seen: dict[int, dict[str, torch.Tensor]] = {}
 
     def probe(backbone: VisionTransformer, steps: int) -> dict[str, float]:
         seen[steps] = {name: value.clone() for name, value in backbone.state_dict().items()}
         return {}
 
-    health = {"probe": {"train": embedded.seed, "test": embedded.test, "every": 4}}
-    settings = config(embedded.seed, tmp_path / "run", runtime=RUNTIME, collapse=health)
+    health = {"probe": {"train": synthetic.seed, "test": synthetic.test, "every": 4}}
+    settings = config(synthetic.seed, tmp_path / "run", runtime=RUNTIME, collapse=health)
     trained = pretrain.run(settings, probe)
-    written = dumps.written(trained.url)
+    written = teacher_export.list_exports(trained.url)
     assert [step for step, _ in written] == [4, 8]  # after the twelfth step comes the checkpoint itself
     for step, artifact in written:
         assert verify(artifact) == []
@@ -44,29 +44,31 @@ def test_teachers_are_what_the_probe_sees_at_their_steps(embedded: Embedded, tmp
         for name, value in checkpoint.backbone().state_dict().items():
             torch.testing.assert_close(value, seen[step][name], rtol=0, atol=0)
         assert any(name.startswith("dino.teacher_head.") for name in checkpoint.weights("objectives."))
-    plain = pretrain.run(config(embedded.seed, tmp_path / "plain", runtime={"num_workers": 0}))
+    plain = pretrain.run(config(synthetic.seed, tmp_path / "plain", runtime={"num_workers": 0}))
     assert plain.id == trained.id  # how often teachers are written changes nothing else
-    assert dumps.written(plain.url) == []
+    assert teacher_export.list_exports(plain.url) == []
     reseeded = settings.schedule.model_copy(update={"seed": 9})
     other = settings.model_copy(update={"schedule": reseeded})
     shutil.rmtree(tmp_path / "run")
     again = pretrain.run(other, probe)
-    assert {teacher.manifest.config["training"] for _, teacher in dumps.written(again.url)} == {again.id}
+    assert {teacher.manifest.config["training"] for _, teacher in teacher_export.list_exports(again.url)} == {again.id}
 
 
-def test_a_killed_training_writes_the_same_teachers(embedded: Embedded, tmp_path: Path) -> None:
-    whole = pretrain.run(config(embedded.seed, tmp_path / "whole", runtime=RUNTIME))
-    settings = config(embedded.seed, tmp_path / "killed", runtime=RUNTIME)
+def test_a_killed_training_writes_the_same_teachers(synthetic: SyntheticCorpora, tmp_path: Path) -> None:
+    whole = pretrain.run(config(synthetic.seed, tmp_path / "whole", runtime=RUNTIME))
+    settings = config(synthetic.seed, tmp_path / "killed", runtime=RUNTIME)
 
     def dying(backbone: VisionTransformer, steps: int) -> dict[str, float]:
         raise KeyboardInterrupt
 
-    probed = {"collapse": {"probe": {"train": embedded.seed, "test": embedded.test, "every": 6}}}
+    probed = {"collapse": {"probe": {"train": synthetic.seed, "test": synthetic.test, "every": 6}}}
     with pytest.raises(KeyboardInterrupt):
-        pretrain.run(config(embedded.seed, tmp_path / "killed", runtime=RUNTIME, **probed), dying)
+        pretrain.run(config(synthetic.seed, tmp_path / "killed", runtime=RUNTIME, **probed), dying)
     again = pretrain.run(settings)
     assert again.metrics["resumed_at"] > 0
-    for (_, first), (_, second) in zip(dumps.written(whole.url), dumps.written(again.url), strict=True):
+    for (_, first), (_, second) in zip(
+        teacher_export.list_exports(whole.url), teacher_export.list_exports(again.url), strict=True
+    ):
         assert first.id == second.id
         hashes = ({file.path: file.sha256 for file in each.manifest.files} for each in (first, second))
         assert len({each[WEIGHTS] for each in hashes}) == 1
@@ -83,13 +85,13 @@ FOLLOW = {
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_running_training_is_followed(embedded: Embedded, tmp_path: Path) -> None:
+def test_a_running_training_is_followed(synthetic: SyntheticCorpora, tmp_path: Path) -> None:
     """The follower starts before the training does, scores each teacher once, and ends with it."""
     out = tmp_path / "teacher"
-    datasets = {"train": embedded.seed, "test": embedded.test}
+    datasets = {"train": synthetic.seed, "test": synthetic.test}
     (tmp_path / "follow.yaml").write_text(yaml.safe_dump(FOLLOW | {"training": str(out), "datasets": datasets}))
     (tmp_path / "train.yaml").write_text(
-        yaml.safe_dump(TINY | {"runtime": RUNTIME, "corpora": [embedded.seed], "out": str(out)})
+        yaml.safe_dump(TINY | {"runtime": RUNTIME, "corpora": [synthetic.seed], "out": str(out)})
     )
     environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
     follower = subprocess.Popen(
@@ -117,16 +119,16 @@ def test_a_running_training_is_followed(embedded: Embedded, tmp_path: Path) -> N
 PIPELINE = """
 import sys
 from prefect import flow
-from flows import pipeline_stages, stages
+from flows.orchestration import pipeline_stages, stages
 from flows.config import PipelineConfig
-from flows.pipeline import evaluate_beside
-from flows.running import Run
+from flows.orchestration.pipeline import evaluate_beside
+from flows.orchestration.pipeline_run import PipelineRun
 
 config = PipelineConfig.model_validate_json(sys.argv[1])
 
 @flow
 def part(train: str, test: str) -> dict[str, str]:
-    run = Run(config, stages.run)
+    run = PipelineRun(config, stages.run)
     pipeline_stages._pretrain(run, {"train": train, "test": test}, [train], {}, evaluate_beside)
     return run.urls
 
@@ -136,7 +138,7 @@ print(part(sys.argv[2], sys.argv[3])["teachers"])
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_pipeline_follows_its_pretraining(embedded: Embedded, tmp_path: Path) -> None:
+def test_a_pipeline_follows_its_pretraining(synthetic: SyntheticCorpora, tmp_path: Path) -> None:
     config = PipelineConfig.model_validate(
         {
             "root": str(tmp_path / "run"),
@@ -147,7 +149,7 @@ def test_a_pipeline_follows_its_pretraining(embedded: Embedded, tmp_path: Path) 
     )
     environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_LOGGING_LEVEL": "CRITICAL"}
     done = subprocess.run(
-        [sys.executable, "-c", PIPELINE, config.model_dump_json(), embedded.seed, embedded.test],
+        [sys.executable, "-c", PIPELINE, config.model_dump_json(), synthetic.seed, synthetic.test],
         capture_output=True,
         text=True,
         env=environment,

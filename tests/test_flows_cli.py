@@ -16,7 +16,7 @@ from curation.config import CurateConfig, EmbedConfig
 from eval.config import EvaluateSettings
 from flows.cli import help as help_pages
 from flows.cli.commands import COMMANDS
-from flows.cli.completion import script
+from flows.cli.completion import completion_script
 from flows.cli.main import main
 from flows.cli.overrides import apply_flags
 from flows.cli.recipes import kinds, listing, recipes_of
@@ -228,14 +228,14 @@ def test_no_word_vanishes_and_no_message_leaks(
 
 
 def test_lists_take_several_values_and_items_can_be_named() -> None:
-    flags = ["--evaluation", "a", "b", "--steps.1.threshold", "0.8", "--corpus", "c"]
+    flags = ["--eval-embeddings", "a", "b", "--steps.1.threshold", "0.8", "--corpus", "c"]
     content = apply_flags("curate", flags, {}, CurateConfig)
     config = CurateConfig.model_validate({**content, "out": "o"})
-    assert config.evaluation == ["a", "b"]
+    assert config.eval_embeddings == ["a", "b"]
     assert [step.kind for step in config.steps] == ["exact", "near_duplicates"]
     assert config.model_dump()["steps"][1]["threshold"] == 0.8
-    whole = apply_flags("curate", ["--steps", "{kind: exact}", "{kind: sample, count: 3}"], {}, CurateConfig)
-    assert whole == {"steps": [{"kind": "exact"}, {"kind": "sample", "count": 3}]}
+    whole = apply_flags("curate", ["--steps", "{kind: exact}", "{kind: random_sample, count: 3}"], {}, CurateConfig)
+    assert whole == {"steps": [{"kind": "exact"}, {"kind": "random_sample", "count": 3}]}
     with pytest.raises(UserError, match="there are 2 items"):
         apply_flags("curate", ["--steps.7.threshold", "1"], {}, CurateConfig)
 
@@ -294,7 +294,7 @@ def test_help_has_defaults_of_instances(capsys: pytest.CaptureFixture[str]) -> N
     text = " ".join(capsys.readouterr().out.split())
     assert "--views.local-crops.scale FLOAT... Least and largest share of the image's area. [[0.05, 0.32]]" in text
     assert "Peak learning rate at the reference batch" in text
-    assert help_pages.in_yaml((0.1, None)) == "[0.1, null]"
+    assert help_pages.to_inline_yaml((0.1, None)) == "[0.1, null]"
 
 
 def test_everything_that_is_shipped_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,15 +313,15 @@ def test_everything_that_is_shipped_is_listed(capsys: pytest.CaptureFixture[str]
 def test_a_shell_completes_commands_recipes_and_flags() -> None:
     def completed(*words: str) -> set[str]:
         line = f'COMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}; _fovea; echo "${{COMPREPLY[@]}}"'
-        shell = ["bash", "-c", script("bash") + line]
+        shell = ["bash", "-c", completion_script("bash") + line]
         return set(subprocess.run(shell, capture_output=True, text=True, check=True).stdout.split())
 
     assert {"pretrain", "plan", "publish"} <= completed("fovea", "p")
     assert "tiny_cpu" in completed("fovea", "pretrain", "ti")
     assert "--schedule.steps" in completed("fovea", "pretrain", "--schedule.s")
-    assert "bashcompinit" in script("zsh")
+    assert "bashcompinit" in completion_script("zsh")
     with pytest.raises(UserError, match="fish: no completion"):
-        script("fish")
+        completion_script("fish")
 
 
 def test_the_module_is_the_command() -> None:

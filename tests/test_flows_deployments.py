@@ -18,15 +18,15 @@ from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import automations
-from flows.checkpoint_eval import evaluating_checkpoints
+from flows.checkpoint_eval import evaluate_in_background
 from flows.config import CheckpointEvalConfig, DeploySettings, PipelineConfig
-from flows.deployments import STAGES, content, forget_schedules, write
-from flows.limits import slots
-from flows.recuration import curation, resource
-from infra.artifacts import find
+from flows.orchestration import automations
+from flows.orchestration.concurrency import hold_slots
+from flows.orchestration.deployments import STAGES, build_prefect_yaml, remove_schedules, write
+from flows.scheduled_curation import resource, run_scheduled_curation
+from infra.artifacts.artifact import find
 from infra.errors import UserError
-from tests.conftest import Embedded, image_folder
+from tests.conftest import SyntheticCorpora, image_folder
 from tests.prefect_server import ENDED, Server, serving
 from tests.test_flows import pipeline
 from tests.test_pretrain_training import config
@@ -45,7 +45,7 @@ def test_what_is_deployed_stands_in_a_file(tmp_path: Path) -> None:
     assert first["parameters"]["config"] == yaml.safe_load((tmp_path / "pipeline.yaml").read_text())
     assert first["schedules"] == [{"cron": "0 3 * * 1", "timezone": "UTC"}]
     assert first["concurrency_limit"] == 1
-    assert {each["entrypoint"].rpartition(":")[2] for each in others} == {*STAGES, "curation", "eval_checkpoints"}
+    assert {each["entrypoint"].rpartition(":")[2] for each in others} == {*STAGES, "run_scheduled_curation", "eval_checkpoints"}
     variables = first["work_pool"]["job_variables"]["env"]
     assert variables == {"A": "b", "DO_NOT_TRACK": "1", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60"}
     assert all(each["tags"] == ["fovea", "weekly"] for each in told["deployments"])
@@ -60,19 +60,19 @@ def test_variables_are_the_workers_and_roots_are_whole(tmp_path: Path, monkeypat
     monkeypatch.setenv("FOVEA_DATA", "/here")
     file = Path(__file__).parents[1] / "flows" / "pipelines" / "cifar10.yaml"
     asked = settings(tmp_path, pipeline=str(file), root="s3://bucket/run")
-    parameters = content(asked)["deployments"][0]["parameters"]["config"]
+    parameters = build_prefect_yaml(asked)["deployments"][0]["parameters"]["config"]
     assert parameters["sources"]["pool"].startswith("${FOVEA_DATA}/")
     assert parameters["root"] == "s3://bucket/run"
     with pytest.raises(UserError, match="root: runs/cifar10 is relative"):
-        content(settings(tmp_path, pipeline=str(file)))
+        build_prefect_yaml(settings(tmp_path, pipeline=str(file)))
 
 
 def test_with_a_share_the_schedule_curates_and_growth_starts_the_pipeline(tmp_path: Path) -> None:
-    asked = settings(tmp_path, cron="0 3 * * 1", changed=0.1)
-    pipeline, curation, *_ = content(asked)["deployments"]
+    asked = settings(tmp_path, cron="0 3 * * 1", min_change=0.1)
+    pipeline, curation, *_ = build_prefect_yaml(asked)["deployments"]
     assert "schedules" not in pipeline
     assert curation["schedules"] == [{"cron": "0 3 * * 1", "timezone": "UTC"}]
-    assert curation["parameters"] == {"config": pipeline["parameters"]["config"], "changed": 0.1}
+    assert curation["parameters"] == {"config": pipeline["parameters"]["config"], "min_change": 0.1}
     (trigger,) = pipeline["triggers"]
     assert trigger == {"expect": ["fovea.selection.changed"], "match": resource(str(tmp_path / "run"))}
     assert resource("a") != resource("b")
@@ -82,8 +82,8 @@ def test_with_a_share_the_schedule_curates_and_growth_starts_the_pipeline(tmp_pa
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("prefect")
     with serving(folder) as found:
-        asked = settings(folder, pool="machines")
-        done = found.fovea("deploy", "--pipeline", asked.pipeline, "--pool", "machines", "--file", asked.file)
+        asked = settings(folder, work_pool="machines")
+        done = found.fovea("deploy", "--pipeline", asked.pipeline, "--work-pool", "machines", "--file", asked.file)
         assert done.returncode == 0, done.stderr
         found.start_worker("machines", folder / "worker")
         yield found
@@ -135,7 +135,16 @@ def test_a_pool_that_grows_is_curated_on_and_trained_on_when_enough_has_changed(
     }
     file = tmp_path / "growing.yaml"
     file.write_text(yaml.safe_dump(told))
-    options = ("--pool", "machines", "--name", "growing", "--changed", "0.2", "--file", str(tmp_path / "prefect.yaml"))
+    options = (
+        "--work-pool",
+        "machines",
+        "--name",
+        "growing",
+        "--min-change",
+        "0.2",
+        "--file",
+        str(tmp_path / "prefect.yaml"),
+    )
     done = server.fovea("deploy", "--pipeline", str(file), *options)
     assert done.returncode == 0, done.stderr
 
@@ -143,7 +152,7 @@ def test_a_pool_that_grows_is_curated_on_and_trained_on_when_enough_has_changed(
         """What was made, once the server has started as many runs of the pipeline as are expected, and no more."""
         before = len(pipeline_runs(server))
         with temporary_settings({PREFECT_API_URL: server.environment["PREFECT_API_URL"]}):
-            curation(PipelineConfig.model_validate(told), changed=0.2)
+            run_scheduled_curation(PipelineConfig.model_validate(told), min_change=0.2)
         deadline = time.monotonic() + 120  # for the server to act on the event
         while len(pipeline_runs(server)) - before < expected:
             assert time.monotonic() < deadline
@@ -153,14 +162,14 @@ def test_a_pool_that_grows_is_curated_on_and_trained_on_when_enough_has_changed(
         assert len(found) - before == expected
         for each in found[before:]:
             server.asked(f"/flow_runs/{each['id']}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
-        made: dict[str, Any] = json.loads((tmp_path / "run" / "curated.json").read_text())
+        made: dict[str, Any] = json.loads((tmp_path / "run" / ".state" / "curated.json").read_text())
         return made
 
     first = curated(1)  # nothing was trained on before
     selection = find(first["made"]["deduplicate"])
     assert selection is not None
     assert first["earlier"] == {}
-    assert json.loads((tmp_path / "run" / "trained.json").read_text()) == {"selection": selection.url}
+    assert json.loads((tmp_path / "run" / ".state" / "trained.json").read_text()) == {"selection": selection.url}
     image_folder(tmp_path / "pool", 3, first=20)
     second = curated(0)  # 3 of 23 are new
     assert second["earlier"] == first["made"]
@@ -177,19 +186,19 @@ def test_slots_of_gpus_are_waited_for_and_given_back(server: Server) -> None:
     with temporary_settings({PREFECT_API_URL: server.environment["PREFECT_API_URL"]}):
         with (
             pytest.raises(UserError, match="has no concurrency limit gpus; make it: prefect gcl"),
-            slots("gpus", 1),
+            hold_slots("gpus", 1),
         ):
             pass
         server.asked("/v2/concurrency_limits/", {"name": "gpus", "limit": 2})
-        with pytest.raises(UserError, match="gpus has 2 slots, the training has 3 ranks"), slots("gpus", 3):
+        with pytest.raises(UserError, match="gpus has 2 slots, the training has 3 ranks"), hold_slots("gpus", 3):
             pass
         order: list[str] = []
 
         def other() -> None:
-            with temporary_settings({PREFECT_API_URL: server.environment["PREFECT_API_URL"]}), slots("gpus", 1):
+            with temporary_settings({PREFECT_API_URL: server.environment["PREFECT_API_URL"]}), hold_slots("gpus", 1):
                 order.append("other")
 
-        with slots("gpus", 2):
+        with hold_slots("gpus", 2):
             waiting = threading.Thread(target=other)
             waiting.start()
             time.sleep(3)
@@ -201,7 +210,7 @@ def test_slots_of_gpus_are_waited_for_and_given_back(server: Server) -> None:
 @pytest.mark.multiprocess
 def test_a_crashed_run_goes_on_once_for_each_attempt_that_began(server: Server, tmp_path: Path) -> None:
     asked = settings(tmp_path, cron="0 3 * * 1")
-    options = ("--pool", "empty", "--name", "idle", "--file", asked.file)
+    options = ("--work-pool", "empty", "--name", "idle", "--file", asked.file)
     done = server.fovea("deploy", "--pipeline", asked.pipeline, *options, "--cron", "0 3 * * 1")
     assert done.returncode == 0, done.stderr
     assert server.asked("/deployments/name/fovea-pipeline/idle")["schedules"]
@@ -224,7 +233,7 @@ def test_a_crashed_run_goes_on_once_for_each_attempt_that_began(server: Server, 
     into("CANCELLED")
     there = {PREFECT_API_URL: server.environment["PREFECT_API_URL"]}
     with temporary_settings(there), get_client(sync_client=True) as client:
-        forget_schedules(settings(tmp_path, name="idle"), client)  # as the next `fovea deploy` without --cron does
+        remove_schedules(settings(tmp_path, name="idle"), client)  # as the next `fovea deploy` without --cron does
     assert server.asked("/deployments/name/fovea-pipeline/idle")["schedules"] == []
 
 
@@ -235,12 +244,12 @@ def test_failures_are_told_to_a_block(server: Server, tmp_path: Path) -> None:
     with heard() as (url, told):
         with temporary_settings(there), get_client(sync_client=True) as client:
             with pytest.raises(UserError, match="notify: the server has no block custom-webhook/nobody"):
-                automations.apply(settings(tmp_path, notify="custom-webhook/nobody"), client)
+                automations.apply(settings(tmp_path, notification_block="custom-webhook/nobody"), client)
             body = {"subject": "{{subject}}", "body": "{{body}}"}
             CustomWebhookNotificationBlock(name="ops", url=url, json_data=body).save("ops")
-            automations.apply(settings(tmp_path, notify="custom-webhook/ops"), client)
+            automations.apply(settings(tmp_path, notification_block="custom-webhook/ops"), client)
             names = {each.name for each in client.read_automations()}
-        assert "fovea: failures are told" in names
+        assert "fovea: notify-failures" in names
         run = server.started("ingest", {"config": {"source": str(tmp_path / "nowhere"), "out": str(tmp_path / "out")}})
         assert server.waited(run, ENDED) == "FAILED"
         deadline = time.monotonic() + 60
@@ -249,7 +258,7 @@ def test_failures_are_told_to_a_block(server: Server, tmp_path: Path) -> None:
             time.sleep(0.2)
         with temporary_settings(there), get_client(sync_client=True) as client:
             automations.apply(settings(tmp_path), client)  # nobody is to be told any more
-            assert {each.name for each in client.read_automations()} == names - {"fovea: failures are told"}
+            assert {each.name for each in client.read_automations()} == names - {"fovea: notify-failures"}
     (message,) = told
     assert message["subject"] == "ingest Failed"
     assert "nowhere: not found" in message["body"]
@@ -261,7 +270,7 @@ def test_teachers_are_scored_by_the_worker_of_a_deployment(server: Server, tmp_p
     there = {PREFECT_API_URL: server.environment["PREFECT_API_URL"]}
     with (
         temporary_settings(there),
-        evaluating_checkpoints(asked, tmp_path / "job", "fovea-eval-checkpoints/fovea") as found,
+        evaluate_in_background(asked, tmp_path / "job", "fovea-eval-checkpoints/fovea") as found,
     ):
         pass
     assert found == []  # nobody waits for it
@@ -294,17 +303,19 @@ def heard() -> Iterator[tuple[str, list[dict[str, str]]]]:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_cancelled_training_saves_its_state_and_lets_go(server: Server, embedded: Embedded, tmp_path: Path) -> None:
+def test_a_cancelled_training_saves_its_state_and_lets_go(
+    server: Server, synthetic: SyntheticCorpora, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     changes: dict[str, Any] = {
         "sharding": {"backend": "torch"},
         "runtime": {"num_workers": 0, "checkpoint_every": 10_000},
     }
-    long = config(embedded.seed, out, **changes, schedule={"steps": 20_000, "global_batch_size": 8})
+    long = config(synthetic.seed, out, **changes, schedule={"steps": 20_000, "global_batch_size": 8})
     run = server.started("pretrain", {"config": long.settings()})
     log = out.with_name("run.job")
     deadline = time.monotonic() + 180
-    told = log / "progress.jsonl"
+    told = log / "live_metrics.jsonl"
     while not told.exists() or len(told.read_text().splitlines()) < 20:  # steps
         assert time.monotonic() < deadline
         assert server.state(run) not in ENDED
@@ -312,5 +323,5 @@ def test_a_cancelled_training_saves_its_state_and_lets_go(server: Server, embedd
     server.asked(f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
     assert server.waited(run, ENDED) == "CANCELLED"
     assert not [each for each in psutil.process_iter(["cmdline"]) if str(log) in (each.info["cmdline"] or [])]
-    (saved,) = (out / "steps").glob("*/tally.json")
+    (saved,) = (out / "checkpoints").glob("*/train_state.json")
     assert int(saved.parent.name) > 0

@@ -12,7 +12,7 @@ import pytest
 PROGRAM = """
 import multiprocessing
 
-from flows.ephemeral_server import start_ephemeral_server
+from flows.orchestration.ephemeral_server import start_ephemeral_server
 
 start_ephemeral_server()
 from prefect import flow

@@ -134,7 +134,7 @@ def _amounts(resources: dict[str, dict[str, str]]) -> Iterator[str]:
 
 
 def test_the_training_of_the_manifest_is_one_that_the_command_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows import trainings
+    from flows import training
 
     (job,) = [
         each
@@ -143,7 +143,7 @@ def test_the_training_of_the_manifest_is_one_that_the_command_takes(monkeypatch:
     ]
     (container,) = job["spec"]["template"]["spec"]["containers"]
     seen: list[PretrainConfig] = []
-    monkeypatch.setattr(trainings, "train", lambda _, config: seen.append(config))
+    monkeypatch.setattr(training, "train", lambda _, config: seen.append(config))
     main([*container["command"][1:], *container["args"]])
     (config,) = seen
     assert config.launch.nnodes == job["spec"]["completions"]

@@ -13,11 +13,11 @@ import psutil
 import pytest
 from pydantic import ValidationError
 
-from infra.errors import Died, Preempted, UserError
-from infra.launch import run, slurm
+from infra.errors import PreemptedError, RankDiedError, UserError
+from infra.launch import slurm
+from infra.launch.callback import LaunchCallback
 from infra.launch.config import Launch, Launcher, Slurm
-from infra.launch.run import launch
-from infra.launch.watching import Watcher
+from infra.launch.launcher import launch
 from tests.daemons import free_ports
 from tests.rank_program import Told
 
@@ -64,7 +64,7 @@ def test_a_hostfile_names_the_machines(tmp_path: Path) -> None:
     ("end", "error", "message"),
     [
         ("mistake", UserError, "corpora: nothing here; mend the path"),
-        ("preempted", Preempted, "stopped after step 7, as asked"),
+        ("preempted", PreemptedError, "stopped after step 7, as asked"),
         ("crash", ChildProcessError, "ended with exit code 1"),
     ],
 )
@@ -80,11 +80,11 @@ def started(tmp_path: Path, launcher: str) -> tuple[subprocess.Popen[str], list[
     """A process that launches two ranks which take their time, and the ranks' ids."""
     config = told(tmp_path, "late").model_dump_json()
     code = (
-        "from pathlib import Path; from infra.launch.config import Launch; from infra.launch.run import launch\n"
-        "from infra.errors import Preempted; from tests.rank_program import Told\n"
+        "from pathlib import Path; from infra.launch.config import Launch; from infra.launch.launcher import launch\n"
+        "from infra.errors import PreemptedError; from tests.rank_program import Told\n"
         f"try: launch({PROGRAM!r}, Told.model_validate_json({config!r}), Path({str(tmp_path / 'job')!r}),"
         f" {launcher!r}, Launch(nproc_per_node=2))\n"
-        "except Preempted as error: print(error)"
+        "except PreemptedError as error: print(error)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     count, deadline = 1 if launcher == "local" else 2, time.monotonic() + 60
@@ -111,12 +111,12 @@ def test_a_request_before_the_ranks_listen_is_not_lost(tmp_path: Path) -> None:
     config = told(tmp_path, "late").model_dump_json()
     code = (
         "import os, signal, threading; from pathlib import Path; from infra.launch.config import Launch\n"
-        "from infra.launch.run import launch; from infra.errors import Preempted\n"
+        "from infra.launch.launcher import launch; from infra.errors import PreemptedError\n"
         "from tests.rank_program import Told\n"
         "threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
         f"try: launch({PROGRAM!r}, Told.model_validate_json({config!r}), Path({str(tmp_path / 'job')!r}),"
         " 'torchrun', Launch(nproc_per_node=2))\n"
-        "except Preempted as error: print(error)"
+        "except PreemptedError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "stopped outside a training, as asked" in done.stdout
@@ -188,7 +188,7 @@ def test_ranks_know_themselves_under_srun(monkeypatch: pytest.MonkeyPatch) -> No
     assert {name: os.environ[name] for name in wanted} == wanted | {"MASTER_PORT": str(20_000 + 10_042 % 10_000)}
 
 
-class Heard(Watcher):
+class Heard(LaunchCallback):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
@@ -200,14 +200,14 @@ class Heard(Watcher):
 def test_ranks_that_died_are_started_again_and_those_that_gave_a_reason_are_not(
     launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "_FIRST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(launcher, "_FIRST_PAUSE_SECONDS", 0.1)
     heard, settings = Heard(), Launch(nproc_per_node=1, max_restarts=2)
     launch(PROGRAM, told(tmp_path, "killed", attempts=3), tmp_path / "job", launcher, settings, heard)
     assert len((tmp_path / "ranks" / "rank-0.txt").read_text().splitlines()) == 3
     assert [line.partition("; ")[2] for line in heard.lines] == [
         f"started again, {number} of at most 2 times" for number in (1, 2)
     ]
-    with pytest.raises(Died, match="ended with exit code"):
+    with pytest.raises(RankDiedError, match="ended with exit code"):
         launch(PROGRAM, told(tmp_path / "a", "killed", attempts=9), tmp_path / "job", launcher, settings, heard)
     assert len((tmp_path / "a" / "ranks" / "rank-0.txt").read_text().splitlines()) == 3
     with pytest.raises(UserError, match="nothing here"):
@@ -219,13 +219,13 @@ def test_who_is_asked_to_stop_starts_no_rank_again(tmp_path: Path) -> None:
     """Also where the ranks die of being asked, and between two attempts."""
     settings = Launch(nproc_per_node=1, max_restarts=5).model_dump_json()
     script = (
-        "from pathlib import Path; from infra.launch.config import Launch; from infra.launch import run\n"
-        "from infra.errors import Preempted; from tests.rank_program import Told\n"
-        "run._FIRST_PAUSE_SECONDS = 60.0\n"
+        "from pathlib import Path; from infra.launch.config import Launch; from infra.launch import launcher\n"
+        "from infra.errors import PreemptedError; from tests.rank_program import Told\n"
+        "launcher._FIRST_PAUSE_SECONDS = 60.0\n"
         f"told = Told.model_validate_json({told(tmp_path, 'killed', attempts=9).model_dump_json()!r})\n"
         f"settings = Launch.model_validate_json({settings!r})\n"
-        f"try: run.launch({PROGRAM!r}, told, Path({str(tmp_path / 'job')!r}), 'local', settings)\n"
-        "except Preempted as error: print(error)"
+        f"try: launcher.launch({PROGRAM!r}, told, Path({str(tmp_path / 'job')!r}), 'local', settings)\n"
+        "except PreemptedError as error: print(error)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -14,21 +14,21 @@ import torch
 from s3fs import S3FileSystem
 
 from curation.config import IngestConfig
-from curation.ingest import ingest
-from infra import ranges, storage
-from infra.artifacts import open_artifact, verify
-from infra.corpora import Corpus
+from curation.ingest.ingest import ingest
+from infra.artifacts.artifact import open_artifact, verify
+from infra.corpus.corpus import Corpus
 from infra.errors import UserError
-from infra.launch.run import run_module
-from pretrain import telemetry
+from infra.launch.launcher import run_module
+from infra.storage import filesystem, range_reader
 from pretrain.config import PretrainSettings
-from pretrain.data.loader import Batch, Place, batches
-from pretrain.telemetry import METRICS
-from pretrain.train import view_dataset
-from tests.conftest import Embedded, encoded
+from pretrain.data.loader import Batch, RankBatchSampler, batches
+from pretrain.monitoring import metrics_log
+from pretrain.monitoring.metrics_log import METRICS
+from pretrain.train import build_view_dataset
+from tests.conftest import SyntheticCorpora, encode_image
 from tests.faulty_proxy import Faults, faulty
 from tests.s3_server import S3Server, missing, serving
-from tests.test_pretrain_saves import cut_short
+from tests.test_pretrain_checkpoints import cut_short
 from tests.test_pretrain_training import TINY, config, losses
 
 pytestmark = [
@@ -47,7 +47,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", found.secret_key)
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         with reached_by(found.endpoint):
-            files, _ = storage.filesystem("s3://photographs")
+            files, _ = filesystem.connect("s3://photographs")
             files.mkdir("photographs")
             for number in range(SHARDS):
                 files.pipe_file(f"photographs/shards/{number:03d}.tar", shard(number))
@@ -70,7 +70,7 @@ def shard(number: int) -> bytes:
     rng = np.random.default_rng(number)
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for at in range(EACH):
-            data = encoded(_noise(rng), "PNG")
+            data = encode_image(_noise(rng), "PNG")
             entry = tarfile.TarInfo(f"{number:03d}-{at:04d}.png")
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
@@ -88,15 +88,15 @@ def settings(**runtime: object) -> PretrainSettings:
         {
             "model": {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8, "image_size": 32},
             "views": {"global_crops": {"size": 32}, "local_crops": {"size": 16}, "num_local_crops": 1},
-            "sampling": {"shuffle": "windows", "window_shards": 2},
+            "sampling": {"shuffle": "shard_window", "window_shards": 2},
             "runtime": {"num_workers": 2, **runtime},
         }
     )
 
 
 def epoch(corpus: str, workers: int = 2, **runtime: object) -> list[Batch]:
-    dataset = view_dataset([corpus], settings(**runtime))
-    return list(batches(dataset, Place(0, 1, 24, 1, 0, SHARDS * EACH // 24), workers))
+    dataset = build_view_dataset([corpus], settings(**runtime))
+    return list(batches(dataset, RankBatchSampler(0, 1, 24, 1, 0, SHARDS * EACH // 24), workers))
 
 
 def same(first: list[Batch], second: list[Batch]) -> bool:
@@ -123,7 +123,7 @@ def test_an_epoch_over_a_failing_network_has_the_same_samples(
     with faulty(server.endpoint, FAULTS) as proxy, reached_by(proxy.endpoint):
         found = epoch(indexed, cache_gb=cache_gb)
     assert same(found, expected)
-    assert sum(int(batch.passed_over.sum()) for batch in found) == 0
+    assert sum(int(batch.skipped_counts.sum()) for batch in found) == 0
     assert sorted(place for batch in found for place in batch.positions.tolist()) == list(range(SHARDS * EACH))
     assert (tmp_path / "blocks").exists() == (cache_gb > 0)
     assert cache_gb or all(proxy.counts[kind] for kind in ("error_500", "error_503", "drop", "truncate", "stall"))
@@ -144,7 +144,7 @@ def test_a_cache_that_holds_all_is_all_that_is_read(
 def test_ingest_over_a_failing_network_makes_the_same_corpus(
     server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranges, "_PIECE", 100_000)
+    monkeypatch.setattr(range_reader, "_PIECE", 100_000)
     artifacts = []
     with faulty(server.endpoint, FAULTS) as proxy:
         for name, endpoint in (("direct", server.endpoint), ("faulty", proxy.endpoint)):
@@ -158,7 +158,7 @@ def test_ingest_over_a_failing_network_makes_the_same_corpus(
 
 def test_a_shard_written_anew_is_noticed(server: S3Server, tmp_path: Path) -> None:
     with reached_by(server.endpoint):
-        files, _ = storage.filesystem("s3://photographs")
+        files, _ = filesystem.connect("s3://photographs")
         files.pipe_file("photographs/stale/000.tar", shard(7))
         corpus = ingest(IngestConfig(source="s3://photographs/stale", out=str(tmp_path / "corpus"))).url
         files.pipe_file("photographs/stale/000.tar", shard(8))
@@ -188,18 +188,20 @@ def test_no_artifact_holds_a_credential(server: S3Server, indexed: str) -> None:
 
 @pytest.mark.multiprocess
 def test_a_training_goes_on_from_a_bucket_on_another_machine(
-    server: S3Server, embedded: Embedded, tmp_path: Path
+    server: S3Server, synthetic: SyntheticCorpora, tmp_path: Path
 ) -> None:
     """Its states lie in the bucket, and go when the checkpoint is whole."""
     with reached_by(server.endpoint):
         changes = {"runtime": {**TINY["runtime"], "num_workers": 0}, "sharding": {"backend": "torch"}}
-        run_module("pretrain", config(embedded.seed, tmp_path / "whole", **changes))
-        settings = config(embedded.seed, tmp_path, **changes).model_copy(update={"out": "s3://photographs/run"})
+        run_module("pretrain", config(synthetic.seed, tmp_path / "whole", **changes))
+        settings = config(synthetic.seed, tmp_path, **changes).model_copy(update={"out": "s3://photographs/run"})
         cut_short(settings, tmp_path / "job", tmp_path / "cache")
-        assert any(name.endswith("tally.json") for name in storage.list_files("s3://photographs/run/steps"))
+        assert any(
+            name.endswith("train_state.json") for name in filesystem.list_files("s3://photographs/run/checkpoints")
+        )
         run_module("pretrain", settings)
         found = open_artifact("s3://photographs/run", "checkpoint")
         assert found.metrics["resumed_at"] == 3
-        assert telemetry.parse(found.read_bytes(METRICS).decode()) == losses(tmp_path / "whole")
-        assert not storage.is_folder("s3://photographs/run/steps")
+        assert metrics_log.parse_rows(found.read_bytes(METRICS).decode()) == losses(tmp_path / "whole")
+        assert not filesystem.is_folder("s3://photographs/run/checkpoints")
         assert not verify(found)

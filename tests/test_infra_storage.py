@@ -12,13 +12,13 @@ from s3fs import S3FileSystem
 from curation import run
 from curation.config import CurateConfig, EmbedConfig, Exact, IngestConfig, MaterializeConfig, NearDuplicates
 from curation.embed import embed
-from curation.ingest import ingest
+from curation.ingest.ingest import ingest
 from curation.materialize import materialize
-from infra import storage
-from infra.artifacts import verify
-from infra.corpora import Corpus
+from infra.artifacts.artifact import verify
+from infra.corpus.corpus import Corpus
 from infra.errors import UserError
-from tests.conftest import image_folder, ingested
+from infra.storage import filesystem
+from tests.conftest import image_folder, ingest_folder
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def bucket() -> Iterator[str]:
         patch.setenv("AWS_ACCESS_KEY_ID", "key")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
         S3FileSystem.clear_instance_cache()  # clients of another module's server
-        files, _ = storage.filesystem("s3://fovea")
+        files, _ = filesystem.connect("s3://fovea")
         files.makedirs("fovea", exist_ok=True)  # moto keeps its buckets for as long as the process lives
         yield "s3://fovea"
     server.stop()
@@ -40,7 +40,7 @@ def bucket() -> Iterator[str]:
 def test_curation_from_bucket_to_bucket_equals_curation_on_disk(bucket: str, tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "images", 12, classes=2)
     (folder / "class0" / "copy.png").write_bytes((folder / "class1" / "0001.png").read_bytes())
-    files, _ = storage.filesystem(bucket)
+    files, _ = filesystem.connect(bucket)
     files.put(str(folder), "fovea/images", recursive=True)
     results = []
     for source, root in ((str(folder), str(tmp_path / "run")), (f"{bucket}/images", f"{bucket}/run")):
@@ -64,8 +64,8 @@ def test_curation_from_bucket_to_bucket_equals_curation_on_disk(bucket: str, tmp
 
 
 def test_shards_in_a_bucket_are_read_in_place(bucket: str, tmp_path: Path) -> None:
-    local = ingested(image_folder(tmp_path / "images", 5), tmp_path / "corpus")
-    storage.upload(Path(local.shard_url(0)), f"{bucket}/shards/000.tar")
+    local = ingest_folder(image_folder(tmp_path / "images", 5), tmp_path / "corpus")
+    filesystem.upload(Path(local.shard_url(0)), f"{bucket}/shards/000.tar")
     corpus = Corpus.open(ingest(IngestConfig(source=f"{bucket}/shards/*.tar", out=str(tmp_path / "remote"))).url)
     assert corpus.shards[0].url == f"{bucket}/shards/000.tar"
     assert [corpus.read_image(row) for row in range(5)] == [local.read_image(row) for row in range(5)]
@@ -77,6 +77,6 @@ def test_a_missing_bucket_is_named(bucket: str, tmp_path: Path) -> None:
 
 
 def test_paths_join_and_absolute_parts_win() -> None:
-    assert storage.join("s3://a/b/", "c", "d") == "s3://a/b/c/d"
-    assert storage.join("runs/x", "/abs/y") == "/abs/y"
-    assert storage.join("runs/x", "s3://b/y") == "s3://b/y"
+    assert filesystem.join("s3://a/b/", "c", "d") == "s3://a/b/c/d"
+    assert filesystem.join("runs/x", "/abs/y") == "/abs/y"
+    assert filesystem.join("runs/x", "s3://b/y") == "s3://b/y"

@@ -15,17 +15,18 @@ from torch import Tensor
 
 import pretrain
 from curation.config import IngestConfig
-from curation.ingest import ingest
-from infra.corpora import Corpus
+from curation.ingest.ingest import ingest
+from infra.corpus.corpus import Corpus
 from infra.errors import UserError
-from pretrain.backbones import load
-from pretrain.checkpoints import Checkpoint
-from pretrain.config import CheckpointBackbone, PretrainConfig
-from pretrain.features import extract
+from pretrain.backbones.config import CheckpointBackboneConfig
+from pretrain.backbones.features import extract
+from pretrain.backbones.registry import load_backbone
+from pretrain.checkpoint.artifact import Checkpoint
+from pretrain.config import PretrainConfig
+from pretrain.monitoring.metrics_log import METRICS
 from pretrain.objectives.config import ClipConfig, SiglipConfig
 from pretrain.objectives.image_text import Clip, Siglip, tokenizer
-from pretrain.telemetry import METRICS
-from tests.conftest import image_folder, ingested
+from tests.conftest import image_folder, ingest_folder
 
 pytestmark = pytest.mark.slow
 
@@ -99,7 +100,9 @@ def encoded(checkpoint: Checkpoint, kind: type[Clip] | type[Siglip], url: str) -
     dims = checkpoint.backbone()
     head = kind(objective, dims, dims).requires_grad_(False).eval()
     head.load_state_dict(checkpoint.weights(f"objectives.{objective.kind}."))
-    tokens = extract(load(CheckpointBackbone(url=checkpoint.artifact.url)), corpus, 256, "zero-shot").copy()
+    tokens = extract(
+        load_backbone(CheckpointBackboneConfig(url=checkpoint.artifact.url)), corpus, 256, "zero-shot"
+    ).copy()
     tokenize = tokenizer(objective.text)
     images = head.encode_images(torch.from_numpy(tokens))
     return Encoded(corpus.captions.to_pylist(), images, lambda texts: head.encode_texts(tokenize(texts)))
@@ -162,6 +165,6 @@ def test_clip_and_dino_train_together(emoji: dict[str, str], tmp_path: Path) -> 
 
 
 def test_a_corpus_without_captions_is_named(tmp_path: Path) -> None:
-    corpus = ingested(image_folder(tmp_path / "images", 3), tmp_path / "corpus")
+    corpus = ingest_folder(image_folder(tmp_path / "images", 3), tmp_path / "corpus")
     with pytest.raises(UserError, match="samples without a caption"):
         trained(corpus.artifact.url, tmp_path / "out", [ClipConfig(embed_dim=8).model_dump()])

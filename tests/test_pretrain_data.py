@@ -17,28 +17,28 @@ from torchvision.transforms.v2 import functional as tv
 
 import curation
 from curation.config import CurateConfig, Exact
-from infra.corpora import Corpus
+from infra.corpus.corpus import Corpus
 from infra.errors import UserError
-from pretrain.data import order, photometric, views
+from pretrain.data import color_gpu, sample_order, views
+from pretrain.data.color_cpu import adjust_color
+from pretrain.data.color_gpu import BLUR, sample_parameters
 from pretrain.data.config import Crops, Photometric, Sampling, Views
 from pretrain.data.decode import decode, open_image, upright_size
-from pretrain.data.loader import UNUSABLE, Batch, Place, ViewDataset, batches
-from pretrain.data.masks import MaskPlan, batch_masks, block_mask
-from pretrain.data.photometric import BLUR, draw
-from pretrain.data.recolour import recolour
-from pretrain.data.samples import Part, Samples
-from pretrain.data.views import choose, cut, harmless_shrink, resized_crop_box
-from tests.conftest import encoded, image_folder, ingested, picture
+from pretrain.data.loader import BAD_SAMPLE_REASONS, Batch, RankBatchSampler, ViewDataset, batches
+from pretrain.data.masks import MaskSettings, batch_masks, block_mask
+from pretrain.data.samples import CorpusPart, Samples
+from pretrain.data.views import extract_crops, resized_crop_box, safe_draft_scale, sample_crops
+from tests.conftest import encode_image, image_folder, ingest_folder, picture
 
 VIEWS = Views(global_crops=Crops(size=32), local_crops=Crops(size=16, scale=(0.1, 0.4)), num_local_crops=2)
-MASKS = MaskPlan(patch_size=8, share=0.5, ratio=(0.1, 0.5), exact=True, shift=False)
+MASKS = MaskSettings(patch_size=8, probability=0.5, ratio=(0.1, 0.5), exact=True, shift=False)
 
 
 @given(st.integers(0, 100), st.sampled_from([(1, 4), (2, 2), (4, 1)]), st.integers(1, 3))
 def test_a_step_sees_the_same_samples_on_any_number_of_ranks(step: int, ranks: tuple[int, int], batch: int) -> None:
     world_size, accumulation = ranks
     seen = [
-        order.positions_of(step * 4 * batch, micro, rank, world_size, batch)
+        sample_order.positions_of_rank(step * 4 * batch, micro, rank, world_size, batch)
         for micro in range(accumulation)
         for rank in range(world_size)
     ]
@@ -49,14 +49,14 @@ def test_a_step_sees_the_same_samples_on_any_number_of_ranks(step: int, ranks: t
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> ViewDataset:
     root = tmp_path_factory.mktemp("data")
     corpora = [
-        ingested(image_folder(root / name, 7, first=first), root / f"{name}-corpus")
+        ingest_folder(image_folder(root / name, 7, first=first), root / f"{name}-corpus")
         for name, first in (("a", 0), ("b", 50))
     ]
     return ViewDataset(samples(*corpora), VIEWS, MASKS, seed=3)
 
 
 def samples(*corpora: Corpus) -> Samples:
-    return Samples([Part.open(corpus.artifact.url) for corpus in corpora])
+    return Samples([CorpusPart.open(corpus.artifact.url) for corpus in corpora])
 
 
 def equal(first: Batch, second: Batch) -> bool:
@@ -66,7 +66,7 @@ def equal(first: Batch, second: Batch) -> bool:
 @pytest.mark.multiprocess
 def test_batches_are_the_same_for_any_number_of_workers_and_from_any_step(dataset: ViewDataset) -> None:
     def read(workers: int, first: int) -> list[Batch]:
-        return list(batches(dataset, Place(0, 1, 4, 1, first, 6, seen=4 * first), workers))
+        return list(batches(dataset, RankBatchSampler(0, 1, 4, 1, first, 6, samples_seen=4 * first), workers))
 
     alone, helped, resumed = read(0, 0), read(2, 0), read(2, 4)
     assert all(equal(a, b) for a, b in zip(alone, helped, strict=True))
@@ -81,36 +81,36 @@ def test_batches_have_the_documented_shapes(dataset: ViewDataset) -> None:
     assert batch.global_crops.dtype == torch.uint8
     assert batch.masks.shape == (8, 16)
     assert batch.global_photometric.shape == batch.local_photometric.shape == (0, 9)
-    assert batch.passed_over.tolist() == [0] * len(UNUSABLE)
+    assert batch.skipped_counts.tolist() == [0] * len(BAD_SAMPLE_REASONS)
 
 
 @pytest.mark.multiprocess
 def test_a_corpus_gone_bad_is_named_from_a_worker(tmp_path: Path) -> None:
-    corpus = ingested(image_folder(tmp_path / "images", 4), tmp_path / "corpus")
+    corpus = ingest_folder(image_folder(tmp_path / "images", 4), tmp_path / "corpus")
     shard = Path(corpus.shard_url(0))
     shard.write_bytes(b"\0" * shard.stat().st_size)
     broken = ViewDataset(samples(corpus), VIEWS, MASKS, seed=0)
     with pytest.raises(UserError, match=r"16 samples in a row cannot be used \(changed 16\)"):
-        next(batches(broken, Place(0, 1, 2, 1, 0, 1), workers=1))
+        next(batches(broken, RankBatchSampler(0, 1, 2, 1, 0, 1), workers=1))
 
 
 def test_bad_samples_are_passed_over_and_counted(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "images", 40)
-    (folder / "torn.png").write_bytes(encoded(picture(8))[:-30])
-    (folder / "page.png").write_bytes(encoded(picture(9))[:60])
-    corpus = ingested(folder, tmp_path / "corpus", check="header")
+    (folder / "torn.png").write_bytes(encode_image(picture(8))[:-30])
+    (folder / "page.png").write_bytes(encode_image(picture(9))[:60])
+    corpus = ingest_folder(folder, tmp_path / "corpus", check="header")
     shard = Path(corpus.shard_url(0))
     content = bytearray(shard.read_bytes())
-    content[corpus.entry(3)["image"]["offset"] + 100] ^= 1
+    content[corpus.index_row(3)["image"]["offset"] + 100] ^= 1
     shard.write_bytes(content)
     data = ViewDataset(samples(corpus), VIEWS, MASKS, seed=0)
     together = data.batch(np.arange(42))
-    counts = dict(zip(UNUSABLE, together.passed_over.tolist(), strict=True))
-    assert counts["changed"] >= 1
+    counts = dict(zip(BAD_SAMPLE_REASONS, together.skipped_counts.tolist(), strict=True))
+    assert counts["checksum_mismatch"] >= 1
     assert counts["truncated"] + counts["undecodable"] >= 2
     assert sum(counts.values()) < 8
     apart = [data.batch(np.arange(at, at + 1)) for at in range(42)]
-    assert torch.equal(sum(batch.passed_over for batch in apart), together.passed_over)
+    assert torch.equal(sum(batch.skipped_counts for batch in apart), together.skipped_counts)
     views = torch.cat([batch.local_crops.unflatten(0, (2, 1)) for batch in apart], dim=1).flatten(0, 1)
     assert torch.equal(views, together.local_crops)
 
@@ -118,9 +118,9 @@ def test_bad_samples_are_passed_over_and_counted(tmp_path: Path) -> None:
 def test_a_selection_stands_for_what_it_keeps(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "images", 12)
     (folder / "copy.png").write_bytes((folder / "0003.png").read_bytes())
-    corpus = ingested(folder, tmp_path / "corpus")
+    corpus = ingest_folder(folder, tmp_path / "corpus")
     config = CurateConfig(steps=[Exact()], corpus=corpus.artifact.url, out=str(tmp_path / "selection"))
-    part = Part.open(curation.run(config).url)
+    part = CorpusPart.open(curation.run(config).url)
     chosen = Samples([part])
     assert chosen.size == 12
     weights = dict(zip([chosen.key(row) for row in range(12)], part.weights, strict=True))
@@ -143,9 +143,9 @@ def test_crop_boxes_lie_in_the_image(width: int, height: int, seed: int) -> None
 def test_shrinking_leaves_every_crop_its_pixels(width: int, height: int, seed: int) -> None:
     settings = Views()
     rng = np.random.default_rng(seed)
-    crops = [(crop, 224) for crop in choose((width, height), settings.global_crops, 2, settings, rng)]
-    crops += [(crop, 96) for crop in choose((width, height), settings.local_crops, 8, settings, rng)]
-    factor = harmless_shrink(crops)
+    crops = [(crop, 224) for crop in sample_crops((width, height), settings.global_crops, 2, settings, rng)]
+    crops += [(crop, 96) for crop in sample_crops((width, height), settings.local_crops, 8, settings, rng)]
+    factor = safe_draft_scale(crops)
     narrow = [min(crop.box[2] - crop.box[0], crop.box[3] - crop.box[1]) for crop, _ in crops]
     assert factor == 1 or all(side / factor >= size for side, (_, size) in zip(narrow, crops, strict=True))
     assert any(side / (factor + 1) < size for side, (_, size) in zip(narrow, crops, strict=True))
@@ -154,15 +154,15 @@ def test_shrinking_leaves_every_crop_its_pixels(width: int, height: int, seed: i
 def test_crops_of_a_shrunk_image_are_those_of_the_whole() -> None:
     image = picture(3, (1024, 768))
     settings = Views(color_augment_on="device")
-    chosen = choose((1024, 768), settings.local_crops, 4, settings, np.random.default_rng(0))
-    whole = cut(np.array(image), (1024, 768), chosen, 96, settings).pixels.astype(float)
+    chosen = sample_crops((1024, 768), settings.local_crops, 4, settings, np.random.default_rng(0))
+    whole = extract_crops(np.array(image), (1024, 768), chosen, 96, settings).pixels.astype(float)
     half = np.array(image.resize((512, 384), Image.Resampling.BOX))
-    assert np.abs(cut(half, (1024, 768), chosen, 96, settings).pixels - whole).mean() < 2
+    assert np.abs(extract_crops(half, (1024, 768), chosen, 96, settings).pixels - whole).mean() < 2
 
 
 def test_jpegs_are_decoded_smaller_where_that_harms_nothing() -> None:
     image = picture(3, (1024, 768))
-    jpeg, png = encoded(image, "JPEG", quality=95), encoded(image)
+    jpeg, png = encode_image(image, "JPEG", quality=95), encode_image(image)
     small = decode(open_image(jpeg), 2)
     assert small.size == (512, 384)
     assert decode(open_image(png), 2).size == (1024, 768)
@@ -170,7 +170,7 @@ def test_jpegs_are_decoded_smaller_where_that_harms_nothing() -> None:
     assert np.abs(np.asarray(small, dtype=float) - whole).mean() < 2
     turned = image.getexif()
     turned[0x0112] = 6  # EXIF orientation: lie on the right side
-    lying = open_image(encoded(image, "JPEG", exif=turned))
+    lying = open_image(encode_image(image, "JPEG", exif=turned))
     assert upright_size(lying) == (768, 1024)
     assert decode(lying, 2).size == (384, 512)
 
@@ -192,8 +192,8 @@ def test_a_whole_crop_is_the_image() -> None:
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     plain = Crops(size=16, scale=(1.0, 1.0), photometric=[Photometric(jitter_prob=0.0, grayscale_prob=0.0)])
     settings = Views(hflip_prob=0.0)
-    chosen = choose((16, 16), plain, 20, settings, np.random.default_rng(1))
-    pixels = cut(image, (16, 16), chosen, 16, settings).pixels
+    chosen = sample_crops((16, 16), plain, 20, settings, np.random.default_rng(1))
+    pixels = extract_crops(image, (16, 16), chosen, 16, settings).pixels
     assert any(np.array_equal(crop, image) for crop in pixels)
 
 
@@ -223,7 +223,7 @@ IMAGE = torch.from_numpy(np.random.default_rng(0).random((1, 3, 24, 20), dtype=n
     ],
 )
 def test_recolouring_is_torchvisions(changes: dict[str, float], expected: torch.Tensor) -> None:
-    torch.testing.assert_close(photometric.apply(IMAGE, parameters(**changes)), expected, atol=2e-4, rtol=0)
+    torch.testing.assert_close(color_gpu.apply(IMAGE, parameters(**changes)), expected, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_recolouring_in_workers_is_torchvisions_on_pillow_images(
     changes: dict[str, float], expected: Callable[[Image.Image], Image.Image]
 ) -> None:
     image = picture(5, (48, 40))
-    ours = recolour(np.array(image), parameters(**changes)[0].numpy()).astype(int)
+    ours = adjust_color(np.array(image), parameters(**changes)[0].numpy()).astype(int)
     theirs = np.asarray(expected(image)).astype(int)
     most = 12 if "hue" in changes else 1  # Pillow cuts hue and saturation off to 8 bits; OpenCV rounds
     assert np.abs(ours - theirs).max() <= most
@@ -258,10 +258,10 @@ def test_both_ways_of_recolouring_agree() -> None:
         jitter_prob=0.8, grayscale_prob=0.2, blur_prob=0.5, solarize_prob=0.0, invert_prob=0.2, channel_shuffle_prob=0.3
     )
     rng = np.random.default_rng(0)
-    table = np.stack([draw(spec, rng) for _ in range(40)])
+    table = np.stack([sample_parameters(spec, rng) for _ in range(40)])
     images = np.stack([np.array(picture(seed)) for seed in range(40)])
-    on_device = photometric.apply(torch.from_numpy(images).permute(0, 3, 1, 2) / 255, torch.from_numpy(table))
-    in_workers = np.stack([recolour(image, row) for image, row in zip(images, table, strict=True)])
+    on_device = color_gpu.apply(torch.from_numpy(images).permute(0, 3, 1, 2) / 255, torch.from_numpy(table))
+    in_workers = np.stack([adjust_color(image, row) for image, row in zip(images, table, strict=True)])
     difference = np.abs(on_device.permute(0, 2, 3, 1).numpy() * 255 - in_workers)
     assert difference.mean() < 1
     assert np.quantile(difference, 0.99) < 6
@@ -271,16 +271,16 @@ def test_both_ways_of_recolouring_agree() -> None:
 def test_crops_are_resized_as_pillow_does(size: int) -> None:
     image = picture(6, (70, 60))
     box = (3, 5, 63, 53)
-    ours = views._resized(np.array(image), box, size, turned=False).astype(int)
+    ours = views._resize(np.array(image), box, size, flipped=False).astype(int)
     theirs = np.asarray(image.crop(box).resize((size, size), Image.Resampling.BICUBIC)).astype(int)
     assert np.abs(ours - theirs).max() <= 2
-    assert np.array_equal(views._resized(np.array(image), box, size, turned=True), ours[:, ::-1])
+    assert np.array_equal(views._resize(np.array(image), box, size, flipped=True), ours[:, ::-1])
 
 
 def test_each_image_of_a_batch_has_its_own_recolouring() -> None:
     table = torch.cat([parameters(), parameters(invert=1.0), parameters(blur=1.0), parameters(hue=0.1)])
-    together = photometric.apply(IMAGE.expand(4, -1, -1, -1), table)
-    apart = torch.cat([photometric.apply(IMAGE, row[None]) for row in table])
+    together = color_gpu.apply(IMAGE.expand(4, -1, -1, -1), table)
+    apart = torch.cat([color_gpu.apply(IMAGE, row[None]) for row in table])
     torch.testing.assert_close(together, apart)
 
 
@@ -289,7 +289,7 @@ def test_recolouring_is_drawn_as_often_as_asked() -> None:
         jitter_prob=0.8, grayscale_prob=0.2, blur_prob=0.5, solarize_prob=0.2, invert_prob=0.1, channel_shuffle_prob=0.3
     )
     rng = np.random.default_rng(0)
-    table = np.stack([photometric.draw(spec, rng) for _ in range(4000)])
+    table = np.stack([color_gpu.sample_parameters(spec, rng) for _ in range(4000)])
     shares = [
         (table[:, column] != neutral).mean() for column, neutral in ((3, 0), (4, 0), (5, 0), (6, 0), (7, 0), (8, 0))
     ]
@@ -306,7 +306,7 @@ def test_block_masks_stay_below_their_target(side: int, seed: int, share: float)
 
 
 def test_half_the_crops_are_masked_with_shares_over_the_range() -> None:
-    plan = MaskPlan(patch_size=16, share=0.5, ratio=(0.1, 0.5), exact=False, shift=False)
+    plan = MaskSettings(patch_size=16, probability=0.5, ratio=(0.1, 0.5), exact=False, shift=False)
     shares = batch_masks(200, (14, 14), plan, np.random.default_rng(0)).mean(1)
     assert (shares > 0).sum() == 100
     assert 0.2 < shares[shares > 0].mean() < 0.35
@@ -315,7 +315,7 @@ def test_half_the_crops_are_masked_with_shares_over_the_range() -> None:
 
 @pytest.mark.parametrize("shift", [False, True])
 def test_dinov3s_masks_have_exactly_the_number_asked_for(shift: bool) -> None:
-    plan = MaskPlan(patch_size=16, share=0.5, ratio=(0.1, 0.5), exact=True, shift=shift)
+    plan = MaskSettings(patch_size=16, probability=0.5, ratio=(0.1, 0.5), exact=True, shift=shift)
     masks = batch_masks(40, (14, 14), plan, np.random.default_rng(0))
     wanted = [int(196 * share) for share in np.linspace(0.1, 0.5, 21)[1:]]
     assert sorted(masks.sum(1)[masks.any(1)]) == wanted
@@ -324,16 +324,16 @@ def test_dinov3s_masks_have_exactly_the_number_asked_for(shift: bool) -> None:
 def test_inverted_blur_blurs_with_one_minus_the_probability() -> None:
     rng = np.random.default_rng(0)
     sure = Photometric(blur_prob=1.0)
-    assert all(draw(sure, rng, inverted_blur=True)[BLUR] == 0 for _ in range(50))
-    assert all(draw(sure, rng)[BLUR] > 0 for _ in range(50))
+    assert all(sample_parameters(sure, rng, inverted_blur=True)[BLUR] == 0 for _ in range(50))
+    assert all(sample_parameters(sure, rng)[BLUR] > 0 for _ in range(50))
 
 
 def test_plain_crops_are_the_global_crops_larger() -> None:
     gradient = np.linspace(0, 255, 64, dtype=np.uint8)
     image = np.stack([np.tile(gradient, (64, 1))] * 3, axis=-1)
     settings = Views(color_augment_on="device")
-    chosen = choose((64, 64), Crops(size=16), 20, settings, np.random.default_rng(0))
-    crops = cut(image, (64, 64), chosen, 16, settings, plain=32)
-    assert crops.plain.shape == (20, 32, 32, 3)
-    smaller = crops.plain.reshape(20, 16, 2, 16, 2, 3).mean((2, 4))
+    chosen = sample_crops((64, 64), Crops(size=16), 20, settings, np.random.default_rng(0))
+    crops = extract_crops(image, (64, 64), chosen, 16, settings, gram_size=32)
+    assert crops.gram_pixels.shape == (20, 32, 32, 3)
+    smaller = crops.gram_pixels.reshape(20, 16, 2, 16, 2, 3).mean((2, 4))
     np.testing.assert_allclose(smaller, crops.pixels, atol=3)

@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from pretrain.data.decode import FORMATS, ImageRejected, decode, decode_rgb, open_image, upright_size
 from pretrain.data.sample_depth import DepthSettings
-from tests.conftest import encoded, picture
+from tests.conftest import encode_image, picture
 
 WIDE = picture(3, (40, 20))
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="%d"/></x:xmpmeta>'
@@ -48,13 +48,13 @@ def exif(value: int) -> bytes:
 
 def tagged(kind: str, value: int, way: str) -> bytes:
     """An image with an orientation, told in some way."""
-    png = encoded(WIDE)
+    png = encode_image(WIDE)
     match way:
         case "exif":
-            return encoded(WIDE, kind, exif=exif(value), **({"lossless": True} if kind == "WEBP" else {}))
+            return encode_image(WIDE, kind, exif=exif(value), **({"lossless": True} if kind == "WEBP" else {}))
         case "xmp":
             options = {"lossless": True} if kind == "WEBP" else {}
-            return encoded(WIDE, kind, xmp=XMP % value, **options)
+            return encode_image(WIDE, kind, xmp=XMP % value, **options)
         case "late exif":
             return with_chunk(png, chunk(b"eXIf", exif(value)[6:]), b"IEND")
         case "late xmp":
@@ -79,23 +79,25 @@ WAYS = [
 def test_an_orientation_is_read_alike_by_header_and_pixels(kind: str, way: str, value: int) -> None:
     data = tagged(kind, value, way)
     if kind == "TIFF" and way == "xmp":
-        data = encoded(WIDE, "TIFF", tiffinfo={700: XMP % value})
+        data = encode_image(WIDE, "TIFF", tiffinfo={700: XMP % value})
     image = open_image(data)
     pixels = np.asarray(decode(image))
-    stored = np.asarray(Image.open(io.BytesIO(encoded(WIDE, kind, **({"lossless": True} if kind == "WEBP" else {})))))
+    stored = np.asarray(
+        Image.open(io.BytesIO(encode_image(WIDE, kind, **({"lossless": True} if kind == "WEBP" else {}))))
+    )
     assert upright_size(open_image(data)) == (pixels.shape[1], pixels.shape[0])
     np.testing.assert_array_equal(pixels, TURNS.get(value, TURNS[1])(stored))
 
 
 def test_exif_comes_before_xmp() -> None:
-    data = encoded(WIDE, "JPEG", exif=exif(1), xmp=XMP % 6)
+    data = encode_image(WIDE, "JPEG", exif=exif(1), xmp=XMP % 6)
     assert upright_size(open_image(data)) == decode_rgb(data).size == WIDE.size
 
 
 def damaged() -> dict[str, bytes]:
     """Good pixels behind damaged metadata."""
-    png, jpeg = encoded(WIDE), encoded(WIDE, "JPEG")
-    grey = encoded(WIDE.convert("L"))
+    png, jpeg = encode_image(WIDE), encode_image(WIDE, "JPEG")
+    grey = encode_image(WIDE.convert("L"))
     profile = zlib.compress(bytes(8 << 20))
     late = chunk(b"tEXt", b"\xff" * 50)
     return {
@@ -122,12 +124,12 @@ def test_damaged_metadata_leaves_the_pixels(name: str) -> None:
     data = damaged()[name]
     image = decode_rgb(data)
     assert image.size == upright_size(open_image(data)) == WIDE.size
-    whole = encoded(WIDE.convert("L" if "grey" in name else "RGB"), "JPEG" if "JPEG" in name else "PNG")
+    whole = encode_image(WIDE.convert("L" if "grey" in name else "RGB"), "JPEG" if "JPEG" in name else "PNG")
     np.testing.assert_array_equal(np.asarray(image), np.asarray(decode_rgb(whole)))
 
 
 def test_webp_with_damaged_metadata() -> None:
-    data = bytearray(encoded(WIDE, "WEBP", lossless=True, exif=exif(6)))
+    data = bytearray(encode_image(WIDE, "WEBP", lossless=True, exif=exif(6)))
     place = data.index(b"EXIF") + 8
     data[place : place + 12] = b"\xff" * 12
     image = decode_rgb(bytes(data))
@@ -139,7 +141,7 @@ def test_header_and_pixels_agree_on_the_size(kind: str, value: int) -> None:
     if kind not in FORMATS:
         return
     options = {"exif": exif(value)} if kind in ("PNG", "JPEG", "WEBP", "TIFF", "AVIF") else {}
-    data = encoded(picture(1, (32, 24)), kind, **options)
+    data = encode_image(picture(1, (32, 24)), kind, **options)
     assert upright_size(open_image(data)) == decode_rgb(data).size
 
 
@@ -161,24 +163,24 @@ def test_16_bits_a_channel_are_full_depth_or_unknown(mode: str) -> None:
 
 def test_a_declared_range_is_taken() -> None:
     grey = np.tile(np.linspace(0, 4095, 64), (64, 1)).astype(np.uint16)
-    declared = encoded(Image.fromarray(grey), "TIFF", tiffinfo={280: 0, 281: 4095})
+    declared = encode_image(Image.fromarray(grey), "TIFF", tiffinfo={280: 0, 281: 4095})
     pixels = np.asarray(decode_rgb(declared))
     assert (pixels.min(), pixels.max()) == (0, 255)
     with pytest.raises(ImageRejected, match="unknown_depth"):
-        decode_rgb(encoded(Image.fromarray(grey), "TIFF"))
+        decode_rgb(encode_image(Image.fromarray(grey), "TIFF"))
 
 
 def test_a_window_cuts_and_holds_what_is_no_number() -> None:
     values = np.array([[-2000.0, -1000.0, 0.0, 1000.0, np.nan, np.inf]] * 8, dtype=np.float32)
-    data = encoded(Image.fromarray(values), "TIFF")
+    data = encode_image(Image.fromarray(values), "TIFF")
     pixels = np.asarray(decode_rgb(data, depth=DepthSettings(window=(-1000, 1000))))[0, :, 0]
     assert pixels.tolist() == [0, 0, 128, 255, 0, 255]
 
 
 def test_images_of_which_nothing_is_visible_are_rejected() -> None:
     with pytest.raises(ImageRejected, match="transparent"):
-        decode_rgb(encoded(Image.new("RGBA", (8, 8), (200, 0, 0, 0))))
-    undeclared = bytearray(encoded(Image.new("RGBA", (8, 8), (200, 0, 0, 0)), "TGA"))
+        decode_rgb(encode_image(Image.new("RGBA", (8, 8), (200, 0, 0, 0))))
+    undeclared = bytearray(encode_image(Image.new("RGBA", (8, 8), (200, 0, 0, 0)), "TGA"))
     undeclared[17] &= 0xF0  # the fourth byte is no alpha
     assert decode_rgb(bytes(undeclared)).getpixel((0, 0)) == (200, 0, 0)
 
@@ -187,8 +189,8 @@ def test_a_color_key_is_white_in_every_mode() -> None:
     for mode, key in (("L", 7), ("RGB", (255, 0, 255)), ("P", 0), ("1", 0)):
         image = Image.new(mode, (8, 8), key if mode != "1" else 0)
         image.putpixel((7, 7), 1 if mode in ("P", "1") else (1, 2, 3) if mode == "RGB" else 9)
-        assert decode_rgb(encoded(image, "PNG", transparency=key)).getpixel((0, 0)) == (255, 255, 255)
+        assert decode_rgb(encode_image(image, "PNG", transparency=key)).getpixel((0, 0)) == (255, 255, 255)
     deep = Image.fromarray(np.full((8, 8), 40_000, np.uint16))
     deep.putpixel((7, 7), 65_000)
     info = PngImagePlugin.PngInfo()
-    assert decode_rgb(encoded(deep, "PNG", transparency=40_000, pnginfo=info)).getpixel((0, 0)) == (255, 255, 255)
+    assert decode_rgb(encode_image(deep, "PNG", transparency=40_000, pnginfo=info)).getpixel((0, 0)) == (255, 255, 255)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.objectives.centering import Targets, sinkhorn_knopp
+from pretrain.objectives.centering import TeacherTargets, sinkhorn_knopp
 from pretrain.objectives.config import ClipConfig, SiglipConfig, TextTower
 from pretrain.objectives.image_text import Clip, Siglip
 from pretrain.objectives.koleo import koleo
@@ -46,7 +46,7 @@ def sinkhorn(first: Tensor, second: Tensor) -> Tensor:
 
 
 def centered(first: Tensor, second: Tensor) -> Tensor:
-    targets = Targets(16, "softmax")
+    targets = TeacherTargets(16, "softmax")
     targets(second, 0.1)
     targets.begin_step()
     return -(targets(second, 0.1) * first.log_softmax(-1)).sum(-1).mean()

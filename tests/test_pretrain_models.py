@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.memory import kept_for_backward
-from distill.formats import timm_folder
+from benchmarks.saved_tensors import kept_for_backward
+from distill.export.formats import timm_folder
 from infra.errors import UserError
 from pretrain.data.config import Views
-from pretrain.models.attention import attention
-from pretrain.models.blocks import _subset, _swiglu
+from pretrain.models.attention import get_attention
+from pretrain.models.blocks import _sample_subset, _swiglu
 from pretrain.models.config import Checkpointing, HeadConfig, Interpolation, RopeConfig, VisionTransformerConfig
 from pretrain.models.execution import Execution
-from pretrain.models.heads import PrototypeHead
+from pretrain.models.heads import DINOHead
 from pretrain.models.linear import normed_linear, scaled_linear
-from pretrain.models.positions import resized
+from pretrain.models.positions import resample_pos_embed
 from pretrain.models.rope import AxialRope
 from pretrain.models.vit import VisionTransformer
 
@@ -76,7 +76,7 @@ def test_timm_gives_the_same_features(registers: int, side: int) -> None:
 def test_attention_backends_agree() -> None:
     qkv = torch.randn(2 * 5 + 3 * 7, 3, 4, 8)
     shapes = [(2, 5), (3, 7)]
-    torch.testing.assert_close(attention("sdpa")(qkv, shapes), attention("reference")(qkv, shapes))
+    torch.testing.assert_close(get_attention("sdpa")(qkv, shapes), get_attention("reference")(qkv, shapes))
 
 
 @pytest.mark.gpu
@@ -86,7 +86,7 @@ def test_xformers_agrees_on_cuda() -> None:
     qkv = torch.randn(31, 3, 4, 32, device="cuda", dtype=torch.float16)
     shapes = [(2, 5), (3, 7)]
     torch.testing.assert_close(
-        attention("xformers")(qkv, shapes), attention("reference")(qkv, shapes), rtol=1e-2, atol=1e-2
+        get_attention("xformers")(qkv, shapes), get_attention("reference")(qkv, shapes), rtol=1e-2, atol=1e-2
     )
 
 
@@ -108,7 +108,7 @@ def test_the_student_cannot_see_masked_patches() -> None:
 
 
 def test_stochastic_depth_skips_the_asked_share_and_keeps_the_mean() -> None:
-    rows, kept, factors = _subset([(10, 5), (4, 3)], 0.3, torch.device("cpu"))
+    rows, kept, factors = _sample_subset([(10, 5), (4, 3)], 0.3, torch.device("cpu"))
     assert kept == [(7, 5), (2, 3)]
     assert len(rows.unique()) == len(rows) == 7 * 5 + 2 * 3
     assert factors[0].item() == pytest.approx(10 / 7)
@@ -120,7 +120,7 @@ def test_stochastic_depth_skips_the_asked_share_and_keeps_the_mean() -> None:
 
 
 def test_head_logits_are_cosines_at_first() -> None:
-    head = PrototypeHead(16, HeadConfig(hidden_dim=32, bottleneck_dim=8, num_prototypes=20))
+    head = DINOHead(16, HeadConfig(hidden_dim=32, bottleneck_dim=8, num_prototypes=20))
     logits = head(torch.randn(50, 16))
     assert logits.shape == (50, 20)
     assert logits.abs().max() <= 1 + 1e-5
@@ -249,11 +249,11 @@ def test_norms_of_their_own() -> None:
 @pytest.mark.parametrize("how", ["antialias", "offset", "plain"])
 def test_positions_are_resized_as_asked(how: Interpolation) -> None:
     table = torch.randn(1, 64, 6)
-    assert resized(table, (8, 8), (8, 8), how) is table
-    out = resized(table, (8, 8), (5, 11), how)
+    assert resample_pos_embed(table, (8, 8), (8, 8), how) is table
+    out = resample_pos_embed(table, (8, 8), (5, 11), how)
     assert out.shape == (1, 55, 6)
     flat = torch.full((1, 64, 6), 0.3)
-    torch.testing.assert_close(resized(flat, (8, 8), (5, 11), how), torch.full((1, 55, 6), 0.3))
+    torch.testing.assert_close(resample_pos_embed(flat, (8, 8), (5, 11), how), torch.full((1, 55, 6), 0.3))
 
 
 def test_stochastic_depth_saves_its_share_of_the_work() -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from pretrain.data.loader import Batch
 from pretrain.models.config import HeadConfig, VisionTransformerConfig
 from pretrain.models.vit import Features, VisionTransformer
-from pretrain.objectives.base import TEACHER, Objective, Outputs, Taught
-from pretrain.objectives.centering import Targets, cross_entropy, sinkhorn_knopp
+from pretrain.objectives.base import TEACHER, Objective, Outputs, TeacherOutputs
+from pretrain.objectives.centering import TeacherTargets, cross_entropy, sinkhorn_knopp
 from pretrain.objectives.config import DinoConfig, IbotConfig, KoleoConfig
 from pretrain.objectives.dino import Dino
 from pretrain.objectives.ibot import Ibot
@@ -43,7 +43,7 @@ def outputs_of(images: int = B, locals_: int = LOCALS, dtype: torch.dtype = torc
     pixels = torch.randn(2 * images, 3, 12, 12, generator=generator)
     student = [features(2 * images), features(locals_ * images)]
     teacher = features(2 * images)
-    outputs = Outputs(backbone, Taught({TEACHER: lambda: teacher}), pixels, torch.empty(0), None, None)
+    outputs = Outputs(backbone, TeacherOutputs({TEACHER: lambda: teacher}), pixels, torch.empty(0), None, None)
     outputs.__dict__["_student"] = student
     return outputs
 
@@ -81,7 +81,7 @@ def test_sinkhorn_survives_large_logits() -> None:
 
 def test_softmax_centering_moves_its_center_once_a_step() -> None:
     """By the mean of all micro-batches, however the step is cut into them."""
-    whole, cut = (Targets(K, "softmax", momentum=0.9) for _ in range(2))
+    whole, cut = (TeacherTargets(K, "softmax", momentum=0.9) for _ in range(2))
     logits = torch.randn(32, K)
     torch.testing.assert_close(whole(logits, 0.1), (logits / 0.1).softmax(-1))
     for part in logits.split([4, 28]):
@@ -110,7 +110,7 @@ def test_dino_is_the_mean_over_pairs_of_different_crops(outputs: Outputs, batch:
     targets = dino.targets(dino.teacher_head(outputs.teacher_globals.class_token), 0.05).chunk(2)
     assert outputs.student_locals is not None
     students = [
-        *dino.head(outputs.student_globals.class_token).chunk(2),
+        *dino.head(outputs.masked_student_globals.class_token).chunk(2),
         *dino.head(outputs.student_locals.class_token).chunk(LOCALS),
     ]
     pairs = [
@@ -127,7 +127,7 @@ def test_ibot_weighs_images_equally_whatever_their_masks(outputs: Outputs, batch
     ibot = made(Ibot, IbotConfig(head=HEAD))
     loss = ibot(outputs, batch, 0.05)["ibot"]
     targets = ibot.targets(ibot.teacher_head(outputs.teacher_globals.patch_tokens[batch.masks]), 0.05)
-    losses = cross_entropy(targets, ibot.head(outputs.student_globals.patch_tokens[batch.masks]), 0.1)
+    losses = cross_entropy(targets, ibot.head(outputs.masked_student_globals.patch_tokens[batch.masks]), 0.1)
     images = batch.masks.nonzero()[:, 0]
     total = sum(losses[images == image].mean() for image in images.unique())
     torch.testing.assert_close(loss, total / len(images.unique()))
@@ -138,14 +138,14 @@ def test_ibot_weighs_images_equally_whatever_their_masks(outputs: Outputs, batch
 def test_ibot_does_not_look_at_visible_patches(outputs: Outputs, batch: Batch) -> None:
     ibot = made(Ibot, IbotConfig(head=HEAD))
     before = ibot(outputs, batch, 0.05)["ibot"]
-    outputs.student_globals.patch_tokens.data[~batch.masks] = 100.0
+    outputs.masked_student_globals.patch_tokens.data[~batch.masks] = 100.0
     outputs.teacher_globals.patch_tokens.data[~batch.masks] = -100.0
     torch.testing.assert_close(ibot(outputs, batch, 0.05)["ibot"], before)
 
 
 def test_without_masks_ibot_is_zero(outputs: Outputs, batch: Batch) -> None:
     batch.masks[:] = False
-    batch.masked = places(batch.masks)
+    batch.mask_indices = places(batch.masks)
     loss = made(Ibot, IbotConfig(head=HEAD))(outputs, batch, 0.05)["ibot"]
     assert loss.item() == 0
 
@@ -156,13 +156,13 @@ def test_koleo_of_orthonormal_vectors() -> None:
 
 def test_koleo_sees_each_crop_by_itself(outputs: Outputs, batch: Batch) -> None:
     term = made(Koleo, KoleoConfig())(outputs, batch, 0.05)["koleo"]
-    first, second = outputs.student_globals.class_token.chunk(2)
+    first, second = outputs.masked_student_globals.class_token.chunk(2)
     torch.testing.assert_close(term, koleo(first) + koleo(second))
 
 
 def test_koleo_leaves_half_precision_unless_told_to_stay(batch: Batch) -> None:
     outputs = outputs_of()
-    first, second = outputs.student_globals.class_token.float().chunk(2)
+    first, second = outputs.masked_student_globals.class_token.float().chunk(2)
     exact = koleo(first) + koleo(second)
     with torch.autocast("cpu", torch.bfloat16):
         term = made(Koleo, KoleoConfig())(outputs, batch, 0.05)["koleo"]

@@ -14,8 +14,8 @@ from pretrain.data.loader import Batch
 from pretrain.models import positions
 from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.vit import VisionTransformer
-from pretrain.objectives.base import Outputs, Taught
-from pretrain.objectives.build import build
+from pretrain.objectives.base import Outputs, TeacherOutputs
+from pretrain.objectives.build import build_objectives
 from pretrain.objectives.config import (
     ClipConfig,
     DinoConfig,
@@ -57,7 +57,7 @@ def test_dino_is_lightlys() -> None:
         dino.targets.begin_step()
         outputs = outputs_of()
         assert outputs.student_locals is not None
-        tokens = [outputs.student_globals.class_token, outputs.student_locals.class_token]
+        tokens = [outputs.masked_student_globals.class_token, outputs.student_locals.class_token]
         teacher = dino.teacher_head(outputs.teacher_globals.class_token).detach().chunk(2)
         students = [*dino.head(tokens[0]).chunk(2), *dino.head(tokens[1]).chunk(LOCALS)]
         expected = theirs(list(teacher), students, teacher_temp=0.05)
@@ -77,9 +77,9 @@ def test_ibot_is_lightlys() -> None:
         ibot.targets.begin_step()
         outputs = outputs_of()
         teacher = ibot.teacher_head(outputs.teacher_globals.patch_tokens[masks]).detach()
-        student = ibot.head(outputs.student_globals.patch_tokens[masks])
+        student = ibot.head(outputs.masked_student_globals.patch_tokens[masks])
         expected = theirs(teacher, student, masks.unflatten(1, (3, 3)), teacher_temp=0.05)
-        close(ibot(outputs, batch, 0.05)["ibot"], expected, [outputs.student_globals.patch_tokens])
+        close(ibot(outputs, batch, 0.05)["ibot"], expected, [outputs.masked_student_globals.patch_tokens])
 
 
 def test_koleo_is_lightlys() -> None:
@@ -190,7 +190,7 @@ def test_mae_is_transformers(normalize: bool) -> None:
     theirs.load_state_dict(mae_names(state, decoder=False) | mae_names(mae.decoder.state_dict(), decoder=True))
     images, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 16)
     expected = theirs(images, noise=noise)
-    outputs = Outputs(vit, Taught({}), images, None, None, None)
+    outputs = Outputs(vit, TeacherOutputs({}), images, None, None, None)
     loss, predicted = mae.loss(outputs, images, noise)
     torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(predicted, expected.logits, rtol=1e-4, atol=1e-5)
@@ -216,7 +216,7 @@ def test_maes_loss_does_not_see_predictions_on_visible_patches() -> None:
     vit = VisionTransformer(settings)
     mae = Mae(MaeConfig(embed_dim=16, depth=1, num_heads=2, mask_ratio=0.5), settings, settings)
     images, noise = torch.randn(2, 3, 12, 12), torch.rand(2, 9)
-    loss, predicted = mae.loss(Outputs(vit, Taught({}), images, None, None, None), images, noise)
+    loss, predicted = mae.loss(Outputs(vit, TeacherOutputs({}), images, None, None, None), images, noise)
     assert predicted.shape == patchify(images, 4).shape == (2, 9, 48)
     (gradient,) = torch.autograd.grad(loss, predicted)
     hidden = noise.argsort(1).argsort(1) >= 4
@@ -250,7 +250,7 @@ def test_gram_is_computed_in_float32() -> None:
 
 
 def test_gram_follows_its_schedule() -> None:
-    gram = build([GramConfig(start_step=2, update_every=3, max_updates=1)], MODEL, MODEL)["gram"]
+    gram = build_objectives([GramConfig(start_step=2, update_every=3, max_updates=1)], MODEL, MODEL)["gram"]
     teacher = VisionTransformer(MODEL)
     outputs = outputs_of()
     batch = Batch(*[torch.empty(0)] * 7, torch.arange(B), *[torch.empty(0)] * 2)
@@ -265,7 +265,7 @@ def test_gram_follows_its_schedule() -> None:
 
 
 def test_tied_ibot_uses_dinos_heads_and_saves_them_once() -> None:
-    built = build([IbotConfig(share_head=True), DinoConfig(head=HEAD)], MODEL, MODEL)
+    built = build_objectives([IbotConfig(share_head=True), DinoConfig(head=HEAD)], MODEL, MODEL)
     dino, ibot = built["dino"], built["ibot"]
     assert ibot.head is dino.head  # type: ignore[union-attr]
     assert list(ibot.state_dict()) == ["targets.center", "targets.total", "targets.count"]
@@ -278,7 +278,7 @@ def test_tied_ibot_uses_dinos_heads_and_saves_them_once() -> None:
 
 
 def test_simmim_counts_masked_pixels_alone() -> None:
-    simmim = build([SimmimConfig()], MODEL, MODEL)["simmim"]
+    simmim = build_objectives([SimmimConfig()], MODEL, MODEL)["simmim"]
     masks = torch.zeros(2 * B, 9, dtype=torch.bool)
     masks[0, 4] = True
     batch = Batch(

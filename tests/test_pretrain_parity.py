@@ -10,8 +10,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from distill.formats import timm_folder, transformers_folder
-from distill.formats.compatibility import require_compatible
+from distill.export.formats import timm_folder, transformers_folder
+from distill.export.formats.compatibility import require_compatible
 from infra.errors import UserError
 from pretrain.data.config import Views
 from pretrain.models.config import VisionTransformerConfig

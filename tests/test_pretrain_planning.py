@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain.config import PretrainSettings
 from pretrain.data.loader import Batch
 from pretrain.planning import memory
-from pretrain.planning.dryrun import batch_of, flops, peak, shapes_of, size
-from pretrain.train import build_learner
+from pretrain.planning.dryrun import build_on_meta, count_flops, count_parameters, make_batch, measure_peak
+from pretrain.train import build_module
 from tests.conftest import exit_code
 from tests.test_pretrain_training import EVERY_KIND, TINY
 
@@ -34,7 +34,7 @@ def settings(**changes: object) -> PretrainSettings:
 
 def real(asked: PretrainSettings, images: int) -> Batch:
     """A batch of black images and empty captions."""
-    return Batch(**{name: torch.zeros_like(value) for name, value in vars(batch_of(asked, images)).items()})
+    return Batch(**{name: torch.zeros_like(value) for name, value in vars(make_batch(asked, images)).items()})
 
 
 MAE = {"objectives": [{"kind": "mae", "embed_dim": 64, "depth": 2, "num_heads": 2}], "views": {"num_global_crops": 1}}
@@ -44,24 +44,24 @@ EVERYTHING = {**TINY, "objectives": EVERY_KIND, "views": {**TINY["views"], "gram
 @pytest.mark.parametrize("changes", [{}, {"sharding": {"precision": "bf16"}}, MAE, EVERYTHING], ids=range(4))
 def test_flops_and_parameters_are_those_that_are_counted(changes: dict[str, object]) -> None:
     asked = settings(**changes)
-    shapes = shapes_of(lambda: build_learner(asked))
-    learner = build_learner(asked).train()
+    shapes = build_on_meta(lambda: build_module(asked))
+    learner = build_module(asked).train()
     learner.precision = asked.sharding.precision
     learner.begin_step(asked.schedule.steps - 1)
-    assert size(shapes) == size(learner)
-    assert size(learner).whole == sum(each.numel() for each in learner.parameters())
+    assert count_parameters(shapes) == count_parameters(learner)
+    assert count_parameters(learner).total == sum(each.numel() for each in learner.parameters())
     with FlopCounterMode(display=False) as counter:
         learner(real(asked, IMAGES), 0.05)[0].backward()
-    assert flops(shapes, asked, IMAGES) == counter.get_total_flops()
-    assert flops(learner, asked, IMAGES) == counter.get_total_flops()
+    assert count_flops(shapes, asked, IMAGES) == counter.get_total_flops()
+    assert count_flops(learner, asked, IMAGES) == counter.get_total_flops()
     assert all(each.isfinite().all() for each in learner.parameters())  # the learner itself stayed real
 
 
 def test_what_is_computed_again_is_no_work() -> None:
     spared = settings(runtime={"activation_checkpointing": "full"})
-    shapes = shapes_of(lambda: build_learner(spared))
-    assert flops(shapes, spared, IMAGES) == flops(shapes, settings(), IMAGES)
-    assert peak(shapes, spared, IMAGES) < 0.6 * peak(shapes, settings(), IMAGES)
+    shapes = build_on_meta(lambda: build_module(spared))
+    assert count_flops(shapes, spared, IMAGES) == count_flops(shapes, settings(), IMAGES)
+    assert measure_peak(shapes, spared, IMAGES) < 0.6 * measure_peak(shapes, settings(), IMAGES)
 
 
 def allocated(asked: PretrainSettings, tmp_path: Path, ranks: int) -> int:
@@ -87,9 +87,9 @@ def allocated(asked: PretrainSettings, tmp_path: Path, ranks: int) -> int:
 def test_memory_is_what_is_allocated_to_15_percent(changes: dict[str, object], tmp_path: Path) -> None:
     asked = settings(**changes)
     stage, ranks = asked.sharding.zero_stage, 1 if asked.sharding.backend == "torch" else 2
-    shapes = shapes_of(lambda: build_learner(asked))
-    passes = memory.activations({images: peak(shapes, asked, images) for images in (2, 8)}, IMAGES)
-    reckoned = memory.of_rank(size(shapes), passes, stage, ranks, False, asked.sharding).total
+    shapes = build_on_meta(lambda: build_module(asked))
+    passes = memory.activations({images: measure_peak(shapes, asked, images) for images in (2, 8)}, IMAGES)
+    reckoned = memory.memory_of_rank(count_parameters(shapes), passes, stage, ranks, False, asked.sharding).total
     assert reckoned == pytest.approx(allocated(asked, tmp_path, ranks), rel=0.15)
 
 

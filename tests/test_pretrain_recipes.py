@@ -14,7 +14,7 @@ from infra.errors import UserError
 from pretrain import schedules
 from pretrain.config import PretrainConfig
 from pretrain.objectives.config import DinoConfig, IbotConfig, KoleoConfig
-from pretrain.train import build_learner
+from pretrain.train import build_module
 from pretrain.trainer import parameter_groups
 
 FOLDER = Path(pretrain.__file__).parent / "recipes"
@@ -70,8 +70,8 @@ def test_schedules_are_the_recorded_ones(name: str) -> None:
     assert settings.views.num_local_crops == local_crops
     assert schedules.peak_lr(settings.optimizer, batch) == pytest.approx(peak, rel=1e-3)
 
-    def at(step: int) -> schedules.Position:
-        return schedules.at(settings, step)
+    def at(step: int) -> schedules.ScheduleValues:
+        return schedules.schedule_values(settings, step)
 
     assert at(warmup).lr == pytest.approx(peak, rel=1e-3)
     if warmup:
@@ -97,7 +97,8 @@ def test_the_global_batch_is_spread_over_ranks(
 ) -> None:
     runtime = {"micro_batch_size": micro_batch}
     assert (
-        schedules.spread(recipe("tiny_cpu", schedule={"global_batch_size": batch}, runtime=runtime), ranks) == expected
+        schedules.split_global_batch(recipe("tiny_cpu", schedule={"global_batch_size": batch}, runtime=runtime), ranks)
+        == expected
     )
 
 
@@ -105,7 +106,7 @@ def test_the_global_batch_is_spread_over_ranks(
 def test_a_global_batch_that_cannot_be_spread_is_refused(batch: int, micro_batch: int | None, ranks: int) -> None:
     settings = recipe("tiny_cpu", schedule={"global_batch_size": batch}, runtime={"micro_batch_size": micro_batch})
     with pytest.raises(UserError, match=f"schedule.global_batch_size: {batch} is no multiple of {ranks} ranks"):
-        schedules.spread(settings, ranks)
+        schedules.split_global_batch(settings, ranks)
 
 
 # name: dim, depth, heads, feed-forward, drop path, DINO's prototypes, its and iBOT's bottleneck, centering, layer decay
@@ -181,7 +182,7 @@ def multipliers(name: str, decay_tokens: bool = True) -> dict[str, tuple[float, 
              if isinstance(each, DinoConfig | IbotConfig) else each for each in settings.objectives]  # fmt: skip
     optimizer = settings.optimizer.model_copy(update={"weight_decay_tokens": decay_tokens})
     settings = settings.model_copy(update={"model": small, "objectives": heads, "optimizer": optimizer})
-    learner = build_learner(settings)
+    learner = build_module(settings)
     names = {id(parameter): each for each, parameter in learner.named_parameters()}
     return {
         names[id(parameter)]: (group["lr_multiplier"], group["weight_decay_multiplier"])
@@ -214,7 +215,7 @@ def test_tokens_are_not_decayed_by_default() -> None:
 
 
 def test_dinov3s_prototypes_are_plain() -> None:
-    learner = build_learner(
+    learner = build_module(
         recipe(
             "tiny_cpu",
             objectives=[{"kind": "dino", "head": {"hidden_dim": 8, "num_prototypes": 4, "weight_norm": False}}],

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from infra.artifacts import find
+from infra.artifacts.artifact import find
 from infra.config import Config
-from infra.errors import Preempted, UserError
+from infra.errors import PreemptedError, UserError
 from infra.launch.config import Launch
 from infra.launch.config import Slurm as SlurmSettings
-from infra.launch.run import launch
-from tests.conftest import Embedded
+from infra.launch.launcher import launch
+from tests.conftest import SyntheticCorpora
 from tests.rank_program import Told
 from tests.slurm_cluster import Slurm, missing, slurm_cluster
 from tests.test_pretrain_scale import ALIKE
@@ -63,7 +63,7 @@ def command(settings: Config, file: Path) -> list[str]:
 
 
 def test_a_job_over_two_nodes_is_preempted_and_ends_as_the_uninterrupted_one(
-    cluster: Slurm, embedded: Embedded, tmp_path: Path
+    cluster: Slurm, synthetic: SyntheticCorpora, tmp_path: Path
 ) -> None:
     changes = {
         **ALIKE,
@@ -71,13 +71,13 @@ def test_a_job_over_two_nodes_is_preempted_and_ends_as_the_uninterrupted_one(
         "runtime": {"num_workers": 1, "checkpoint_every": 20},
     }
     two = {"launcher": "slurm", "launch": {"nnodes": 2, "nproc_per_node": 1}, "sharding": {"zero_stage": 2}}
-    whole = config(embedded.seed, tmp_path / "whole", **changes, **two)
+    whole = config(synthetic.seed, tmp_path / "whole", **changes, **two)
     assert subprocess.run(command(whole, tmp_path / "whole.yaml"), timeout=PATIENCE).returncode == 0
 
-    settings = config(embedded.seed, tmp_path / "run", **changes, **two)
+    settings = config(synthetic.seed, tmp_path / "run", **changes, **two)
     client = subprocess.Popen(command(settings, tmp_path / "run.yaml"), stderr=subprocess.PIPE, text=True)
     job = job_of(tmp_path / "run.job")
-    until((tmp_path / "run" / "steps" / "20" / "tally.json").exists)
+    until((tmp_path / "run" / "checkpoints" / "step-20" / "train_state.json").exists)
     cluster.run("sbatch", "--partition=high", "--nodes=2", f"--output={tmp_path}/high.txt", "--wrap=sleep 3")
     _, shown = client.communicate(timeout=PATIENCE)
     assert client.returncode == 0, shown
@@ -93,13 +93,15 @@ def test_a_job_over_two_nodes_is_preempted_and_ends_as_the_uninterrupted_one(
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
-def test_a_mistake_in_a_job_is_the_command_s_one_line(cluster: Slurm, embedded: Embedded, tmp_path: Path) -> None:
+def test_a_mistake_in_a_job_is_the_command_s_one_line(
+    cluster: Slurm, synthetic: SyntheticCorpora, tmp_path: Path
+) -> None:
     odd = {
         "launcher": "slurm",
         "launch": {"nnodes": 2, "nproc_per_node": 1},
         "schedule": {"steps": 2, "global_batch_size": 15},
     }
-    settings = config(embedded.seed, tmp_path / "run", **odd)
+    settings = config(synthetic.seed, tmp_path / "run", **odd)
     done = subprocess.run(command(settings, tmp_path / "odd.yaml"), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("fovea: schedule.global_batch_size: 15 is no multiple of 2 ranks")
@@ -125,7 +127,7 @@ def test_a_job_that_is_cancelled_before_it_runs_is_not_queued_again(cluster: Slu
     def run() -> None:
         try:
             launch("tests.rank_program", told(tmp_path, "well"), tmp_path / "my job", "slurm", settings)
-        except Preempted as error:
+        except PreemptedError as error:
             failures.append(error)
 
     waiting = threading.Thread(target=run)

@@ -15,17 +15,18 @@ from safetensors.torch import save_file
 
 import pretrain
 from infra.errors import UserError
-from pretrain import naming, published
-from pretrain.backbones import Backbone, TokenBackbone, load, with_tokens
-from pretrain.config import (
-    CheckpointBackbone,
-    OpenClipBackbone,
-    PixelDescriptor,
-    TimmBackbone,
-    TorchHubBackbone,
-    TransformersBackbone,
+from pretrain.backbones import spec, weight_files
+from pretrain.backbones.base import Backbone, TokenBackbone, require_tokens
+from pretrain.backbones.config import (
+    CheckpointBackboneConfig,
+    OpenClipBackboneConfig,
+    PixelDescriptorConfig,
+    TimmBackboneConfig,
+    TorchHubBackboneConfig,
+    TransformersBackboneConfig,
 )
-from tests.conftest import Embedded, picture
+from pretrain.backbones.registry import load_backbone
+from tests.conftest import SyntheticCorpora, picture
 from tests.test_pretrain_training import config
 
 
@@ -33,18 +34,18 @@ def images(side: int, width: int | None = None) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(picture(i, (width or side, side))) for i in range(2)]))
 
 
-def normalised(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+def get_normalized_layers(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
     return (pixels.permute(0, 3, 1, 2) / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
 def tokened(backbone: Backbone) -> TokenBackbone:
-    return with_tokens(backbone, "test")
+    return require_tokens(backbone, "test")
 
 
-def test_a_checkpoints_layers_are_its_own(embedded: Embedded, tmp_path: Path) -> None:
-    trained = pretrain.run(config(embedded.seed, tmp_path / "teacher", schedule={"steps": 1, "global_batch_size": 8}))
-    backbone = tokened(load(CheckpointBackbone(url=trained.url)))
-    vectors, layers = backbone.layers(backbone.normalised(images(32, 48)), 5)
+def test_a_checkpoints_layers_are_its_own(synthetic: SyntheticCorpora, tmp_path: Path) -> None:
+    trained = pretrain.run(config(synthetic.seed, tmp_path / "teacher", schedule={"steps": 1, "global_batch_size": 8}))
+    backbone = tokened(load_backbone(CheckpointBackboneConfig(url=trained.url)))
+    vectors, layers = backbone.layers(backbone.get_normalized_layers(images(32, 48)), 5)
     assert [each.patch_tokens.shape for each in layers] == [(2, 4, 6, 32)] * 2  # two blocks are all there are
     torch.testing.assert_close(vectors, layers[-1].class_token)
     torch.testing.assert_close(vectors, backbone.features(images(32, 48)))
@@ -56,9 +57,9 @@ def test_timms_layers_are_timms(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=0).eval()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
-    backbone = tokened(load(TimmBackbone(model=name, checkpoint=str(tmp_path / "model.safetensors"))))
+    backbone = tokened(load_backbone(TimmBackboneConfig(model=name, checkpoint=str(tmp_path / "model.safetensors"))))
     pixels = images(backbone.side)
-    vectors, layers = backbone.layers(backbone.normalised(pixels), 1)
+    vectors, layers = backbone.layers(backbone.get_normalized_layers(pixels), 1)
     data = timm.data.resolve_model_data_config(model)
     with torch.inference_mode():
         batch = normalised(pixels, data["mean"], data["std"])
@@ -73,14 +74,14 @@ def test_timms_layers_are_timms(name: str, tmp_path: Path) -> None:
     assert layers[-1].patch_tokens.shape[1] == backbone.side // backbone.patch
     if backbone.any_size:
         wide = images(backbone.side, 2 * backbone.side)
-        grid = backbone.layers(backbone.normalised(wide), 1)[1][-1].patch_tokens.shape[1:3]
+        grid = backbone.layers(backbone.get_normalized_layers(wide), 1)[1][-1].patch_tokens.shape[1:3]
         assert grid == (backbone.side // backbone.patch, 2 * backbone.side // backbone.patch)
 
 
-def test_open_clips_layers_are_open_clips(clip: OpenClipBackbone) -> None:
-    backbone = tokened(load(clip))
+def test_open_clips_layers_are_open_clips(clip: OpenClipBackboneConfig) -> None:
+    backbone = tokened(load_backbone(clip))
     pixels = images(32)
-    vectors, layers = backbone.layers(backbone.normalised(pixels), 1)
+    vectors, layers = backbone.layers(backbone.get_normalized_layers(pixels), 1)
     model, _, _ = open_clip.create_model_and_transforms("tiny-clip", pretrained=clip.checkpoint)
     batch = normalised(pixels, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     with torch.inference_mode():
@@ -113,8 +114,8 @@ def test_layers_of_transformers_are_its_hidden_states(family: str, tmp_path: Pat
         model = made[family]().eval()
         model.save_pretrained(tmp_path / "model")
         hf.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
-    backbone = tokened(load(TransformersBackbone(checkpoint=str(tmp_path / "model"))))
-    batch = backbone.normalised(images(32))
+    backbone = tokened(load_backbone(TransformersBackboneConfig(checkpoint=str(tmp_path / "model"))))
+    batch = backbone.get_normalized_layers(images(32))
     vectors, layers = backbone.layers(batch, 2)
     with torch.inference_mode():
         out = model.eval()(pixel_values=batch, output_hidden_states=True)
@@ -158,10 +159,10 @@ def test_a_hub_model_with_dinov2s_interface_has_tokens(tmp_path: Path) -> None:
     torch.manual_seed(0)
     layer = torch.nn.Conv2d(3, 5, 8, stride=8)
     torch.save({f"proj.{name}": value for name, value in layer.state_dict().items()}, tmp_path / "w.pth")
-    name = f"hub:{tmp_path}:tiny@{tmp_path / 'w.pth'}"
-    settings = TorchHubBackbone(**naming.named(name), input_size=32)
-    backbone = tokened(load(settings))
-    vectors, layers = backbone.layers(backbone.normalised(images(32)), 3)
+    name = f"torch_hub:{tmp_path}:tiny@{tmp_path / 'w.pth'}"
+    settings = TorchHubBackboneConfig(**spec.parse_backbone(name), input_size=32)
+    backbone = tokened(load_backbone(settings))
+    vectors, layers = backbone.layers(backbone.get_normalized_layers(images(32)), 3)
     with torch.inference_mode():
         expected = layer(normalised(images(32), settings.mean, settings.std))
     torch.testing.assert_close(layers[0].patch_tokens.permute(0, 3, 1, 2), expected, atol=1e-5, rtol=1e-4)
@@ -175,16 +176,18 @@ def test_the_side_is_what_the_processor_makes(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     hf.Dinov2Model(hf.Dinov2Config(**sizes, image_size=56, patch_size=14)).save_pretrained(tmp_path)
     hf.ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(tmp_path)
-    assert tokened(load(TransformersBackbone(checkpoint=str(tmp_path)))).side == 28
+    assert tokened(load_backbone(TransformersBackboneConfig(checkpoint=str(tmp_path)))).side == 28
 
 
-def test_networks_of_few_stages_give_all_they_have(clip: OpenClipBackbone, tmp_path: Path) -> None:
+def test_networks_of_few_stages_give_all_they_have(clip: OpenClipBackboneConfig, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=0)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
-    backbone = tokened(load(TimmBackbone(model="test_resnet", checkpoint=str(tmp_path / "model.safetensors"))))
-    assert len(backbone.layers(backbone.normalised(images(backbone.side)), 99)[1]) == len(model.feature_info)
-    assert len(tokened(load(clip)).layers(torch.zeros(1, 3, 32, 32), 99)[1]) == 1
+    backbone = tokened(
+        load_backbone(TimmBackboneConfig(model="test_resnet", checkpoint=str(tmp_path / "model.safetensors")))
+    )
+    assert len(backbone.layers(backbone.get_normalized_layers(images(backbone.side)), 99)[1]) == len(model.feature_info)
+    assert len(tokened(load_backbone(clip)).layers(torch.zeros(1, 3, 32, 32), 99)[1]) == 1
 
 
 def test_swin_merges_patches_and_still_has_tokens(tmp_path: Path) -> None:
@@ -193,24 +196,24 @@ def test_swin_merges_patches_and_still_has_tokens(tmp_path: Path) -> None:
     settings = hf.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4)
     hf.SwinModel(settings).save_pretrained(tmp_path)
     hf.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
-    backbone = tokened(load(TransformersBackbone(checkpoint=str(tmp_path))))
-    _, layers = backbone.layers(backbone.normalised(images(32)), 1)
+    backbone = tokened(load_backbone(TransformersBackboneConfig(checkpoint=str(tmp_path))))
+    _, layers = backbone.layers(backbone.get_normalized_layers(images(32)), 1)
     assert layers[-1].patch_tokens.shape == (2, 4, 4, 16)
 
 
-def test_weights_in_a_file_are_prepared_for_as_the_models_tags_say(clip: OpenClipBackbone) -> None:
-    from pretrain.identity import identity
+def test_weights_in_a_file_are_prepared_for_as_the_models_tags_say(clip: OpenClipBackboneConfig) -> None:
+    from pretrain.backbones.identity import backbone_identity
 
-    siglip = published.preprocessing(OpenClipBackbone(model="ViT-B-16-SigLIP", checkpoint="w.pt"))
+    siglip = weight_files.read_preprocessing(OpenClipBackboneConfig(model="ViT-B-16-SigLIP", checkpoint="w.pt"))
     assert (siglip["mean"], siglip["resize_mode"]) == ([0.5, 0.5, 0.5], "squash")
-    assert published.preprocessing(clip)["mean"] == list(open_clip.OPENAI_DATASET_MEAN)
-    assert published.preprocessing(OpenClipBackbone(model="ViT-B-32", checkpoint="openai"))["quick_gelu"]
-    assert identity(clip)[0]["preprocessing"] == published.preprocessing(clip)
+    assert weight_files.read_preprocessing(clip)["mean"] == list(open_clip.OPENAI_DATASET_MEAN)
+    assert weight_files.read_preprocessing(OpenClipBackboneConfig(model="ViT-B-32", checkpoint="openai"))["quick_gelu"]
+    assert backbone_identity(clip)[0]["preprocessing"] == weight_files.read_preprocessing(clip)
 
 
-def test_tokens_before_the_norm_are_another_matter(embedded: Embedded, tmp_path: Path) -> None:
-    trained = pretrain.run(config(embedded.seed, tmp_path / "teacher", schedule={"steps": 1, "global_batch_size": 8}))
-    backbone = tokened(load(CheckpointBackbone(url=trained.url)))
+def test_tokens_before_the_norm_are_another_matter(synthetic: SyntheticCorpora, tmp_path: Path) -> None:
+    trained = pretrain.run(config(synthetic.seed, tmp_path / "teacher", schedule={"steps": 1, "global_batch_size": 8}))
+    backbone = tokened(load_backbone(CheckpointBackboneConfig(url=trained.url)))
     (vector, normed), (same, raw) = (backbone.layers(images(32), 1, norm=norm) for norm in (True, False))
     torch.testing.assert_close(vector, same)
     assert not torch.allclose(normed[0].patch_tokens, raw[0].patch_tokens)
@@ -218,37 +221,37 @@ def test_tokens_before_the_norm_are_another_matter(embedded: Embedded, tmp_path:
 
 def test_who_has_no_patch_tokens_is_told_so() -> None:
     with pytest.raises(UserError, match="segmentation: this backbone gives one vector an image"):
-        with_tokens(load(PixelDescriptor()), "segmentation")
+        require_tokens(load_backbone(PixelDescriptorConfig()), "segmentation")
 
 
-def test_backbones_are_named_by_one_word(embedded: Embedded, tmp_path: Path) -> None:
-    trained = pretrain.run(config(embedded.seed, tmp_path / "teacher", schedule={"steps": 1, "global_batch_size": 8}))
-    assert naming.named(trained.url) == {"kind": "checkpoint", "url": trained.url}
-    assert naming.named("timm:resnet18") == {"kind": "timm", "model": "resnet18", "checkpoint": "published"}
-    assert naming.named("timm:resnet18@w.pt")["checkpoint"] == "w.pt"
-    assert naming.named("open_clip:ViT-B-32/openai") == {
+def test_backbones_are_named_by_one_word(synthetic: SyntheticCorpora, tmp_path: Path) -> None:
+    trained = pretrain.run(config(synthetic.seed, tmp_path / "teacher", schedule={"steps": 1, "global_batch_size": 8}))
+    assert spec.parse_backbone(trained.url) == {"kind": "checkpoint", "url": trained.url}
+    assert spec.parse_backbone("timm:resnet18") == {"kind": "timm", "model": "resnet18", "checkpoint": "pretrained"}
+    assert spec.parse_backbone("timm:resnet18@w.pt")["checkpoint"] == "w.pt"
+    assert spec.parse_backbone("open_clip:ViT-B-32/openai") == {
         "kind": "open_clip",
         "model": "ViT-B-32",
         "checkpoint": "openai",
     }
-    assert naming.named("torchscript:a:b.pt") == {"kind": "torchscript", "checkpoint": "a:b.pt"}
+    assert spec.parse_backbone("torchscript:a:b.pt") == {"kind": "torchscript", "checkpoint": "a:b.pt"}
     for folder, content, kind in (("t", {"model_type": "vit"}, "transformers"), ("l", {"architecture": "x"}, "timm")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_text(json.dumps(content))
-        assert naming.named(str(tmp_path / folder))["kind"] == kind
+        assert spec.parse_backbone(str(tmp_path / folder))["kind"] == kind
     (tmp_path / "t" / "config.json").write_text("[]")
     for word, message in (
         (str(tmp_path / "t"), "neither timm's nor"),
         ("open_clip:ViT-B-32", "say which weights"),
-        ("hub:x", "say which entry point"),
-        (embedded.seed, "no backbone by this name"),
+        ("torch_hub:x", "say which entry point"),
+        (synthetic.seed, "no backbone by this name"),
     ):
         with pytest.raises(UserError, match=message):
-            naming.named(word)
+            spec.parse_backbone(word)
 
 
 def test_weights_that_are_named_come_from_their_library(
-    clip: OpenClipBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    clip: OpenClipBackboneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """No network is used: the libraries' own fetching is replaced."""
     import huggingface_hub
@@ -263,12 +266,17 @@ def test_weights_that_are_named_come_from_their_library(
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     monkeypatch.setattr(tags, "download_pretrained", fetch)
-    assert published.path(TimmBackbone(model="vit_tiny_patch16_224", checkpoint="published")).name == "fetched"
-    assert published.path(TransformersBackbone(checkpoint="facebook/dinov2-small")).name == "fetched"
-    assert published.path(OpenClipBackbone(model="ViT-B-32", checkpoint="openai")).name == "fetched"
+    assert (
+        weight_files.resolve_weights(TimmBackboneConfig(model="vit_tiny_patch16_224", checkpoint="pretrained")).name
+        == "fetched"
+    )
+    assert (
+        weight_files.resolve_weights(TransformersBackboneConfig(checkpoint="facebook/dinov2-small")).name == "fetched"
+    )
+    assert weight_files.resolve_weights(OpenClipBackboneConfig(model="ViT-B-32", checkpoint="openai")).name == "fetched"
     assert asked[0][0].startswith("timm/vit_tiny_patch16_224")  # type: ignore[attr-defined]
     assert asked[1] == ("facebook/dinov2-small",)
-    assert published.path(clip) == Path(clip.checkpoint)
+    assert weight_files.resolve_weights(clip) == Path(clip.checkpoint)
 
     def fail(*arguments: object, **options: object) -> str:
         logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s")
@@ -277,7 +285,7 @@ def test_weights_that_are_named_come_from_their_library(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     caplog.clear()
     with pytest.raises(UserError, match=r"its weights cannot be fetched \(no route\)"):
-        published.path(TransformersBackbone(checkpoint="facebook/dinov2-small"))
+        weight_files.resolve_weights(TransformersBackboneConfig(checkpoint="facebook/dinov2-small"))
     assert not caplog.records
     with pytest.raises(UserError, match="timm publishes no weights for it"):
-        published.path(TimmBackbone(model="test_no_such", checkpoint="published"))
+        weight_files.resolve_weights(TimmBackboneConfig(model="test_no_such", checkpoint="pretrained"))

@@ -21,19 +21,19 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 import pretrain
-from infra.artifacts import open_artifact
+from infra.artifacts.artifact import open_artifact
 from infra.errors import UserError
-from infra.launch.run import run_module
+from infra.launch.launcher import run_module
 from pretrain import schedules
-from pretrain.checkpoints import WEIGHTS, Checkpoint
-from pretrain.config import PretrainConfig, PretrainSettings, decisive
-from pretrain.sharding.base import clip
-from pretrain.sharding.plain import TorchEngine, gradients
-from pretrain.specs import checkpoint_spec
-from pretrain.telemetry import METRICS
-from pretrain.train import build_learner, view_dataset
+from pretrain.checkpoint.artifact import WEIGHTS, Checkpoint
+from pretrain.checkpoint.spec import checkpoint_spec
+from pretrain.config import PretrainConfig, PretrainSettings, identity_settings
+from pretrain.monitoring.metrics_log import METRICS
+from pretrain.sharding.base import clip_gradients
+from pretrain.sharding.single_process import SingleProcessBackend, gradients
+from pretrain.train import build_module, build_view_dataset
 from pretrain.trainer import parameter_groups
-from tests.conftest import Embedded, encoded, image_folder, ingested, picture
+from tests.conftest import SyntheticCorpora, encode_image, image_folder, ingest_folder, picture
 
 HEAD = {"hidden_dim": 32, "bottleneck_dim": 16, "num_prototypes": 16}
 TINY = {
@@ -64,24 +64,24 @@ def losses(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def trained(embedded: Embedded, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(synthetic: SyntheticCorpora, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run under DeepSpeed."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    run_module("pretrain", config(embedded.seed, out))
+    run_module("pretrain", config(synthetic.seed, out))
     return out
 
 
 @pytest.mark.multiprocess
-def test_deepspeed_trains_as_plain_torch(embedded: Embedded, trained: Path, tmp_path: Path) -> None:
-    run_module("pretrain", config(embedded.seed, tmp_path / "torch", sharding={"backend": "torch"}))
+def test_deepspeed_trains_as_plain_torch(synthetic: SyntheticCorpora, trained: Path, tmp_path: Path) -> None:
+    run_module("pretrain", config(synthetic.seed, tmp_path / "torch", sharding={"backend": "torch"}))
     for ours, plain in zip(losses(trained), losses(tmp_path / "torch"), strict=True):
         assert ours == pytest.approx(plain, rel=1e-3)
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_stages_train_alike(embedded: Embedded, trained: Path, tmp_path: Path, stage: int) -> None:
-    run_module("pretrain", config(embedded.seed, tmp_path / "zero", sharding={"zero_stage": stage}))
+def test_zero_stages_train_alike(synthetic: SyntheticCorpora, trained: Path, tmp_path: Path, stage: int) -> None:
+    run_module("pretrain", config(synthetic.seed, tmp_path / "zero", sharding={"zero_stage": stage}))
     for ours, plain in zip(losses(tmp_path / "zero"), losses(trained), strict=True):
         assert ours == pytest.approx(plain, rel=1e-3)
 
@@ -104,7 +104,7 @@ def captioned(folder: Path) -> str:
     images = image_folder(folder / "images", 24)
     for path in images.glob("*.png"):
         path.with_suffix(".txt").write_text(f"picture number {path.stem}")
-    return ingested(images, folder / "corpus").artifact.url
+    return ingest_folder(images, folder / "corpus").artifact.url
 
 
 @pytest.mark.multiprocess
@@ -130,9 +130,11 @@ def test_every_objective_trains_sharded_as_plainly(tmp_path: Path) -> None:
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("launcher", ["local", "torchrun"])
-def test_ctrl_c_twice_ends_with_the_code_of_a_saved_state(launcher: str, embedded: Embedded, tmp_path: Path) -> None:
+def test_ctrl_c_twice_ends_with_the_code_of_a_saved_state(
+    launcher: str, synthetic: SyntheticCorpora, tmp_path: Path
+) -> None:
     settings = config(
-        embedded.seed, tmp_path / "run", schedule={"steps": 100_000, "global_batch_size": 8}, launcher=launcher
+        synthetic.seed, tmp_path / "run", schedule={"steps": 100_000, "global_batch_size": 8}, launcher=launcher
     )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(json.loads(settings.model_dump_json())))
     command = [sys.executable, "-m", "flows.cli", "pretrain", str(tmp_path / "run.yaml")]
@@ -150,7 +152,7 @@ def test_ctrl_c_twice_ends_with_the_code_of_a_saved_state(launcher: str, embedde
 def until_saved(out: Path, process: subprocess.Popen[Any]) -> None:
     """Wait until some state of a training is whole."""
     deadline = time.monotonic() + 300
-    while not list(out.glob("steps/[0-9]*/tally.json")):
+    while not list(out.glob("checkpoints/step-*/train_state.json")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -170,12 +172,12 @@ def killed_once(settings: PretrainConfig, job: Path) -> None:
 
 @pytest.mark.multiprocess
 def test_a_killed_run_ends_as_the_uninterrupted_one_bit_for_bit(
-    embedded: Embedded, trained: Path, tmp_path: Path
+    synthetic: SyntheticCorpora, trained: Path, tmp_path: Path
 ) -> None:
     """DINO, iBOT and KoLeo; two loader workers, two micro-batches a step."""
     out = tmp_path / "run"
-    killed_once(config(embedded.seed, out), tmp_path / "job")
-    run_module("pretrain", config(embedded.seed, out))
+    killed_once(config(synthetic.seed, out), tmp_path / "job")
+    run_module("pretrain", config(synthetic.seed, out))
     ends_alike(out, trained)
 
 
@@ -203,17 +205,17 @@ def test_a_killed_clip_run_ends_as_the_uninterrupted_one_bit_for_bit(tmp_path: P
 
 
 @pytest.mark.multiprocess
-def test_a_slow_teacher_moves_in_bf16_training(embedded: Embedded, trained: Path, tmp_path: Path) -> None:
+def test_a_slow_teacher_moves_in_bf16_training(synthetic: SyntheticCorpora, trained: Path, tmp_path: Path) -> None:
     """At a momentum of 0.9999 an average in bf16 would stand still."""
     slow = {"teacher": {"momentum": [0.9999, 0.9999], "temperature": [0.06, 0.07]}}
-    half = config(embedded.seed, tmp_path / "run", **slow, sharding={"zero_stage": 2, "precision": "bf16"})
+    half = config(synthetic.seed, tmp_path / "run", **slow, sharding={"zero_stage": 2, "precision": "bf16"})
     run_module("pretrain", half)
     found = load_file(tmp_path / "run" / WEIGHTS)
     teacher, student = (
         {name.removeprefix(part): value for name, value in found.items() if name.startswith(part)}
         for part in ("teacher.", "student.")
     )
-    before = Checkpoint.open(str(tmp_path / "run")).untrained().state_dict()
+    before = Checkpoint.open(str(tmp_path / "run")).untrained_backbone().state_dict()
     changed = [name for name in before if not torch.equal(student[name], before[name])]
     assert len(changed) > 20
     for name in changed:
@@ -225,15 +227,15 @@ def test_a_slow_teacher_moves_in_bf16_training(embedded: Embedded, trained: Path
 
 
 @pytest.mark.multiprocess
-def test_a_trainer_dies_with_the_process_that_started_it(embedded: Embedded, tmp_path: Path) -> None:
-    long = config(embedded.seed, tmp_path / "run", schedule={"steps": 100_000, "global_batch_size": 8})
+def test_a_trainer_dies_with_the_process_that_started_it(synthetic: SyntheticCorpora, tmp_path: Path) -> None:
+    long = config(synthetic.seed, tmp_path / "run", schedule={"steps": 100_000, "global_batch_size": 8})
     (tmp_path / "long.json").write_text(long.model_dump_json())
     script = (
-        "from infra.launch.run import run_module; from pretrain.config import PretrainConfig\n"
+        "from infra.launch.launcher import run_module; from pretrain.config import PretrainConfig\n"
         f"run_module('pretrain', PretrainConfig.model_validate_json(open({str(tmp_path / 'long.json')!r}).read()))"
     )
     parent = subprocess.Popen([sys.executable, "-c", script])
-    mark = tmp_path / "run" / "steps"
+    mark = tmp_path / "run" / "checkpoints"
     while not mark.exists():
         assert parent.poll() is None
         time.sleep(0.1)
@@ -259,25 +261,25 @@ def test_an_empty_or_missing_corpus_is_one_line(tmp_path: Path) -> None:
         pretrain.run(config(str(tmp_path / "nothing"), tmp_path / "out"))
 
 
-def test_a_checkpoint_gives_its_own_untrained_backbone(embedded: Embedded, trained: Path) -> None:
+def test_a_checkpoint_gives_its_own_untrained_backbone(synthetic: SyntheticCorpora, trained: Path) -> None:
     checkpoint = Checkpoint.open(str(trained))
-    before = build_learner(config("x", trained)).student.state_dict()
+    before = build_module(config("x", trained)).student.state_dict()
     after = checkpoint.backbone().state_dict()
-    assert all(torch.equal(value, before[name]) for name, value in checkpoint.untrained().state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in checkpoint.untrained_backbone().state_dict().items())
     assert not torch.equal(after["blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"])
 
 
 def test_the_teacher_moves_by_the_momentum() -> None:
     settings = PretrainConfig.model_validate({**TINY, "corpora": ["x"], "out": "y"})
-    learner = build_learner(settings)
+    learner = build_module(settings)
     for parameter in learner.student.parameters():
         parameter.data.add_(1.0)
     before = {name: value.clone() for name, value in learner.teacher.state_dict().items()}
-    plain = TorchEngine(learner, torch.optim.AdamW(learner.student.parameters()))
-    plain.follow(learner.averages(), 0.9)
+    plain = SingleProcessBackend(learner, torch.optim.AdamW(learner.student.parameters()))
+    plain.ema_update(learner.ema_pairs(), 0.9)
     for name, value in learner.teacher.state_dict().items():
         torch.testing.assert_close(value, before[name] + 0.1)
-    plain.follow(learner.averages(), 1.0)
+    plain.ema_update(learner.ema_pairs(), 1.0)
     torch.testing.assert_close(learner.teacher.norm.bias, before["norm.bias"] + 0.1)
 
 
@@ -292,19 +294,19 @@ def test_schedules_are_dinov2s() -> None:
             "teacher": {"temperature_warmup_steps": 37_500},
         }
     )
-    assert schedules.at(settings, 0).lr == 0
-    assert schedules.at(settings, 12_500).lr == pytest.approx(5.657e-3, rel=1e-3)
-    assert schedules.at(settings, 125_000).lr == pytest.approx(1e-6)
-    middle = schedules.at(settings, 62_500)
+    assert schedules.schedule_values(settings, 0).lr == 0
+    assert schedules.schedule_values(settings, 12_500).lr == pytest.approx(5.657e-3, rel=1e-3)
+    assert schedules.schedule_values(settings, 125_000).lr == pytest.approx(1e-6)
+    middle = schedules.schedule_values(settings, 62_500)
     assert middle.weight_decay == pytest.approx(0.22)
     assert middle.momentum == pytest.approx(0.996)
-    assert schedules.at(settings, 18_750).temperature == pytest.approx(0.055)
-    assert schedules.at(settings, 40_000).temperature == pytest.approx(0.07)
+    assert schedules.schedule_values(settings, 18_750).temperature == pytest.approx(0.055)
+    assert schedules.schedule_values(settings, 40_000).temperature == pytest.approx(0.07)
 
 
 def test_parameter_groups_follow_dinov2() -> None:
     settings = PretrainConfig.model_validate({**TINY, "corpora": ["x"], "out": "y"})
-    learner = build_learner(settings)
+    learner = build_module(settings)
     names = {id(parameter): name for name, parameter in learner.named_parameters()}
     found = {}
     for group in parameter_groups(learner, settings):
@@ -324,14 +326,14 @@ def test_gradients_are_clipped_as_torch_does(clip_of: str) -> None:
     """By one norm, or backbone and head each by its own."""
     changes = {"optimizer": {"grad_clip_scope": clip_of}, "objectives": TINY["objectives"][:1]}
     settings = PretrainConfig.model_validate({**TINY, **changes, "corpora": ["x"], "out": "y"})
-    learner = build_learner(settings)
+    learner = build_module(settings)
     torch.manual_seed(0)
     trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = torch.randn_like(parameter)
     expected = [parameter.grad.clone() for parameter in trained]
     groups = parameter_groups(learner, settings)
-    stepped = clip(gradients(groups), 2.0, lambda squares: squares)
+    stepped = clip_gradients(gradients(groups), 2.0, lambda squares: squares)
     ours = [parameter.grad for parameter in trained]
     for parameter, gradient in zip(trained, expected, strict=True):
         parameter.grad = gradient
@@ -369,28 +371,28 @@ def test_settings_that_cannot_work_are_refused_at_once(changes: dict[str, object
 
 def test_how_a_training_is_sharded_is_no_part_of_what_it_is_known_by() -> None:
     nvme = {"zero_stage": 3, "offload_optimizer": "nvme", "offload_parameters": "cpu", "nvme_path": "/x"}
-    known = [decisive(config("x", Path("y"), sharding=sharding)) for sharding in ({"backend": "torch"}, nvme)]
+    known = [identity_settings(config("x", Path("y"), sharding=sharding)) for sharding in ({"backend": "torch"}, nvme)]
     assert known[0] == known[1]
     assert known[0]["sharding"] == {"precision": "fp32"}
 
 
 @pytest.mark.multiprocess
-def test_bf16_reaches_the_products_under_both_engines(embedded: Embedded) -> None:
+def test_bf16_reaches_the_products_under_both_engines(synthetic: SyntheticCorpora) -> None:
     """The backbone sees autocast from inside; DeepSpeed would switch off one from outside."""
     settings = PretrainSettings.model_validate({**TINY, "sharding": {"precision": "bf16"}})
-    learner = build_learner(settings)
+    learner = build_module(settings)
     learner.precision = settings.sharding.precision
     seen: list[torch.dtype] = []
     learner.student.blocks[0].attn.register_forward_hook(lambda module, _, out: seen.append(out.dtype))  # type: ignore[union-attr]
     learner.begin_step(0)
-    batch = view_dataset([embedded.seed], settings).batch(np.arange(4))
+    batch = build_view_dataset([synthetic.seed], settings).batch(np.arange(4))
     with torch.autocast("cpu", enabled=False):  # as DeepSpeed's engine calls it
         learner(batch, 0.05)
     assert seen == [torch.bfloat16]
 
 
 def test_a_high_resolution_phase_starts_from_the_end_of_another(
-    embedded: Embedded, trained: Path, tmp_path: Path
+    synthetic: SyntheticCorpora, trained: Path, tmp_path: Path
 ) -> None:
     """Weights and heads come along, the position table is resized, and the lineage names where they came from."""
     larger = {
@@ -400,7 +402,7 @@ def test_a_high_resolution_phase_starts_from_the_end_of_another(
         "optimizer": {"base_lr": 1e-6},
         "sharding": {"backend": "torch"},
     }
-    settings = config(embedded.seed, tmp_path / "high", **larger, init_from=str(trained))
+    settings = config(synthetic.seed, tmp_path / "high", **larger, init_from=str(trained))
     artifact = pretrain.run(settings)
     before, after = Checkpoint.open(str(trained)), Checkpoint.open(artifact.url)
     assert after.weights("student.")["pos_embed"].shape == (1, 1 + 36, 32)
@@ -410,13 +412,13 @@ def test_a_high_resolution_phase_starts_from_the_end_of_another(
     assert artifact.id != checkpoint_spec(settings.model_copy(update={"init_from": None})).id
     anchored = {**larger, "objectives": [*TINY["objectives"][:1], {"kind": "gram"}]}
     gram = Checkpoint.open(
-        pretrain.run(config(embedded.seed, tmp_path / "gram", **anchored, init_from=str(trained))).url
+        pretrain.run(config(synthetic.seed, tmp_path / "gram", **anchored, init_from=str(trained))).url
     )
     anchor, teacher = (gram.weights(f"{each}.")["norm.weight"] for each in ("objectives.gram.anchor", "teacher"))
     torch.testing.assert_close(anchor, before.weights("teacher.")["norm.weight"])
     assert not torch.equal(anchor, teacher)
     other = {**larger, "model": {**TINY["model"], "embed_dim": 64, "image_size": 48}}
-    wider = config(embedded.seed, tmp_path / "other", **other, init_from=str(trained))
+    wider = config(synthetic.seed, tmp_path / "other", **other, init_from=str(trained))
     with pytest.raises(UserError, match="does not fit the settings"):
         pretrain.run(wider)
 
@@ -425,14 +427,14 @@ def test_a_high_resolution_phase_starts_from_the_end_of_another(
 def test_bad_samples_are_counted_and_too_many_stop_the_run(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "images", 30)
     for name in ("torn", "broken"):
-        (folder / f"{name}.png").write_bytes(encoded(picture(99))[:-40])
-    corpus = ingested(folder, tmp_path / "corpus", check="header").artifact.url
+        (folder / f"{name}.png").write_bytes(encode_image(picture(99))[:-40])
+    corpus = ingest_folder(folder, tmp_path / "corpus", check="header").artifact.url
     changes = {"schedule": {"steps": 4, "global_batch_size": 16}, "sharding": {"backend": "torch"}}
     run_module("pretrain", config(corpus, tmp_path / "run", **changes))
     rows = losses(tmp_path / "run")
     assert [row["samples"] for row in rows] == [16, 32, 48, 64]
-    counted = open_artifact(str(tmp_path / "run"), "checkpoint").metrics["unusable"]
-    assert counted == {"truncated": sum(row.get("unusable_truncated", 0) for row in rows)}
+    counted = open_artifact(str(tmp_path / "run"), "checkpoint").metrics["bad_samples"]
+    assert counted == {"truncated": sum(row.get("bad_samples_truncated", 0) for row in rows)}
     assert 4 <= counted["truncated"] < 12  # each is met once an epoch, and now and then in another's place
     with pytest.raises(
         UserError, match=r"samples cannot be used \(truncated \d+\), more than runtime.max_bad_sample_fraction 0"

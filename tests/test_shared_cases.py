@@ -19,10 +19,10 @@ from s3fs import S3FileSystem
 
 import pretrain
 from flows.cli.main import main
-from infra.corpora import Corpus
-from infra.embeddings import Embeddings
+from infra.corpus.corpus import Corpus
+from infra.corpus.embeddings import Embeddings
 from pretrain.data.decode import ImageRejected, decode_rgb, open_image, upright_size
-from tests.conftest import Embedded, ingested
+from tests.conftest import SyntheticCorpora, ingest_folder
 from tests.test_curation_ingest import rejected
 from tests.test_distill import STUDENT
 from tests.test_pretrain_training import TINY, config
@@ -67,7 +67,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_01_dotted_keys(case: Case, tmp_path: Path) -> None:
-    corpus = ingested(case(1), tmp_path / "corpus")
+    corpus = ingest_folder(case(1), tmp_path / "corpus")
     assert len(corpus) == len(set(corpus.keys)) == 14
     assert not rejected(corpus)
     assert len({corpus.read_image(row) for row in range(14)}) == 14
@@ -79,7 +79,7 @@ def test_02_beside_a_tar(case: Case, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "holds shards (B.TAR) and loose images (e.jfif)" in message
     for name in ("e.jfif", "g.jpe"):
         (folder / name).unlink()
-    corpus = ingested(folder, tmp_path / "corpus")
+    corpus = ingest_folder(folder, tmp_path / "corpus")
     assert corpus.keys == ["b", "a"]
     containers = dict.fromkeys(["c.tar.bz2", "d.tar.xz"], "unsupported_container")
     assert rejected(corpus) == {**containers, "f": "outside_shards"}
@@ -87,7 +87,7 @@ def test_02_beside_a_tar(case: Case, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_03_tar_links(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = case(3)
-    corpus = ingested(folder, tmp_path / "corpus")
+    corpus = ingest_folder(folder, tmp_path / "corpus")
     assert corpus.keys == ["a", "d"]
     assert rejected(corpus) == {"s.tar/b.jpg": "link", "s.tar/c.jpg": "link"}
     message = failure(capsys, "ingest", "--source", f"{folder}-all", "--out", str(tmp_path / "none"))
@@ -112,12 +112,12 @@ def server() -> Iterator[None]:
 @pytest.mark.usefixtures("server")
 def test_05_double_slashes_in_a_bucket(case: Case, tmp_path: Path) -> None:
     folder = case(5)
-    corpus = ingested("s3://bkt/abs", tmp_path / "abs")  # type: ignore[arg-type]
+    corpus = ingest_folder("s3://bkt/abs", tmp_path / "abs")  # type: ignore[arg-type]
     secret = (folder / "secret.jpg").read_bytes()
     assert corpus.keys == ["ok"]
     assert list(rejected(corpus).values()) == ["not_an_image"]  # the object's own bytes are zeros
     assert all(corpus.read_image(row) != secret for row in range(len(corpus)))
-    doubled = ingested("s3://bkt/dbl", tmp_path / "dbl")  # type: ignore[arg-type]
+    doubled = ingest_folder("s3://bkt/dbl", tmp_path / "dbl")  # type: ignore[arg-type]
     assert len(doubled) == 2
     assert not rejected(doubled)
     assert decode_rgb(doubled.read_image(0)).size == (24, 24)
@@ -126,29 +126,29 @@ def test_05_double_slashes_in_a_bucket(case: Case, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("server")
 def test_07_folder_markers_in_a_bucket(case: Case, tmp_path: Path) -> None:
     case(7)
-    corpus = ingested("s3://bkt/marked", tmp_path / "corpus")  # type: ignore[arg-type]
+    corpus = ingest_folder("s3://bkt/marked", tmp_path / "corpus")  # type: ignore[arg-type]
     assert corpus.keys == ["cat/0", "dog/0"]
     assert corpus.classes == ["cat", "dog"]
     assert not rejected(corpus)
 
 
 def test_09_unicode_names(case: Case, tmp_path: Path) -> None:
-    corpus = ingested(case(9), tmp_path / "corpus")
+    corpus = ingest_folder(case(9), tmp_path / "corpus")
     assert len(corpus) == 11
     assert rejected(corpus) == {r"M\udcfcnchen.jpg": "unsafe_key"}
 
 
 def test_11_underscore_extension(case: Case, tmp_path: Path) -> None:
-    corpus = ingested(case(11), tmp_path / "corpus")
+    corpus = ingest_folder(case(11), tmp_path / "corpus")
     main(["embed", "--corpus", corpus.artifact.url, "--out", str(tmp_path / "vectors")])
     assert len(Embeddings.open(str(tmp_path / "vectors")).keys) == 2
 
 
-def test_12_long_strip(case: Case, tmp_path: Path, embedded: Embedded) -> None:
+def test_12_long_strip(case: Case, tmp_path: Path, synthetic: SyntheticCorpora) -> None:
     """Within the memory of any image: the strip must not be resized before it is cropped."""
-    settings = config(embedded.seed, tmp_path / "teacher", **TALL)
+    settings = config(synthetic.seed, tmp_path / "teacher", **TALL)
     checkpoint = pretrain.run(settings).url
-    corpus = ingested(case(12), tmp_path / "corpus")
+    corpus = ingest_folder(case(12), tmp_path / "corpus")
     program = (
         "import resource, sys; from flows.cli.main import main\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
@@ -185,7 +185,7 @@ def test_14_orientation(case: Case, tmp_path: Path) -> None:
         assert upright_size(open_image(data)) == decode_rgb(data).size == upright
     sizes = []
     for check in ("pixels", "header"):
-        corpus = ingested(folder, tmp_path / check, check=check)
+        corpus = ingest_folder(folder, tmp_path / check, check=check)
         sizes.append(corpus.table.select(["key", "width", "height"]).to_pylist())
     assert sizes[0] == sizes[1]
 
@@ -210,7 +210,7 @@ def test_15_deep_grey(case: Case, tmp_path: Path) -> None:
         source = tmp_path / name.replace(".", "-")
         source.mkdir()
         (source / name).write_bytes((folder / name).read_bytes())
-        corpus = ingested(source, tmp_path / f"corpus-{source.name}", **settings)
+        corpus = ingest_folder(source, tmp_path / f"corpus-{source.name}", **settings)
         main(["embed", "--corpus", corpus.artifact.url, "--out", str(tmp_path / f"vectors-{source.name}")])
         assert not Embeddings.open(str(tmp_path / f"vectors-{source.name}")).undecodable
 
@@ -235,11 +235,11 @@ def test_18_ico_bomb(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("kind", ["right", "exif"])
 def test_19_masks_of_turned_images(
-    case: Case, tmp_path: Path, embedded: Embedded, capsys: pytest.CaptureFixture[str], kind: str
+    case: Case, tmp_path: Path, synthetic: SyntheticCorpora, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     folder, suite = case(19), tmp_path / "suite.yaml"
     suite.write_text("tasks: [{kind: segmentation, train: st, test: se, grid: 4}]")
-    checkpoint = pretrain.run(config(embedded.seed, tmp_path / "teacher", **SHORT)).url
+    checkpoint = pretrain.run(config(synthetic.seed, tmp_path / "teacher", **SHORT)).url
     flags: list[str] = []
     for name, split in (("st", "train"), ("se", "test")):
         flags += [f"--datasets.{name}", f"pairs:{folder}/{kind}/{split}/img:{folder}/{kind}/{split}/map"]
@@ -251,7 +251,7 @@ def test_19_masks_of_turned_images(
 
 
 def test_21_cls_values(case: Case, tmp_path: Path) -> None:
-    corpus = ingested(case(21), tmp_path / "corpus")
+    corpus = ingest_folder(case(21), tmp_path / "corpus")
     assert corpus.table["label"].to_pylist() == [0, 1, None, None, None, None, None]
     assert rejected(corpus) == {f"s.tar/{i}.cls": "label_not_a_number" for i in range(2, 7)}
 
@@ -278,11 +278,11 @@ def test_23_other_containers(
 ) -> None:
     folder = case(23)
     assert named in failure(capsys, "ingest", "--source", str(folder / name), "--out", str(tmp_path / "corpus"))
-    assert ingested(folder / "upper", tmp_path / "upper").keys == ["a"]
+    assert ingest_folder(folder / "upper", tmp_path / "upper").keys == ["a"]
 
 
 def test_24_climbing_names(case: Case, tmp_path: Path) -> None:
-    corpus = ingested(case(24), tmp_path / "corpus")
+    corpus = ingest_folder(case(24), tmp_path / "corpus")
     assert corpus.keys == ["abs/a", "e"]
     climbing = ("../up/b.jpg", "../../c.jpg", "ok/../d.jpg", "../e.jpg")
     assert rejected(corpus) == {f"s.tar/{name}": "unsafe_key" for name in climbing}
@@ -329,4 +329,4 @@ def test_27_no_home(case: Case, tmp_path: Path) -> None:
     assert done.returncode == 1
     found = {each["name"]: each for each in json.loads(done.stdout)}
     assert found["prefect"]["status"] == found["cache"]["status"] == "fail"
-    assert "/dev/null/cache" in found["prefect"]["told"]
+    assert "/dev/null/cache" in found["prefect"]["message"]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from curation.similarity.exact import of_pairs, slack
-from curation.similarity.tiles import Workers
-from infra.vectors import Vectors
+from curation.similarity.exact import pair_dots, rounding_error
+from curation.similarity.tiles import WorkerPool
+from infra.compute.sharded_array import ShardedArray
 
 _BLOCK = 1 << 13
 _Z = 1.959964  # of 95 %
@@ -31,10 +31,10 @@ class Recall:
         """What the manifest tells of it."""
         of_pairs = round(self.pairs_connected / self.pairs, 5) if self.pairs else 1.0
         counts = {"sampled": self.sampled, "with_counterpart": self.with_counterpart}
-        return share(self.connected, self.with_counterpart) | counts | {"of_pairs": of_pairs}
+        return proportion_ci(self.connected, self.with_counterpart) | counts | {"of_pairs": of_pairs}
 
 
-def share(hits: int, trials: int) -> dict[str, float]:
+def proportion_ci(hits: int, trials: int) -> dict[str, float]:
     """A measured share with its interval of 95 %, as the manifest tells it; 1 where there was nothing to be found."""
     low, high = wilson(hits, trials)
     named = {"value": hits / trials if trials else 1.0, "low": low, "high": high}
@@ -52,7 +52,12 @@ def wilson(hits: int, trials: int) -> tuple[float, float]:
 
 
 def audit(
-    vectors: Vectors, rows: np.ndarray, labels: np.ndarray, threshold: float, sample: np.ndarray, workers: Workers
+    vectors: ShardedArray,
+    rows: np.ndarray,
+    labels: np.ndarray,
+    threshold: float,
+    sample: np.ndarray,
+    workers: WorkerPool,
 ) -> Recall:
     """Compare some places of `rows` with all of them.
 
@@ -61,14 +66,14 @@ def audit(
         sample: places in `rows`, int64, rising.
     """
     tiles, wanted = workers.tiles, vectors.take(rows[sample])
-    held, doubt = tiles.hold(wanted), slack(vectors.dim)
+    held, doubt = tiles.load(wanted), rounding_error(vectors.dim)
 
     def block(start: int) -> tuple[np.ndarray, np.ndarray, int, int]:
         others = vectors.take(rows[start : start + _BLOCK])
-        a, b, scores = tiles.above(held, tiles.hold(others), threshold - doubt)
+        a, b, scores = tiles.find_above(held, tiles.load(others), threshold - doubt)
         near = sample[a] != b + start
         close = np.flatnonzero(near & (scores < threshold + doubt))
-        near[close] = of_pairs(wanted, others, a[close], b[close]) >= threshold
+        near[close] = pair_dots(wanted, others, a[close], b[close]) >= threshold
         a, b = a[near], b[near] + start
         met = labels[sample[a]] == labels[b]
         return np.unique(a), np.unique(a[met]), len(a), int(met.sum())

@@ -19,11 +19,11 @@ def dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     found = np.empty(len(a))
     for start in range(0, len(a), _BLOCK):
         some = slice(start, start + _BLOCK)
-        found[some] = np.einsum("ij,ij->i", widened(a[some]).astype(np.float64), widened(b[some]).astype(np.float64))
+        found[some] = np.einsum("ij,ij->i", widen(a[some]).astype(np.float64), widen(b[some]).astype(np.float64))
     return found
 
 
-def of_pairs(a: np.ndarray, b: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def pair_dots(a: np.ndarray, b: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Inner products of rows of `a` and rows of `b`, without gathering all of them at once; float64 `[pairs]`."""
     found = np.empty(len(first))
     for start in range(0, len(first), _BLOCK):
@@ -32,25 +32,25 @@ def of_pairs(a: np.ndarray, b: np.ndarray, first: np.ndarray, second: np.ndarray
     return found
 
 
-def blank(vectors: np.ndarray) -> np.ndarray:
+def is_zero(vectors: np.ndarray) -> np.ndarray:
     """Which rows of a float16 array are zero, as those of images with nothing on them may be: they are like nothing."""
     there: np.ndarray = np.ascontiguousarray(vectors).view(np.uint16) & 0x7FFF  # without the sign of zero
     return np.logical_not(there.any(axis=1))
 
 
-def rounded(vectors: np.ndarray) -> np.ndarray:
+def round_to_float16(vectors: np.ndarray) -> np.ndarray:
     """Float16 `[n, dim]`, scaled and rounded to whole numbers in float32 whose squared distances float32 holds exactly.
 
     No row is longer than 2^11 then, so no distance is longer than 2^12, its square and all partial sums no more than
     2^24.
     """
-    wide = widened(vectors)
+    wide = widen(vectors)
     longest = np.sqrt(np.einsum("ij,ij->i", wide, wide).max(initial=0.0))
     wide *= np.float32(np.floor(_WHOLE - np.sqrt(vectors.shape[1])) / max(np.ceil(longest * 1024) / 1024, 1e-3))
     return np.rint(wide, out=wide)
 
 
-def slack(dim: int) -> float:
+def rounding_error(dim: int) -> float:
     """How far a sum of `dim` products in float32, in any order, may be from the exact one.
 
     The bound of dot products (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), doubled for devices
@@ -59,7 +59,7 @@ def slack(dim: int) -> float:
     return 2 * _LONGEST * dim * _UNIT / (1 - dim * _UNIT)
 
 
-def widened(vectors: np.ndarray) -> np.ndarray:
+def widen(vectors: np.ndarray) -> np.ndarray:
     """Float16 `[n, dim]` as float32, exactly; five times as fast as numpy's own conversion, which is not vectorised."""
     wide = np.empty(vectors.shape, dtype=np.float32)
     bits = wide.view(np.int32)

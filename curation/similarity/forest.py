@@ -38,20 +38,20 @@ class Forest:
         self._count += len(a)
         self.pairs += len(a)
         if self._count > max(self._most, len(self._a) // 2):
-            self.settle()
+            self.compact()
 
-    def settle(self) -> None:
+    def compact(self) -> None:
         """Make the forest of what has been added."""
         if not self._waiting:
             return
         parts = [(self._a, self._b, self._scores), *self._waiting]
         a, b, scores = (np.concatenate(each) for each in zip(*parts, strict=True))
-        self._a, self._b, self._scores = _spanning(self.rows, a, b, scores)
+        self._a, self._b, self._scores = _spanning_edges(self.rows, a, b, scores)
         self._waiting, self._count = [], 0
 
     def edges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pairs of rows, int64, and similarities, float32; by rising rows."""
-        self.settle()
+        self.compact()
         return self._a, self._b, self._scores
 
     def components(self) -> np.ndarray:
@@ -79,17 +79,17 @@ class Forest:
 Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def _spanning(rows: int, a: np.ndarray, b: np.ndarray, scores: np.ndarray) -> Edges:
+def _spanning_edges(rows: int, a: np.ndarray, b: np.ndarray, scores: np.ndarray) -> Edges:
     if len(a) > _FEW:  # what the higher half connects needs none of the lower half, which is most of dense regions
         high = scores >= np.partition(scores, len(scores) // 2)[len(scores) // 2]
         if not high.all():
-            upper = _spanning(rows, a[high], b[high], scores[high])
+            upper = _spanning_edges(rows, a[high], b[high], scores[high])
             labels = components(rows, upper[0], upper[1])
             rest = ~high & (labels[a] != labels[b])
             a, b, scores = (np.concatenate([x, y[rest]]) for x, y in zip(upper, (a, b, scores), strict=True))
     pair, scores = _by_pair(np.minimum(a, b) * rows + np.maximum(a, b), scores)
     low, high = np.divmod(pair, rows)
-    best = _falling(scores)  # of equal ones the first pair: there is only one such forest
+    best = _sort_descending(scores)  # of equal ones the first pair: there is only one such forest
     rank = np.empty(len(best))
     rank[best] = np.arange(1, len(best) + 1)
     starts = np.concatenate([[0], np.cumsum(np.bincount(low, minlength=rows))])
@@ -98,7 +98,7 @@ def _spanning(rows: int, a: np.ndarray, b: np.ndarray, scores: np.ndarray) -> Ed
     return low[chosen], high[chosen], scores[chosen]
 
 
-def _falling(scores: np.ndarray) -> np.ndarray:
+def _sort_descending(scores: np.ndarray) -> np.ndarray:
     """Places of float32 numbers, the highest first, of equal ones the first; numpy sorts whole numbers several times
     faster than it finds an order."""
     bits = scores.view(np.int32)

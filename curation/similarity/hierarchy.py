@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from curation.similarity.clusters import POINTS, Assigned, assign, learn, place_within
+from curation.similarity.clusters import POINTS, Assignment, assign, learn, rank_within
 from curation.similarity.kmeans import Centroids
 from curation.similarity.nearest import similarities
-from curation.similarity.tiles import Workers
-from infra.vectors import Vectors
+from curation.similarity.tiles import WorkerPool
+from infra.compute.sharded_array import ShardedArray
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Level:
 
 
 def hierarchy(
-    vectors: Vectors,
+    vectors: ShardedArray,
     rows: np.ndarray,
     sizes: Sequence[int],
     resamplings: int,
     members: Sequence[int],
-    workers: Workers,
+    workers: WorkerPool,
     generator: np.random.Generator,
     reach: Callable[[float], object] = lambda share: None,
 ) -> list[Level]:
@@ -48,19 +48,19 @@ def hierarchy(
     for size, taken in zip(sizes, members, strict=True):
         level = _level(vectors, rows, min(size, len(rows)), resamplings, taken, workers, generator)
         levels.append(level)
-        vectors = Vectors([level.centroids.vectors])
+        vectors = ShardedArray([level.centroids.vectors])
         rows = np.arange(len(vectors))
         reach(len(levels) / len(sizes))
     return levels
 
 
 def _level(
-    vectors: Vectors,
+    vectors: ShardedArray,
     rows: np.ndarray,
     size: int,
     resamplings: int,
     taken: int,
-    workers: Workers,
+    workers: WorkerPool,
     generator: np.random.Generator,
 ) -> Level:
     chosen = generator.permutation(len(rows))[: size * POINTS]
@@ -75,7 +75,7 @@ def _level(
     return Level(centroids, found.labels)
 
 
-def _nearest_members(found: Assigned, lengths: np.ndarray, count: int) -> np.ndarray:
+def _nearest_members(found: Assignment, lengths: np.ndarray, count: int) -> np.ndarray:
     """Places of the members nearest to each centroid: where x·c - |c|²/2 - |x|²/2 is highest."""
     order = np.lexsort((lengths / 2 - found.similarity, found.labels))
-    return order[place_within(found.labels[order]) < count]
+    return order[rank_within(found.labels[order]) < count]

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from curation.similarity.exact import blank, dots, of_pairs, slack, widened
-from curation.similarity.tiles import Workers
+from curation.similarity.exact import dots, is_zero, pair_dots, rounding_error, widen
+from curation.similarity.tiles import WorkerPool
 
 _BLOCK = 1024  # rows of a tile
 _LARGEST_TILE = 1 << 22  # similarities
@@ -24,7 +24,7 @@ class Centroids:
     biases: np.ndarray | None = None
 
     @classmethod
-    def of(cls, means: np.ndarray, spherical: bool) -> Centroids:
+    def from_vectors(cls, means: np.ndarray, spherical: bool) -> Centroids:
         """From means of members, float64 `[k, dim]`."""
         if spherical:
             norms = np.sqrt((means**2).sum(1, keepdims=True))
@@ -35,7 +35,7 @@ class Centroids:
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def some(self, chosen: np.ndarray) -> Centroids:
+    def select(self, chosen: np.ndarray) -> Centroids:
         return Centroids(self.vectors[chosen], None if self.biases is None else self.biases[chosen])
 
     @property
@@ -43,18 +43,18 @@ class Centroids:
         """How many rows to compare with them at a time."""
         return int(np.clip(_LARGEST_TILE // max(len(self), 1), 16, _BLOCK))
 
-    def held(self, workers: Workers) -> Any:
-        wide = widened(self.vectors)
+    def resident(self, workers: WorkerPool) -> Any:
+        wide = widen(self.vectors)
         if self.biases is not None:
             wide = np.column_stack([wide, self.biases.astype(np.float32)])
-        return workers.tiles.hold(wide)
+        return workers.tiles.load(wide)
 
-    def hold(self, rows: np.ndarray, workers: Workers) -> Any:
+    def load(self, rows: np.ndarray, workers: WorkerPool) -> Any:
         """Rows as they are compared with `held`."""
-        wide = widened(rows)
+        wide = widen(rows)
         if self.biases is not None:
             wide = np.column_stack([wide, np.ones(len(rows), dtype=np.float32)])
-        return workers.tiles.hold(wide)
+        return workers.tiles.load(wide)
 
     def similarity(self, rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Of each row to the centroid of its label, exactly, with the bias if there are any; float64 `[m]`."""
@@ -62,35 +62,35 @@ class Centroids:
 
     def similarities(self, rows: np.ndarray, places: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """The same of pairs of a row and a label; float64 `[pairs]`."""
-        found = of_pairs(rows, self.vectors, places, labels)
+        found = pair_dots(rows, self.vectors, places, labels)
         return found if self.biases is None else found + self.biases[labels]
 
     @property
-    def slack(self) -> float:
-        return slack(self.vectors.shape[1] + 1)
+    def rounding_error(self) -> float:
+        return rounding_error(self.vectors.shape[1] + 1)
 
 
-def nearest(rows: np.ndarray, centroids: Centroids, workers: Workers) -> np.ndarray:
+def assign_nearest(rows: np.ndarray, centroids: Centroids, workers: WorkerPool) -> np.ndarray:
     """The nearest centroid of each row, int64 `[m]`; of equally near ones the first.
 
     Args:
         rows: float16 `[m, dim]`.
     """
-    held, step = centroids.held(workers), centroids.block
+    held, step = centroids.resident(workers), centroids.block
     blocks = (rows[start : start + step] for start in range(0, len(rows), step))
-    labels = list(workers.map(lambda block: _nearest(block, centroids, held, workers), blocks))
+    labels = list(workers.map(lambda block: _assign_block(block, centroids, held, workers), blocks))
     return np.concatenate(labels) if labels else np.empty(0, dtype=np.int64)
 
 
-def _nearest(block: np.ndarray, centroids: Centroids, held: Any, workers: Workers) -> np.ndarray:
-    nothing = blank(block)
+def _assign_block(block: np.ndarray, centroids: Centroids, held: Any, workers: WorkerPool) -> np.ndarray:
+    nothing = is_zero(block)
     found = np.full(len(block), 0 if centroids.biases is None else int(np.argmax(centroids.biases)))
     found[~nothing] = _most_similar(block[~nothing], centroids, held, workers)
     return found
 
 
-def _most_similar(block: np.ndarray, centroids: Centroids, held: Any, workers: Workers) -> np.ndarray:
-    rows, labels, _ = workers.tiles.near_best(centroids.hold(block, workers), held, 2 * centroids.slack)
+def _most_similar(block: np.ndarray, centroids: Centroids, held: Any, workers: WorkerPool) -> np.ndarray:
+    rows, labels, _ = workers.tiles.find_near_best(centroids.load(block, workers), held, 2 * centroids.rounding_error)
     if len(rows) == len(block):
         return labels
     similar = centroids.similarities(block, rows, labels)  # some rows have several candidates
@@ -100,7 +100,7 @@ def _most_similar(block: np.ndarray, centroids: Centroids, held: Any, workers: W
 
 
 def train(
-    sample: np.ndarray, start: np.ndarray, iterations: int, workers: Workers, spherical: bool = True
+    sample: np.ndarray, start: np.ndarray, iterations: int, workers: WorkerPool, spherical: bool = True
 ) -> Centroids:
     """Lloyd's iterations from some rows of a sample, until next to no row changes its centroid.
 
@@ -108,31 +108,31 @@ def train(
         sample: float16 `[m, dim]`.
         start: the rows, int64 `[k]`.
     """
-    centroids = Centroids.of(sample[start].astype(np.float64), spherical)
-    labels = nearest(sample, centroids, workers)
+    centroids = Centroids.from_vectors(sample[start].astype(np.float64), spherical)
+    labels = assign_nearest(sample, centroids, workers)
     for number in range(iterations):
-        moved = _moved(sample, labels, centroids, spherical)
+        moved = _update_centroids(sample, labels, centroids, spherical)
         if number == iterations - 1:
             return moved
-        before, labels = labels, _renewed(sample, labels, centroids, moved, workers)
+        before, labels = labels, _replace_empty(sample, labels, centroids, moved, workers)
         centroids = moved
         if (labels != before).mean() <= _SETTLED:
             break
     return centroids
 
 
-def _moved(sample: np.ndarray, labels: np.ndarray, centroids: Centroids, spherical: bool) -> Centroids:
+def _update_centroids(sample: np.ndarray, labels: np.ndarray, centroids: Centroids, spherical: bool) -> Centroids:
     """Centroids in the middle of their members."""
-    means, counts = sums(sample, labels, len(centroids)), np.bincount(labels, minlength=len(centroids))
+    means, counts = sum_by_label(sample, labels, len(centroids)), np.bincount(labels, minlength=len(centroids))
     means /= np.maximum(counts, 1)[:, None]
-    means[counts == 0] = _strangers(sample, labels, centroids, int((counts == 0).sum()))
-    return Centroids.of(means, spherical)
+    means[counts == 0] = _find_outliers(sample, labels, centroids, int((counts == 0).sum()))
+    return Centroids.from_vectors(means, spherical)
 
 
-def _renewed(
-    sample: np.ndarray, labels: np.ndarray, before: Centroids, after: Centroids, workers: Workers
+def _replace_empty(
+    sample: np.ndarray, labels: np.ndarray, before: Centroids, after: Centroids, workers: WorkerPool
 ) -> np.ndarray:
-    """What `nearest` says after the centroids have moved from where it gave the labels; int64 `[m]`.
+    """What `knn_search` says after the centroids have moved from where it gave the labels; int64 `[m]`.
 
     A row whose own centroid has come no less near can only change to one of those that moved, since none of the others
     was nearer. In late iterations these are few.
@@ -143,24 +143,24 @@ def _renewed(
     lost = np.zeros(len(sample), dtype=bool)
     lost[mine[own < was]] = True
     labels = labels.copy()
-    labels[lost] = nearest(sample[lost], after, workers)
+    labels[lost] = assign_nearest(sample[lost], after, workers)
     held = np.flatnonzero(~lost)
-    labels[held] = _or_nearer(sample[held], labels[held], after, np.flatnonzero(moved), workers)
+    labels[held] = _reassign_if_nearer(sample[held], labels[held], after, np.flatnonzero(moved), workers)
     return labels
 
 
-def _or_nearer(
-    rows: np.ndarray, labels: np.ndarray, centroids: Centroids, others: np.ndarray, workers: Workers
+def _reassign_if_nearer(
+    rows: np.ndarray, labels: np.ndarray, centroids: Centroids, others: np.ndarray, workers: WorkerPool
 ) -> np.ndarray:
     """The nearest of some centroids where it is nearer than that of the label, which it is else; int64 `[m]`."""
-    few, step = centroids.some(others), centroids.block
-    held, doubt = few.held(workers), 2 * centroids.slack
+    few, step = centroids.select(others), centroids.block
+    held, doubt = few.resident(workers), 2 * centroids.rounding_error
 
     def block(start: int) -> np.ndarray:
         some = slice(start, start + step)
         own = centroids.similarity(rows[some], labels[some])
         cut = (own - doubt).astype(np.float32)[:, None]
-        row, near, _ = workers.tiles.above(few.hold(rows[some], workers), held, cut)
+        row, near, _ = workers.tiles.find_above(few.load(rows[some], workers), held, cut)
         near = others[near]
         similar = centroids.similarities(rows[some], row, near)
         better = (similar > own[row]) | ((similar == own[row]) & (near < labels[some][row]))
@@ -175,7 +175,7 @@ def _or_nearer(
     return np.concatenate(list(workers.map(block, range(0, len(rows), step))))
 
 
-def sums(rows: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
+def sum_by_label(rows: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
     """Sum of the rows of each label, float64 `[k, dim]`, exactly: see `exact.dots`."""
     found = np.zeros((k, rows.shape[1]))
     for start in range(0, len(rows), 1 << 16):
@@ -186,7 +186,7 @@ def sums(rows: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
     return found
 
 
-def _strangers(sample: np.ndarray, labels: np.ndarray, centroids: Centroids, count: int) -> np.ndarray:
+def _find_outliers(sample: np.ndarray, labels: np.ndarray, centroids: Centroids, count: int) -> np.ndarray:
     """The rows least like their centroid, for centroids that have lost all of theirs, float64 `[count, dim]`."""
     if not count:
         return np.empty((0, sample.shape[1]))

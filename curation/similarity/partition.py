@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from curation.similarity.cells import Cells, Visits
-from curation.similarity.tiles import Workers
-from infra.vectors import Vectors
+from curation.similarity.cells import CellAssignments, Cells
+from curation.similarity.tiles import WorkerPool
+from infra.compute.sharded_array import ShardedArray
 
 _BLOCK = 1 << 14  # rows read at a time
 _FEW = 1 << 15  # cells whose visits are sorted by 16 bits, which numpy does six times as fast
@@ -25,24 +25,24 @@ class Members:
     """Places among the partitioned rows, int64 `[m]`"""
     vectors: np.ndarray
     """Float16 `[m, dim]`"""
-    owners: int
+    primary: int
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
 @dataclass(frozen=True)
-class Run:
+class InvertedLists:
     """Visits of some rows, sorted by cell, in each cell owners before visitors."""
 
     rows: np.ndarray
     """Who visits, int64 `[visits]`"""
     starts: np.ndarray
     """Of each cell, and the end; int64 `[cells + 1]`"""
-    owners: np.ndarray
+    primary: np.ndarray
     """How many of each cell's visits are of owners; int64 `[cells]`"""
 
-    def moved(self, place: np.ndarray) -> Run:
+    def shifted(self, place: np.ndarray) -> InvertedLists:
         """The same visits by other names of the rows, without those that have none (-1).
 
         Args:
@@ -51,26 +51,26 @@ class Run:
         rows = place[self.rows]
         there = rows >= 0
         before = np.concatenate([[0], np.cumsum(there)])
-        borders = self.starts[:-1] + self.owners
-        return Run(rows[there], before[self.starts], before[borders] - before[self.starts[:-1]])
+        borders = self.starts[:-1] + self.primary
+        return InvertedLists(rows[there], before[self.starts], before[borders] - before[self.starts[:-1]])
 
     def parts(self, cell: int) -> tuple[slice, slice]:
         """Where a cell's owners are, and its visitors."""
         start, stop = (int(each) for each in self.starts[cell : cell + 2])
-        border = start + int(self.owners[cell])
+        border = start + int(self.primary[cell])
         return slice(start, border), slice(border, stop)
 
 
 @dataclass(frozen=True)
-class _Held:
+class _OpenLists:
     """A run with the vectors of its rows."""
 
-    run: Run
-    """By places in `places`"""
+    run: InvertedLists
+    """By places in `index_in`"""
     places: np.ndarray
     """Of the run's rows among the partitioned rows, rising"""
-    vectors: np.ndarray | Path | Vectors
-    """Of `places` in memory; of the visits in a file of float16; of all rows where they come from"""
+    vectors: np.ndarray | Path | ShardedArray
+    """Of `index_in` in memory; of the visits in a file of float16; of all rows where they come from"""
     source: np.ndarray
     """Rows of those vectors, for the last"""
 
@@ -79,7 +79,7 @@ class _Held:
         rows = self.run.rows[some]
         if isinstance(self.vectors, Path):
             return self.places[rows], self._read(self.vectors, some)
-        if isinstance(self.vectors, Vectors):
+        if isinstance(self.vectors, ShardedArray):
             return self.places[rows], self.vectors.take(self.source[rows])
         return self.places[rows], self.vectors[rows]
 
@@ -101,45 +101,45 @@ class Partition:
     """
 
     cells: Cells
-    vectors: Vectors
+    vectors: ShardedArray
     rows: np.ndarray
     directory: Path
     most: int
-    _fresh: list[_Held] = field(default_factory=list)
-    _known: list[_Held] = field(default_factory=list)
+    _fresh: list[_OpenLists] = field(default_factory=list)
+    _known: list[_OpenLists] = field(default_factory=list)
 
-    def know(self, run: Run) -> Partition:
+    def set_known(self, run: InvertedLists) -> Partition:
         """Add visits of rows, by their places, that have been joined with one another."""
-        self._known.append(_Held(run, np.arange(len(self.rows)), self.vectors, self.rows))
+        self._known.append(_OpenLists(run, np.arange(len(self.rows)), self.vectors, self.rows))
         return self
 
-    def fill(self, places: np.ndarray, workers: Workers) -> Partition:
+    def fill(self, places: np.ndarray, workers: WorkerPool) -> Partition:
         """Sort some of the rows, rising, by the cells they visit."""
         size = max(int(self.most // (_HALF * self.vectors.dim + _VISIT_BYTES * self.cells.probes)), 1)
         for first in range(0, len(places), size):
             self._add(places[first : first + size], workers, alone=size >= len(places))
         return self
 
-    def run(self) -> Run:
+    def add_lists(self) -> InvertedLists:
         """All visits, by places."""
         runs = [(held.run, held.places) for held in (*self._known, *self._fresh)]
-        owners = np.sum([run.owners for run, _ in runs], axis=0)
+        owners = np.sum([run.primary for run, _ in runs], axis=0)
         visits = np.sum([np.diff(run.starts) for run, _ in runs], axis=0)
         starts = np.concatenate([[0], np.cumsum(visits)])
         rows = np.empty(starts[-1], dtype=np.int64)
         free = [starts[:-1].copy(), starts[:-1] + owners]  # where the next owner and the next visitor of each cell go
         for run, places in runs:
             for begins, count, at in (
-                (run.starts[:-1], run.owners, free[0]),
-                (run.starts[:-1] + run.owners, np.diff(run.starts) - run.owners, free[1]),
+                (run.starts[:-1], run.primary, free[0]),
+                (run.starts[:-1] + run.primary, np.diff(run.starts) - run.primary, free[1]),
             ):
-                rows[_stretches(at, count)] = places[run.rows[_stretches(begins, count)]]
+                rows[_slices(at, count)] = places[run.rows[_slices(begins, count)]]
                 at += count
-        return Run(rows, starts, owners)
+        return InvertedLists(rows, starts, owners)
 
-    def _add(self, places: np.ndarray, workers: Workers, alone: bool) -> None:
+    def _add(self, places: np.ndarray, workers: WorkerPool, alone: bool) -> None:
         rows, vectors, cells = self.rows[places], self.vectors, self.cells
-        starts, one = range(0, len(rows), _BLOCK), workers.alone()
+        starts, one = range(0, len(rows), _BLOCK), workers.without_cluster()
         held = np.empty((len(rows), vectors.dim), dtype=np.float16)
         for start in starts:
             held[start : start + _BLOCK] = vectors.take(rows[start : start + _BLOCK])
@@ -152,36 +152,36 @@ class Partition:
 
         read = here if workers.cluster is None else there
 
-        def visits(start: int) -> Visits:
-            found = cells.visits(read(slice(start, start + _BLOCK)), one)
-            return Visits(found.rows + start, found.cells.astype(np.int32), found.owners)
+        def visits(start: int) -> CellAssignments:
+            found = cells.assign(read(slice(start, start + _BLOCK)), one)
+            return CellAssignments(found.rows + start, found.cells.astype(np.int32), found.primary)
 
-        run = self._sorted(list(workers.map(visits, starts)))
-        self._fresh.append(_Held(run, places, held if alone else self._spilled(held, run.rows), rows))
+        run = self._sort(list(workers.map(visits, starts)))
+        self._fresh.append(_OpenLists(run, places, held if alone else self._spill(held, run.rows), rows))
 
-    def _sorted(self, found: list[Visits]) -> Run:
+    def _sort(self, found: list[CellAssignments]) -> InvertedLists:
         rows, cells, owner = (np.concatenate([getattr(each, name) for each in found]) for name in _COLUMNS)
         place = (cells * np.int64(2) + ~owner).astype(np.uint16 if len(self.cells) <= _FEW else np.int64)
         order = np.argsort(place, kind="stable")
         starts = np.concatenate([[0], np.cumsum(np.bincount(cells, minlength=len(self.cells)))])
-        return Run(rows[order], starts, np.bincount(cells[owner], minlength=len(self.cells)))
+        return InvertedLists(rows[order], starts, np.bincount(cells[owner], minlength=len(self.cells)))
 
-    def _spilled(self, held: np.ndarray, order: np.ndarray) -> Path:
+    def _spill(self, held: np.ndarray, order: np.ndarray) -> Path:
         path = self.directory / f"run-{len(self._fresh):05d}.f16"
         with path.open("wb") as file:  # written, not mapped: mapped pages would count as memory until they are on disk
             for start in range(0, len(order), _BLOCK):
                 file.write(held[order[start : start + _BLOCK]].tobytes())
         return path
 
-    def fresh(self, cell: int) -> Members:
+    def fresh_members(self, cell: int) -> Members:
         """Of the rows to be joined those that visit a cell."""
         return self._members(self._fresh, cell)
 
-    def known(self, cell: int) -> Members:
+    def known_members(self, cell: int) -> Members:
         """Of those that have been joined with one another."""
         return self._members(self._known, cell)
 
-    def _members(self, held: list[_Held], cell: int) -> Members:
+    def _members(self, held: list[_OpenLists], cell: int) -> Members:
         parts = [each.run.parts(cell) for each in held]
         pieces = [each.take(part[sort]) for sort in (0, 1) for each, part in zip(held, parts, strict=True)]
         if not pieces:
@@ -190,9 +190,9 @@ class Partition:
         return Members(rows, vectors, sum(part[0].stop - part[0].start for part in parts))
 
 
-def _stretches(begins: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def _slices(begins: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Numbers that follow one another from each of some, int64 `[counts.sum()]`."""
     return np.repeat(begins - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
 
 
-_COLUMNS = ("rows", "cells", "owners")
+_COLUMNS = ("rows", "cells", "primary")

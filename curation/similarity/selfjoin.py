@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from curation.similarity.cells import Cells
-from curation.similarity.exact import of_pairs, slack
+from curation.similarity.exact import pair_dots, rounding_error
 from curation.similarity.forest import PAIR_BYTES, Forest
-from curation.similarity.partition import Members, Partition, Run
-from curation.similarity.tiles import Found, Tiles, Workers
-from infra.files import appearing
-from infra.vectors import Vectors
+from curation.similarity.partition import InvertedLists, Members, Partition
+from curation.similarity.tiles import Found, Tiles, WorkerPool
+from infra.compute.sharded_array import ShardedArray
+from infra.storage.atomic import atomic_write
 
 _SIDE, _WIDTH = 192, 1 << 12  # rows of a tile on its two sides
 _MOST_PAIRS = 1 << 20  # of a cell that are held
@@ -30,10 +30,10 @@ _VECTORS_SHARE, _PAIRS_SHARE = 0.4, 0.2  # of the memory; the rest is for tiles 
 
 
 @dataclass(frozen=True)
-class Known:
+class PreviousJoin:
     """What an earlier join of some of the rows has found, by places."""
 
-    visits: Run
+    assignments: InvertedLists
     """Of the rows that were joined with one another"""
     edges: Found
     """Their forest"""
@@ -42,7 +42,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Join:
+class SelfJoin:
     """A join of rows with themselves.
 
     Args:
@@ -53,22 +53,24 @@ class Join:
 
     cells: Cells
     threshold: float
-    workers: Workers
+    workers: WorkerPool
     directory: Path
     memory: int
 
-    def partition(self, vectors: Vectors, rows: np.ndarray, known: Known | None = None) -> Partition:
+    def partition(self, vectors: ShardedArray, rows: np.ndarray, known: PreviousJoin | None = None) -> Partition:
         """Rows of `vectors`, rising, by the cells they visit."""
         partition = Partition(self.cells, vectors, rows, self.directory, int(self.memory * _VECTORS_SHARE))
         if known is None:
             return partition.fill(np.arange(len(rows)), self.workers)
-        return partition.know(known.visits).fill(known.fresh, self.workers)
+        return partition.set_known(known.assignments).fill(known.fresh, self.workers)
 
-    def run(self, vectors: Vectors, rows: np.ndarray, reach: Callable[[int], object] = lambda done: None) -> Forest:
+    def run(
+        self, vectors: ShardedArray, rows: np.ndarray, reach: Callable[[int], object] = lambda done: None
+    ) -> Forest:
         """The forest over places in `rows`, which rise; `reach` is told how many cells are done."""
-        return self.over(self.partition(vectors, rows), None, reach)
+        return self.run_partition(self.partition(vectors, rows), None, reach)
 
-    def over(self, partition: Partition, known: Known | None, reach: Callable[[int], object]) -> Forest:
+    def run_partition(self, partition: Partition, known: PreviousJoin | None, reach: Callable[[int], object]) -> Forest:
         """The forest over places in the partition's rows, on from what is known."""
         forest, done = self._begun(partition, known)
         reach(done)
@@ -81,7 +83,7 @@ class Join:
                 if time.monotonic() - saved > _SAVE_SECONDS:
                     self._save(forest, cell + 1, self._identity(partition, known))
                     saved = time.monotonic()
-        forest.settle()
+        forest.compact()
         self._path.unlink(missing_ok=True)
         return forest
 
@@ -89,7 +91,7 @@ class Join:
     def _path(self) -> Path:
         return self.directory / "forest.npz"
 
-    def _begun(self, partition: Partition, known: Known | None) -> tuple[Forest, int]:
+    def _begun(self, partition: Partition, known: PreviousJoin | None) -> tuple[Forest, int]:
         """What an interrupted attempt at the same join has left, and how many cells it had done."""
         waiting, rows = int(self.memory * _PAIRS_SHARE / PAIR_BYTES), len(partition.rows)
         if self._path.exists():
@@ -102,27 +104,27 @@ class Join:
         return forest, 0
 
     def _save(self, forest: Forest, done: int, of: int) -> None:
-        with appearing(self._path) as partial:
+        with atomic_write(self._path) as partial:
             forest.save(partial, done=done, of=of)
 
-    def _identity(self, partition: Partition, known: Known | None) -> int:
+    def _identity(self, partition: Partition, known: PreviousJoin | None) -> int:
         """Of what is joined and how, the vectors apart."""
         digest = hashlib.sha256(repr((self.threshold, self.cells.probes, self.cells.margin)).encode())
         fresh = [] if known is None else [known.fresh, *known.edges]
-        for array in (self.cells.centroids.vectors, self.cells.crowded, partition.rows, *fresh):
+        for array in (self.cells.centroids.vectors, self.cells.dense, partition.rows, *fresh):
             digest.update(np.ascontiguousarray(array).data)
         return int.from_bytes(digest.digest()[:7], "big")
 
     def _cell(self, partition: Partition, cell: int) -> Found:
         """The new pairs of a cell; of one where all are alike a forest of them, since they would be too many."""
-        fresh = partition.fresh(cell)
+        fresh = partition.fresh_members(cell)
         if not len(fresh):
             return _NONE
-        known = partition.known(cell)
+        known = partition.known_members(cell)
         rows = np.concatenate([fresh.rows, known.rows])
         parts: list[Found] = []
         count = 0
-        for found in _pairs(fresh, known, bool(self.cells.crowded[cell]), self.threshold, self.workers.tiles):
+        for found in _pairs(fresh, known, bool(self.cells.dense[cell]), self.threshold, self.workers.tiles):
             parts.append(found)
             count += len(found[0])
             if count > _MOST_PAIRS:
@@ -141,34 +143,34 @@ _NONE = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0, d
 def _pairs(fresh: Members, known: Members, crowded: bool, threshold: float, tiles: Tiles) -> Iterator[Found]:
     """Pairs of places among both, those of `known` after the others, with one at least that is fresh; where it is
     crowded, only those with an owner."""
-    mine, theirs = (tiles.hold(each.vectors) for each in (fresh, known))
-    doubt = slack(fresh.vectors.shape[1])
-    meeting_all = fresh.owners if crowded else len(fresh)
-    for rows in _stretches(0, meeting_all, _SIDE):
-        for columns in _stretches(rows.start, len(fresh), _WIDTH):
-            a, b, scores = tiles.above(mine[rows], mine[columns], threshold - doubt)
+    mine, theirs = (tiles.load(each.vectors) for each in (fresh, known))
+    doubt = rounding_error(fresh.vectors.shape[1])
+    meeting_all = fresh.primary if crowded else len(fresh)
+    for rows in _blocks(0, meeting_all, _SIDE):
+        for columns in _blocks(rows.start, len(fresh), _WIDTH):
+            a, b, scores = tiles.find_above(mine[rows], mine[columns], threshold - doubt)
             a, b = a + rows.start, b + columns.start
             once = a < b
             found = a[once], b[once], scores[once]
-            yield _sure(fresh.vectors, fresh.vectors, found, threshold, doubt)
-    for first, last, width in ((0, meeting_all, len(known)), (meeting_all, len(fresh), known.owners)):
-        for rows in _stretches(first, last, _SIDE):
-            for columns in _stretches(0, width, _WIDTH):
-                a, b, scores = tiles.above(mine[rows], theirs[columns], threshold - doubt)
+            yield _confirm(fresh.vectors, fresh.vectors, found, threshold, doubt)
+    for first, last, width in ((0, meeting_all, len(known)), (meeting_all, len(fresh), known.primary)):
+        for rows in _blocks(first, last, _SIDE):
+            for columns in _blocks(0, width, _WIDTH):
+                a, b, scores = tiles.find_above(mine[rows], theirs[columns], threshold - doubt)
                 found = a + rows.start, b + columns.start, scores
-                a, b, scores = _sure(fresh.vectors, known.vectors, found, threshold, doubt)
+                a, b, scores = _confirm(fresh.vectors, known.vectors, found, threshold, doubt)
                 yield a, b + len(fresh), scores
 
 
-def _stretches(first: int, last: int, length: int) -> Iterator[slice]:
+def _blocks(first: int, last: int, length: int) -> Iterator[slice]:
     for start in range(first, last, length):
         yield slice(start, min(start + length, last))
 
 
-def _sure(first: np.ndarray, second: np.ndarray, found: Found, threshold: float, doubt: float) -> Found:
+def _confirm(first: np.ndarray, second: np.ndarray, found: Found, threshold: float, doubt: float) -> Found:
     """Pairs of a row of the one and a row of the other, those in doubt decided exactly."""
     a, b, scores = found
     wanted = np.ones(len(a), dtype=bool)
     close = np.flatnonzero(scores < threshold + doubt)
-    wanted[close] = of_pairs(first, second, a[close], b[close]) >= threshold
+    wanted[close] = pair_dots(first, second, a[close], b[close]) >= threshold
     return a[wanted], b[wanted], scores[wanted]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from curation.context import Context
-from curation.similarity.clusters import place_within
+from curation.similarity.clusters import rank_within
 from curation.similarity.hierarchy import Level, hierarchy
 from curation.steps.config import Balance
 
@@ -18,27 +18,37 @@ _RARE = 0.1  # share of the images
 
 def balance(context: Context, step: Balance) -> Mapping[str, Any]:
     """Draw as evenly as can be over the clusters of the highest level, within each over those below, and so on."""
-    verdicts = context.verdicts
-    rows = verdicts.in_order(verdicts.kept())
+    verdicts = context.state
+    rows = verdicts.sort_by_key(verdicts.kept_rows())
     generator = context.generator()
     sizes = [min(size, len(rows)) for size in step.levels]
     members = step.sample_size or [max(above // (2 * size), 1) for above, size in pairwise([len(rows), *sizes])]
     levels = hierarchy(
-        context.vectors, rows, sizes, step.num_resampling_steps, members, context.workers, generator, context.reach
+        context.vectors,
+        rows,
+        sizes,
+        step.num_resampling_steps,
+        members,
+        context.workers,
+        generator,
+        context.report_progress,
     )
-    drawn = draw(levels, step.target, step.max_repeats, generator)
+    drawn = sample_rows(levels, step.target, step.max_repeats, generator)
     kept = drawn > 0
-    verdicts.drop(rows[~kept], step.kind, "not_drawn", -1, np.nan)
+    verdicts.drop(rows[~kept], step.kind, "not_sampled", -1, np.nan)
     if step.max_repeats > 1:
         verdicts.weight[rows[kept]] = drawn[kept]
-    told = [_spread(len(level.centroids), of, drawn) for level, of in zip(levels, flattened(levels), strict=True)]
+    told = [
+        evenness_by_level(len(level.centroids), of, drawn)
+        for level, of in zip(levels, flatten_levels(levels), strict=True)
+    ]
     return {"dropped": int((~kept).sum()), "drawn": int(drawn.sum()), "levels": told}
 
 
-def _spread(clusters: int, of: np.ndarray, drawn: np.ndarray) -> dict[str, Any]:
+def evenness_by_level(clusters: int, of: np.ndarray, drawn: np.ndarray) -> dict[str, Any]:
     """How evenly rows lie over the clusters of a level, before the draw and after it."""
     before, after = np.bincount(of, minlength=clusters), np.bincount(of, weights=drawn, minlength=clusters)
-    rare = np.isin(of, rarest(before))
+    rare = np.isin(of, find_rarest(before))
     return {
         "images_of_rare": int(rare.sum()),
         "kept_of_rare": round(float((drawn[rare] > 0).mean()), 4),
@@ -51,7 +61,7 @@ def _spread(clusters: int, of: np.ndarray, drawn: np.ndarray) -> dict[str, Any]:
     }
 
 
-def rarest(sizes: np.ndarray) -> np.ndarray:
+def find_rarest(sizes: np.ndarray) -> np.ndarray:
     """The smallest clusters that together hold a tenth of all images, at least one."""
     there = np.flatnonzero(sizes)
     order = there[np.argsort(sizes[there], kind="stable")]
@@ -59,7 +69,7 @@ def rarest(sizes: np.ndarray) -> np.ndarray:
     return order[: max(count, 1)]
 
 
-def flattened(levels: list[Level]) -> list[np.ndarray]:
+def flatten_levels(levels: list[Level]) -> list[np.ndarray]:
     """The cluster of each row, for each level."""
     found = [levels[0].labels]
     for level in levels[1:]:
@@ -67,17 +77,17 @@ def flattened(levels: list[Level]) -> list[np.ndarray]:
     return found
 
 
-def draw(levels: list[Level], target: int, copies: int, generator: np.random.Generator) -> np.ndarray:
+def sample_rows(levels: list[Level], target: int, copies: int, generator: np.random.Generator) -> np.ndarray:
     """How often each row is drawn, int64 `[rows]`; in all `target`, or all there is if that is less."""
-    clusters = flattened(levels)
-    quotas = shares(np.bincount(clusters[-1], minlength=len(levels[-1].centroids)) * copies, target, generator)
+    clusters = flatten_levels(levels)
+    quotas = split_target(np.bincount(clusters[-1], minlength=len(levels[-1].centroids)) * copies, target, generator)
     for below, level in zip(clusters[-2::-1], levels[:0:-1], strict=True):
         sizes = np.bincount(below, minlength=len(level.labels)) * copies
-        quotas = _passed_down(quotas, level.labels, sizes, generator)
+        quotas = _pass_down_quotas(quotas, level.labels, sizes, generator)
     return _members(clusters[0], quotas, generator)
 
 
-def _passed_down(
+def _pass_down_quotas(
     quotas: np.ndarray, parents: np.ndarray, sizes: np.ndarray, generator: np.random.Generator
 ) -> np.ndarray:
     """Each cluster's quota shared out among its children."""
@@ -86,11 +96,11 @@ def _passed_down(
     borders = np.searchsorted(parents[order], np.arange(len(quotas) + 1))
     for parent, quota in enumerate(quotas):
         children = order[borders[parent] : borders[parent + 1]]
-        found[children] = shares(sizes[children], int(quota), generator)
+        found[children] = split_target(sizes[children], int(quota), generator)
     return found
 
 
-def shares(sizes: np.ndarray, target: int, generator: np.random.Generator) -> np.ndarray:
+def split_target(sizes: np.ndarray, target: int, generator: np.random.Generator) -> np.ndarray:
     """How many to take of groups of some sizes, int64: all of the small ones, of the others equally many.
 
     The sum is `target` exactly, or that of the sizes if it is less; what equal shares leave over goes, one each, to
@@ -116,7 +126,7 @@ def _members(labels: np.ndarray, quotas: np.ndarray, generator: np.random.Genera
     sizes = np.bincount(labels, minlength=len(quotas))
     whole, rest = np.divmod(quotas, np.maximum(sizes, 1))
     drawn = np.empty(len(labels), dtype=np.int64)
-    drawn[order] = whole[labels[order]] + (place_within(labels[order]) < rest[labels[order]])
+    drawn[order] = whole[labels[order]] + (rank_within(labels[order]) < rest[labels[order]])
     return drawn
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from infra.config import Config
-from pretrain.config import OpenClipBackbone
+from pretrain.backbones.config import OpenClipBackboneConfig
 
 
 class Exact(Config):
@@ -29,10 +29,10 @@ class Perceptual(Config):
     """Bits of the grey values below which an image has too little on it for its hash to mean anything."""
 
 
-class LooksFilter(Config):
+class ImageQuality(Config):
     """Drop images with next to nothing on them."""
 
-    kind: Literal["looks"] = "looks"
+    kind: Literal["image_quality"] = "image_quality"
     min_entropy: float = Field(1.0, ge=0, le=8)
     """Bits of the grey values: 0 for one colour."""
     min_sharpness: float = Field(0.0, ge=0)
@@ -59,7 +59,7 @@ class NearDuplicates(CellSettings):
     threshold: float | None = Field(None, gt=0, le=1)
     """Cosine similarity from which two images are joined. null: what was measured for the backbone of the embeddings; a
     backbone without a measurement needs a value."""
-    representative: Literal["resolution", "bytes", "earliest", "field"] = "resolution"
+    representative: Literal["resolution", "bytes", "first_key", "field"] = "resolution"
     """Which image of a component stays: the one with most pixels, the largest file, the one whose key comes first, or
     the one that a field of the images' .json files prefers. Of equal ones a color image stays before a grey one, then
     the larger file, then the first key."""
@@ -160,22 +160,24 @@ class Balance(Config):
         if any(above >= below for below, above in zip(self.levels, self.levels[1:], strict=False)):
             raise ValueError(f"levels {self.levels}: each must have fewer clusters than the one before")
         if self.sample_size and len(self.sample_size) != len(self.levels):
-            raise ValueError(f"members {self.sample_size}: give one number for each of the {len(self.levels)} levels")
+            raise ValueError(
+                f"sample_size {self.sample_size}: give one number for each of the {len(self.levels)} levels"
+            )
         return self
 
 
-class Sample(Config):
+class RandomSample(Config):
     """Keep random images: what a curation has to beat."""
 
-    kind: Literal["sample"] = "sample"
+    kind: Literal["random_sample"] = "random_sample"
     count: int = Field(100_000, ge=1)
     """Images to keep, or all there are if that is less."""
 
 
-class Filter(Config):
+class MetadataFilter(Config):
     """Drop images by what the index knows of them."""
 
-    kind: Literal["filter"] = "filter"
+    kind: Literal["metadata_filter"] = "metadata_filter"
     min_side: int = Field(0, ge=0)
     """Pixels of the shorter side; DataComp's basic filter has 200."""
     max_aspect: float | None = Field(None, ge=1)
@@ -222,7 +224,7 @@ class CaptionScorer(Config):
     """Cosine similarity of image and caption by an open_clip model, by which the corpus must be embedded."""
 
     kind: Literal["caption"] = "caption"
-    model: OpenClipBackbone
+    model: OpenClipBackboneConfig
     """The model."""
 
 
@@ -267,20 +269,20 @@ class Score(Config):
         return self
 
 
-class BalanceText(Config):
+class Metaclip(Config):
     """Keep images by lot so that no word's captions outnumber the others (MetaCLIP, arXiv 2309.16671)."""
 
-    kind: Literal["balance_text"] = "balance_text"
+    kind: Literal["metaclip"] = "metaclip"
     entries: str
     """File with one word or phrase a line."""
     most: int = Field(20_000, ge=1)
     """Captions with an entry from which on images with it are thinned out; MetaCLIP has 20,000 for 400 M pairs."""
 
 
-class Remove(Config):
+class Exclude(Config):
     """Drop images that are listed, whatever they look like: for those who opted out, or a source that must go."""
 
-    kind: Literal["remove"] = "remove"
+    kind: Literal["exclude"] = "exclude"
     keys: str | None = None
     """File with one key a line."""
     hashes: str | None = None
@@ -289,9 +291,9 @@ class Remove(Config):
     """Keys that begin so: a source."""
 
     @model_validator(mode="after")
-    def _something(self) -> Remove:
+    def _something(self) -> Exclude:
         if self.keys is None and self.hashes is None and self.prefix is None:
-            raise ValueError("remove needs keys, hashes or prefix; give at least one")
+            raise ValueError("exclude needs keys, hashes or prefix; give at least one")
         return self
 
 
@@ -310,18 +312,18 @@ class Restore(Config):
 Step = Annotated[
     Exact
     | Perceptual
-    | Filter
-    | LooksFilter
-    | Remove
+    | MetadataFilter
+    | ImageQuality
+    | Exclude
     | NearDuplicates
     | Decontaminate
     | SemDeDup
     | Retrieve
     | RetrieveClusters
     | Balance
-    | BalanceText
+    | Metaclip
     | Score
-    | Sample
+    | RandomSample
     | Restore,
     Field(discriminator="kind"),
 ]
@@ -331,17 +333,17 @@ _FILES = ("keys", "hashes", "entries", "table", "checkpoint")
 """Settings, at any depth, that name files: their content counts, not where they lie"""
 
 
-def files_of(step: Config) -> Iterator[tuple[str, str]]:
+def referenced_files(step: Config) -> Iterator[tuple[str, str]]:
     """The files that a step reads, by the setting's name."""
     for name, value in step:
         if isinstance(value, Config):
-            yield from files_of(value)
+            yield from referenced_files(value)
         elif name in _FILES and value is not None:
             yield name, value
 
 
-def without_files(step: Config) -> dict[str, Any]:
+def settings_without_files(step: Config) -> dict[str, Any]:
     """The settings of a step, those apart that name files."""
     told = step.model_dump(mode="json", exclude=set(_FILES))
-    nested = {name: without_files(value) for name, value in step if isinstance(value, Config)}
+    nested = {name: settings_without_files(value) for name, value in step if isinstance(value, Config)}
     return told | nested

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from curation.context import Context, Reference
-from curation.similarity.nearest import best_above
+from curation.similarity.nearest import argmax_above
 from curation.steps.config import Decontaminate
-from curation.steps.joined import joined
+from curation.steps.similarity_join import similarity_join
 
 _MARGIN = 0.15  # below the threshold, over which the histogram reaches
 _BINS = 0.01
@@ -32,12 +32,12 @@ def decontaminate(context: Context, step: Decontaminate) -> Mapping[str, Any]:
     """Drop images that an evaluation image is like, or that hang together with such."""
     threshold = step.threshold
     assert threshold is not None, "resolved before the steps run"
-    rows = context.verdicts.kept()
-    near = [_near(context, threshold, rows, reference) for reference in context.evaluation]
+    rows = context.state.kept_rows()
+    near = [_near(context, threshold, rows, reference) for reference in context.eval_embeddings]
     groups = None
     if step.count_components or step.drop == "components":
-        found = joined(context, step, threshold)
-        groups = np.full(len(context.verdicts.keep), -1, dtype=np.int32)
+        found = similarity_join(context, step, threshold)
+        groups = np.full(len(context.state.keep), -1, dtype=np.int32)
         groups[rows] = found.labels
     sets = {hits.reference.name: _facts(context, hits, threshold, groups) for hits in near}
     told: dict[str, Any] = {"sets": sets}
@@ -48,18 +48,18 @@ def decontaminate(context: Context, step: Decontaminate) -> Mapping[str, Any]:
         assert groups is not None
         _drop_companions(context, step, rows, groups, leaking)
     for hits in leaking:
-        context.verdicts.drop(hits.rows, step.kind, "leak", hits.others, hits.scores, hits.reference.number)
-    told["dropped"] = len(rows) - int(context.verdicts.keep.sum())
+        context.state.drop(hits.rows, step.kind, "leak", hits.others, hits.scores, hits.reference.number)
+    told["dropped"] = len(rows) - int(context.state.keep.sum())
     return told
 
 
 def _near(context: Context, threshold: float, rows: np.ndarray, reference: Reference) -> Hits:
     """What is near one set; what an earlier curation has compared with it is not compared again."""
     before, known = None, np.zeros(len(rows), dtype=bool)
-    if context.earlier is not None:
+    if context.previous is not None:
         of = context.inputs.references()[reference.name]
-        before, known = context.earlier.hits(context.step, reference.name, of, rows)
-    found = best_above(context.vectors, rows[~known], reference.vectors, threshold - _MARGIN, context.workers)
+        before, known = context.previous.read_hits(context.step, reference.name, of, rows)
+    found = argmax_above(context.vectors, rows[~known], reference.vectors, threshold - _MARGIN, context.workers)
     near = pa.table({"row": found.rows, "evaluation_row": found.others, "similarity": found.scores})
     near = near if before is None else pa.concat_tables([near, before]).sort_by("row")
     context.evidence(reference.name, near)
@@ -107,8 +107,8 @@ def _drop_companions(
     """Drop what hangs together with leaks, naming the strongest leak of the component."""
     leaks = np.concatenate([hits.rows for hits in leaking])
     scores = np.concatenate([hits.scores for hits in leaking])
-    leaks = leaks[np.lexsort((context.verdicts.ranks[leaks], -scores))]
+    leaks = leaks[np.lexsort((context.state.ranks[leaks], -scores))]
     found, first = np.unique(groups[leaks], return_index=True)
     companions = rows[np.isin(groups[rows], found)]
     winners = leaks[first][np.searchsorted(found, groups[companions])]
-    context.verdicts.drop(companions, step.kind, "with_leak", winners, np.nan)
+    context.state.drop(companions, step.kind, "leak_component", winners, np.nan)

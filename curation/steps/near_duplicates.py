@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from curation.context import Context
-from curation.similarity.exact import widened
+from curation.similarity.exact import widen
 from curation.similarity.nearest import similarities
 from curation.steps.config import NearDuplicates
-from curation.steps.joined import joined
-from curation.steps.preference import first_of_each, preferred
+from curation.steps.representative import first_of_each, order_by_preference
+from curation.steps.similarity_join import similarity_join
+from infra.compute.sharded_array import ShardedArray
 from infra.errors import UserError
-from infra.vectors import Vectors
 
 _WORST = 10  # components that the manifest tells of
 _LONG_CHAIN = 50  # images
@@ -26,15 +26,15 @@ def near_duplicates(context: Context, step: NearDuplicates) -> Mapping[str, Any]
     """Keep one image of each component; it stands for all of them."""
     threshold = step.threshold
     assert threshold is not None, "resolved before the steps run"
-    found = joined(context, step, threshold)
+    found = similarity_join(context, step, threshold)
     members = np.flatnonzero(np.bincount(found.labels)[found.labels] > 1)
-    order = preferred(context, step, found.rows[members], found.labels[members])
+    order = order_by_preference(context, step, found.rows[members], found.labels[members])
     rows, labels = found.rows[members][order], found.labels[members][order]
-    winners, scores = represent(context.vectors, rows, labels, step.min_similarity_to_representative)
+    winners, scores = choose_representatives(context.vectors, rows, labels, step.min_similarity_to_representative)
     if not step.allow_chains and step.min_similarity_to_representative <= -1:
-        _refuse_chains(context, labels, scores, threshold)
+        _require_no_chains(context, labels, scores, threshold)
     losers = rows != winners
-    context.verdicts.merge(rows[losers], winners[losers], step.kind, "near_duplicate", scores[losers])
+    context.state.merge(rows[losers], winners[losers], step.kind, "near_duplicate", scores[losers])
     told = found.facts(threshold)
     return {
         "dropped": int(losers.sum()),
@@ -44,7 +44,7 @@ def near_duplicates(context: Context, step: NearDuplicates) -> Mapping[str, Any]
     }
 
 
-def _refuse_chains(context: Context, labels: np.ndarray, scores: np.ndarray, threshold: float) -> None:
+def _require_no_chains(context: Context, labels: np.ndarray, scores: np.ndarray, threshold: float) -> None:
     """Check that large components are copies of one image, and not chains of images that are each like the next.
 
     Raises:
@@ -63,7 +63,9 @@ def _refuse_chains(context: Context, labels: np.ndarray, scores: np.ndarray, thr
         )
 
 
-def represent(vectors: Vectors, rows: np.ndarray, labels: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
+def choose_representatives(
+    vectors: ShardedArray, rows: np.ndarray, labels: np.ndarray, least: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Who stands for each row, and how similar it is, exactly.
 
     Of a component the first row stands for all that are at least so similar to it, of the others again the first, and
@@ -86,14 +88,14 @@ def represent(vectors: Vectors, rows: np.ndarray, labels: np.ndarray, least: flo
 
 def _worst(context: Context, rows: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> list[dict[str, Any]]:
     """The components with members least like what stands for them: where chains are to be looked for."""
-    order = np.lexsort((context.verdicts.ranks[rows], scores))
+    order = np.lexsort((context.state.ranks[rows], scores))
     _, first = np.unique(labels[order], return_index=True)
     told = []
     for place in order[np.sort(first)[:_WORST]]:
         members = np.sort(rows[labels == labels[place]])
         told.append(
             {
-                "key": context.verdicts.keys[int(rows[place])].as_py(),
+                "key": context.state.keys[int(rows[place])].as_py(),
                 "images": len(members),
                 "to_representative": round(float(scores[place]), 4),
                 "diameter": round(_least_similar(context.vectors, members), 4),
@@ -102,8 +104,8 @@ def _worst(context: Context, rows: np.ndarray, labels: np.ndarray, scores: np.nd
     return told
 
 
-def _least_similar(vectors: Vectors, members: np.ndarray) -> float:
+def _least_similar(vectors: ShardedArray, members: np.ndarray) -> float:
     """The lowest similarity within a component: its diameter, as a cosine; of a large one that of a sample."""
     chosen = members[np.unique(np.linspace(0, len(members) - 1, _SAMPLED).astype(np.int64))]
-    wide = widened(vectors.take(chosen))
+    wide = widen(vectors.take(chosen))
     return float((wide @ wide.T).min())

@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 
 from curation.context import Context
-from curation.looks import SIDE, Looks, pca_hash
+from curation.image_stats import SIDE, pca_hash
 from curation.similarity.forest import Forest
 from curation.similarity.hamming import pairs_within
-from curation.steps.config import LooksFilter, Perceptual
-from curation.steps.preference import best_first, first_of_each, pixels
-from infra.artifacts import cache_directory
+from curation.steps.config import Perceptual
+from curation.steps.image_quality import _read_stats
+from curation.steps.representative import count_pixels, first_of_each, sort_best_first
 from infra.errors import UserError
 
 _SAMPLE = 20_000  # pictures that principal components are learned from
@@ -24,17 +24,17 @@ _BITS = 64
 
 def perceptual(context: Context, step: Perceptual) -> Mapping[str, Any]:
     """Of images that hang together by hashes with few different bits, keep the largest."""
-    verdicts = context.verdicts
-    looks = _looks(context, ["phash", "entropy"] if step.hash == "dct" else ["small", "entropy"])
-    entropy = looks["entropy"].to_numpy(zero_copy_only=False)
+    verdicts = context.state
+    stats = _read_stats(context, ["phash", "entropy"] if step.hash == "dct" else ["small", "entropy"])
+    entropy = stats["entropy"].to_numpy(zero_copy_only=False)
     rows = np.flatnonzero(verdicts.keep & (entropy >= step.min_entropy))  # NaN, where there is no picture, is not
-    hashes = _hashes(context, looks, rows, step)
+    hashes = _hashes(context, stats, rows, step)
     different, place = np.unique(hashes, return_inverse=True)
     forest = Forest(len(different))
     for a, b, bits in pairs_within(different, step.radius):
         forest.add(a, b, 1 - bits.astype(np.float32) / _BITS)
     component = forest.components()[place]
-    order = best_first(context, rows, component, pixels(context, rows))
+    order = sort_best_first(context, rows, component, count_pixels(context, rows))
     rows, hashes, component = rows[order], hashes[order], component[order]
     winner = first_of_each(component)
     losers = np.flatnonzero(winner != np.arange(len(rows)))
@@ -47,31 +47,15 @@ def perceptual(context: Context, step: Perceptual) -> Mapping[str, Any]:
     }
 
 
-def _hashes(context: Context, looks: pa.Table, rows: np.ndarray, step: Perceptual) -> np.ndarray:
+def _hashes(context: Context, stats: pa.Table, rows: np.ndarray, step: Perceptual) -> np.ndarray:
     if step.hash == "dct":
-        return looks["phash"].take(pa.array(rows)).to_numpy()
-    sample = _pictures(looks, context.shuffled(rows, _SAMPLE))
+        return stats["phash"].take(pa.array(rows)).to_numpy()
+    sample = _pictures(stats, context.shuffled(rows, _SAMPLE))
     if len(np.unique(sample, axis=0)) < _FEWEST:
         raise UserError(f"perceptual: hash: pca needs {_FEWEST} different images to learn from; use dct")
-    return pca_hash(_pictures(looks, rows), sample)
+    return pca_hash(_pictures(stats, rows), sample)
 
 
-def _pictures(looks: pa.Table, rows: np.ndarray) -> np.ndarray:
-    taken = looks["small"].take(pa.array(rows)).combine_chunks()
+def _pictures(stats: pa.Table, rows: np.ndarray) -> np.ndarray:
+    taken = stats["small"].take(pa.array(rows)).combine_chunks()
     return np.frombuffer(taken.buffers()[1], dtype=np.uint8)[: len(rows) * SIDE * SIDE].reshape(len(rows), SIDE * SIDE)
-
-
-def filter_looks(context: Context, step: LooksFilter) -> Mapping[str, Any]:
-    """Drop images on which there is next to nothing to be seen; of several reasons the first."""
-    looks = _looks(context, ["entropy", "sharpness"])
-    entropy, sharpness = (looks[name].to_numpy(zero_copy_only=False) for name in ("entropy", "sharpness"))
-    reasons = {
-        "blank": (entropy < step.min_entropy, entropy),
-        "blurred": (sharpness < step.min_sharpness, sharpness),
-        "undecodable": (np.isnan(entropy), entropy),
-    }
-    return context.verdicts.drop_each(step.kind, reasons)
-
-
-def _looks(context: Context, columns: list[str]) -> pa.Table:
-    return Looks(context.corpus, cache_directory() / "looks").table(context.cores, context.reach, columns)

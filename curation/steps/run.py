@@ -10,40 +10,43 @@ from typing import Any
 
 from curation.config import CurateConfig
 from curation.context import Context
-from curation.earlier import SEEN, write_seen
+from curation.incremental import SEEN, write_seen
 from curation.inputs import SCRATCH, STATE, Inputs
 from curation.steps.balance import balance
-from curation.steps.balance_text import balance_text
 from curation.steps.config import CellSettings, Step
 from curation.steps.decontaminate import decontaminate
 from curation.steps.exact import exact
-from curation.steps.listed import remove, restore, sample
-from curation.steps.metadata import filter_metadata
+from curation.steps.image_quality import image_quality
+from curation.steps.key_filters import exclude, restore
+from curation.steps.metaclip import metaclip
+from curation.steps.metadata_filter import metadata_filter
 from curation.steps.near_duplicates import near_duplicates
-from curation.steps.perceptual import filter_looks, perceptual
+from curation.steps.perceptual import perceptual
+from curation.steps.random_sample import random_sample
 from curation.steps.retrieve import retrieve
 from curation.steps.retrieve_clusters import retrieve_clusters
 from curation.steps.score import score
 from curation.steps.semdedup import semdedup
-from infra import memory, selections
+from infra.compute import memory
+from infra.corpus import selection
 from infra.errors import UserError
 from infra.progress import progress
 
 _STEPS: dict[str, Callable[[Context, Any], Mapping[str, Any]]] = {
     "exact": exact,
     "perceptual": perceptual,
-    "filter": filter_metadata,
-    "looks": filter_looks,
-    "remove": remove,
+    "metadata_filter": metadata_filter,
+    "image_quality": image_quality,
+    "exclude": exclude,
     "near_duplicates": near_duplicates,
     "decontaminate": decontaminate,
     "semdedup": semdedup,
     "retrieve": retrieve,
     "retrieve_clusters": retrieve_clusters,
     "balance": balance,
-    "balance_text": balance_text,
+    "metaclip": metaclip,
     "score": score,
-    "sample": sample,
+    "random_sample": random_sample,
     "restore": restore,
 }
 
@@ -52,8 +55,8 @@ def select(config: CurateConfig, inputs: Inputs, directory: Path) -> Mapping[str
     """Apply the steps and write the selection into a directory; return its metrics."""
     context = Context.begin(config, inputs, directory)
     state = directory / STATE
-    before = int(context.verdicts.keep.sum())
-    facts = context.verdicts.restore(state) if state.exists() else []
+    before = int(context.state.keep.sum())
+    facts = context.state.restore(state) if state.exists() else []
     for number, step in enumerate(config.steps):
         if number >= len(facts):
             _forget_other_scratch(directory, number)
@@ -61,8 +64,8 @@ def select(config: CurateConfig, inputs: Inputs, directory: Path) -> Mapping[str
             facts.append(_apply(step, context))
             if not facts[-1]["kept"]:
                 raise UserError(f"{config.corpus}: the step {step.kind} leaves no image; loosen it")
-            context.verdicts.save(state, facts)
-    selections.write(directory, context.verdicts.ledger())
+            context.state.save(state, facts)
+    selection.write(directory, context.state.to_table())
     funnel = [{"step": "input", "kept": before}, *({"step": each["step"], "kept": each["kept"]} for each in facts)]
     return {"images": len(context.corpus), "kept": facts[-1]["kept"], "funnel": funnel, "steps": facts}
 
@@ -77,8 +80,8 @@ def _forget_other_scratch(directory: Path, number: int) -> None:
 def _apply(step: Step, context: Context) -> dict[str, Any]:
     """Do one step; return what it tells, with what it left and what it took."""
     started, cpu = time.monotonic(), time.process_time()
-    memory.forget_peak()
-    images, done = int(context.verdicts.keep.sum()), 0
+    memory.reset_peak_memory()
+    images, done = int(context.state.keep.sum()), 0
     with progress(step.kind.replace("_", " "), images) as advance:
 
         def reach(share: float) -> None:
@@ -87,11 +90,11 @@ def _apply(step: Step, context: Context) -> dict[str, Any]:
             advance(more)
             done += more
 
-        context.reach = reach
+        context.report_progress = reach
         if isinstance(step, CellSettings):
-            write_seen(context.evidence_file(SEEN), context.verdicts.keep)
+            write_seen(context.evidence_file(SEEN), context.state.keep)
         told = _STEPS[step.kind](context, step)
-        kept = int(context.verdicts.keep.sum())
+        kept = int(context.state.keep.sum())
         advance(images - done, note=f"{kept} kept")
     took = {"seconds": round(time.monotonic() - started, 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
-    return {"step": step.kind, "kept": kept, **told, **took, "peak_gb": memory.peak_gb()}
+    return {"step": step.kind, "kept": kept, **told, **took, "peak_gb": memory.peak_memory_gb()}

@@ -17,19 +17,19 @@ _LEVELS = 41  # of the curve
 
 def score(context: Context, step: Score) -> Mapping[str, Any]:
     """Drop images whose score is too low, too high or missing. All scores are kept as evidence."""
-    rows = context.verdicts.kept()
+    rows = context.state.kept_rows()
     found = scorers.scores(context, step.scorer, rows)
     context.evidence("scores", pa.table({"row": rows, "score": found}))
     there = found[~np.isnan(found)]
     least = step.min if step.top is None else _least_of_top(there, step.top)
-    all_scores = np.full(len(context.verdicts.keep), np.nan, dtype=np.float64)
+    all_scores = np.full(len(context.state.keep), np.nan, dtype=np.float64)
     all_scores[rows] = found
     reasons = {
         f"low_{step.name}": (all_scores < (-np.inf if least is None else least), all_scores),
         f"high_{step.name}": (all_scores > (np.inf if step.max is None else step.max), all_scores),
         f"no_{step.name}": (np.isnan(all_scores), all_scores),
     }
-    told = context.verdicts.drop_each(step.kind, reasons)
+    told = context.state.drop_by_reason(step.kind, reasons)
     levels = np.unique(np.quantile(there, np.linspace(0, 1, _LEVELS))) if len(there) else np.empty(0)
     curve = [[float(level), int((there < level).sum())] for level in levels]
     return {**told, "least": least, "curve": curve}

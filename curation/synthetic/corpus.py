@@ -78,8 +78,8 @@ def generate(settings: SyntheticSettings, root: Path) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     rng = np.random.Generator(np.random.Philox(settings.seed))
     photographs = load_photographs()
-    test = _labelled(photographs, "right", settings.test_per_class, rng)
-    seed = _labelled(photographs, "left", settings.seed_per_class, rng)
+    test = _make_classes(photographs, "right", settings.test_per_class, rng)
+    seed = _make_classes(photographs, "left", settings.seed_per_class, rng)
     _write_classes(test, partial / "test")
     _write_classes(seed, partial / "seed")
     _write_pool(_pool(photographs, test, settings, rng), partial, rng)
@@ -123,7 +123,7 @@ def _recolour(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return 1 - pixels if rng.random() < 0.5 else pixels
 
 
-def _labelled(
+def _make_classes(
     photographs: dict[str, np.ndarray], part: str, count: int, rng: np.random.Generator
 ) -> list[tuple[str, np.ndarray]]:
     return [(name, crop(picture, part, rng)) for name, picture in photographs.items() for _ in range(count)]
@@ -162,7 +162,7 @@ def _pool(
     settings: SyntheticSettings,
     rng: np.random.Generator,
 ) -> list[PoolImage]:
-    originals = [(pixels, "photo") for _, pixels in _labelled(photographs, "left", settings.pool_per_class, rng)]
+    originals = [(pixels, "photo") for _, pixels in _make_classes(photographs, "left", settings.pool_per_class, rng)]
     originals += [(pixels, kind) for kind, pixels in _junk(settings, rng)]
     pool = [PoolImage(encode(pixels), "png", kind, group) for group, (pixels, kind) in enumerate(originals)]
     candidates = [group for group, (_, kind) in enumerate(originals) if kind in ("photo", "digit")]

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from infra.corpus.selection import Selection
 from infra.errors import UserError
-from infra.selections import Selection
 
 Ledger = list[dict[str, Any]]
 _DUPLICATES = ("exact_duplicate", "near_duplicate")
@@ -29,7 +29,7 @@ def score_synthetic(url: str, truth_file: Path) -> dict[str, dict[str, float]]:
 def _duplicates(ledger: Ledger, truth: Mapping[str, Any]) -> dict[str, float]:
     """A removal is right if it lost against a copy of itself; all but one of each group should go."""
     removed = [row for row in ledger if row["reason"] in _DUPLICATES]
-    right = sum(truth[row["key"]]["group"] == truth[row["winner"]]["group"] for row in removed)
+    right = sum(truth[row["key"]]["group"] == truth[row["matched_key"]]["group"] for row in removed)
     groups = Counter(truth[row["key"]]["group"] for row in ledger)
     return _precision_recall(right, len(removed), sum(groups.values()) - len(groups))
 

@@ -10,10 +10,10 @@ from infra.config import Config
 from pretrain.objectives.config import TextTower
 
 
-class PrototypesConfig(Config):
+class DinoIbotConfig(Config):
     """The teacher's own losses, by its own heads: DINO, iBOT, KoLeo, with the settings that it was trained with."""
 
-    kind: Literal["prototypes"] = "prototypes"
+    kind: Literal["dino_ibot"] = "dino_ibot"
     weight: float = Field(1.0, ge=0)
     """Factor of the losses."""
     patches: Literal["sampled", "all"] = "sampled"
@@ -36,33 +36,33 @@ class FeaturesConfig(Config):
     """Factor of the class token's loss."""
     patch_weight: float = Field(1.0, ge=0)
     """Factor of the patch tokens' loss."""
-    hidden: int = Field(0, ge=0)
+    hidden_dim: int = Field(0, ge=0)
     """Width of the hidden layer of each head; 0: as wide as the teacher."""
-    standardise: int = Field(512, ge=0)
+    standardize_images: int = Field(512, ge=0)
     """Give each channel of a teacher mean 0 and variance 1, by what it says of this many images before the training
     begins, so that no teacher and no channel is louder than others; 0: leave them as they are."""
 
 
-class RelationsConfig(Config):
+class GramDistillConfig(Config):
     """Likeness of an image's patch tokens to each other that is the teacher's (Gram matrices of cosines)."""
 
-    kind: Literal["relations"] = "relations"
+    kind: Literal["gram_distill"] = "gram_distill"
     weight: float = Field(1.0, ge=0)
     """Factor of the loss."""
     teachers: list[str] = Field(default_factory=list)
     """Names of the teachers that are compared with; none: all."""
 
 
-class ClipLogitsConfig(Config):
+class ClipDistillConfig(Config):
     """Images and captions told apart as an open_clip model does: CLIP's contrast, and cross-entropy to the teacher's
     distributions over the batch (open_clip's DistillClipLoss)."""
 
-    kind: Literal["clip"] = "clip"
+    kind: Literal["clip_distill"] = "clip_distill"
     weight: float = Field(1.0, ge=0)
     """Factor of the loss."""
     teacher: str
     """Name of the teacher, of kind open_clip."""
-    contrast: float = Field(1.0, ge=0)
+    contrastive_weight: float = Field(1.0, ge=0)
     """Share of CLIP's own loss."""
     embed_dim: int = Field(512, ge=1)
     """Width of the shared space."""
@@ -87,13 +87,13 @@ class DeitConfig(Config):
     """Path of its weights on this machine, classifier included."""
     mode: Literal["hard", "soft"] = "hard"
     """The distillation token learns the teacher's likeliest class, or all of its distribution."""
-    share: float = Field(0.5, ge=0, le=1)
+    distillation_weight: float = Field(0.5, ge=0, le=1)
     """Share of the teacher's part in the loss; the labels have the rest."""
     temperature: float = Field(3.0, gt=0)
     """Softmax temperature of teacher and student where `mode` is soft."""
 
 
 DistillObjective = Annotated[
-    PrototypesConfig | FeaturesConfig | RelationsConfig | ClipLogitsConfig | DeitConfig,
+    DinoIbotConfig | FeaturesConfig | GramDistillConfig | ClipDistillConfig | DeitConfig,
     Field(discriminator="kind"),
 ]

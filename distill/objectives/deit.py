@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from distill.objectives.config import DeitConfig
 from pretrain.data.loader import Batch
-from pretrain.objectives.base import Objective, Outputs, Wide
+from pretrain.objectives.base import BackboneWidths, Objective, Outputs
 
 CLASSIFIER = "deit"
 """Name of the teacher whose class token stands for its logits."""
@@ -16,7 +16,7 @@ CLASSIFIER = "deit"
 class Deit(Objective):
     """Cross-entropy of the class token to the labels and of the distillation token to the classifier."""
 
-    def __init__(self, config: DeitConfig, student: Wide, classes: int) -> None:
+    def __init__(self, config: DeitConfig, student: BackboneWidths, classes: int) -> None:
         super().__init__(config.weight)
         self.config = config
         self.by_label = _linear(student.embed_dim, classes)
@@ -24,9 +24,9 @@ class Deit(Objective):
 
     def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
         """`deit_labels` and `deit_teacher`, means over the global crops."""
-        features, share = outputs.student_globals, self.config.share
+        features, share = outputs.masked_student_globals, self.config.distillation_weight
         token = features.class_token if features.registers is None else features.registers[:, 0]
-        logits, taught = self.by_teacher(token).float(), outputs.taught.of(CLASSIFIER).class_token.float()
+        logits, taught = self.by_teacher(token).float(), outputs.teachers.features(CLASSIFIER).class_token.float()
         labels = batch.labels.repeat(len(token) // len(batch.labels))
         return {
             "deit_labels": (1 - share) * F.cross_entropy(self.by_label(features.class_token).float(), labels),

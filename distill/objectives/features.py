@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from distill.objectives.config import FeaturesConfig
 from pretrain.data.loader import Batch
-from pretrain.models.positions import on_grid_of
-from pretrain.objectives.base import Objective, Outputs, Taught, Wide
+from pretrain.models.positions import to_grid
+from pretrain.objectives.base import BackboneWidths, Objective, Outputs, TeacherOutputs
 
 _LEAST = 1e-6  # variance of a channel that says nothing
 
@@ -24,7 +24,7 @@ def module_name(name: str) -> str:
     return MODULE + name
 
 
-class Standard(nn.Module):
+class ChannelStatistics(nn.Module):
     """Mean and variance of what a teacher says, channel by channel."""
 
     count: Tensor
@@ -38,7 +38,7 @@ class Standard(nn.Module):
         self.register_buffer("squares", torch.zeros(dim))
 
     @torch.no_grad()
-    def see(self, tokens: Tensor) -> None:
+    def update(self, tokens: Tensor) -> None:
         """Take tokens `[..., dim]` into account (Chan's parallel update of mean and squared deviations)."""
         rows = tokens.flatten(0, -2).float()
         count = self.count + len(rows)
@@ -56,7 +56,7 @@ class Standard(nn.Module):
 class TeacherHeads(nn.Module):
     """From the student's tokens to those of one teacher."""
 
-    def __init__(self, student: Wide, teacher: Wide, hidden: int) -> None:
+    def __init__(self, student: BackboneWidths, teacher: BackboneWidths, hidden: int) -> None:
         super().__init__()
         self.class_token = _head(student.embed_dim, hidden or teacher.embed_dim, teacher.embed_dim)
         self.patch_tokens = _head(student.patch_dim, hidden or teacher.patch_dim, teacher.patch_dim)
@@ -66,34 +66,34 @@ def _head(dim: int, hidden: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, out))
 
 
-class Standards(nn.Module):
+class TeacherStatistics(nn.Module):
     """How a teacher's tokens are standardised."""
 
-    def __init__(self, teacher: Wide) -> None:
+    def __init__(self, teacher: BackboneWidths) -> None:
         super().__init__()
-        self.class_token = Standard(teacher.embed_dim)
-        self.patch_tokens = Standard(teacher.patch_dim)
+        self.class_token = ChannelStatistics(teacher.embed_dim)
+        self.patch_tokens = ChannelStatistics(teacher.patch_dim)
 
 
-class Features(Objective):
+class FeatureDistill(Objective):
     """Distance of the student's tokens, through a teacher's heads, from the teacher's."""
 
-    def __init__(self, config: FeaturesConfig, student: Wide, teachers: Mapping[str, Wide]) -> None:
+    def __init__(self, config: FeaturesConfig, student: BackboneWidths, teachers: Mapping[str, BackboneWidths]) -> None:
         super().__init__(config.weight)
         self.config = config
         self.heads = nn.ModuleDict(
-            {module_name(name): TeacherHeads(student, teacher, config.hidden) for name, teacher in teachers.items()}
+            {module_name(name): TeacherHeads(student, teacher, config.hidden_dim) for name, teacher in teachers.items()}
         )
-        self.standards = nn.ModuleDict({module_name(name): Standards(each) for name, each in teachers.items()})
+        self.standards = nn.ModuleDict({module_name(name): TeacherStatistics(each) for name, each in teachers.items()})
 
-    def see(self, taught: Taught) -> None:
+    def update_statistics(self, taught: TeacherOutputs) -> None:
         """Take what teachers say of a batch into account, before the training begins."""
         for name, standards in self.standards.items():
             for part, standard in standards.named_children():
-                assert isinstance(standard, Standard)
-                standard.see(getattr(taught.of(name.removeprefix(MODULE)), part))
+                assert isinstance(standard, ChannelStatistics)
+                standard.update(getattr(taught.features(name.removeprefix(MODULE)), part))
 
-    def learn_from(self, other: Features) -> None:
+    def share_teacher_state(self, other: FeatureDistill) -> None:
         """Take another student's standards, whose modules stay its own."""
         self._modules.pop("standards", None)
         self.__dict__["standards"] = other.standards
@@ -105,9 +105,9 @@ class Features(Objective):
             name = module.removeprefix(MODULE)
             assert isinstance(heads, TeacherHeads)
             wanted = {part: self._wanted(outputs, name, part) for part in ("class_token", "patch_tokens")}
-            own = outputs.student_globals
+            own = outputs.masked_student_globals
             summary = heads.class_token(own.class_token).float()
-            patches = heads.patch_tokens(on_grid_of(own.patch_tokens, wanted["patch_tokens"].shape[1])).float()
+            patches = heads.patch_tokens(to_grid(own.patch_tokens, wanted["patch_tokens"].shape[1])).float()
             terms[f"features_{name}_class"] = config.class_weight * cosine_distance(summary, wanted["class_token"])
             terms[f"features_{name}_patch"] = config.patch_weight * (
                 config.cosine * cosine_distance(patches, wanted["patch_tokens"])
@@ -116,10 +116,10 @@ class Features(Objective):
         return terms
 
     def _wanted(self, outputs: Outputs, name: str, part: str) -> Tensor:
-        tokens = getattr(outputs.taught.of(name), part)
-        if not self.config.standardise:
+        tokens = getattr(outputs.teachers.features(name), part)
+        if not self.config.standardize_images:
             return tokens.float()
-        return outputs.taught.once(
+        return outputs.teachers.cached(
             f"{name} {part}", lambda: self.standards.get_submodule(f"{module_name(name)}.{part}")(tokens)
         )
 

@@ -42,8 +42,8 @@ def explain(key: str, /, *, selection: str, page: Path | None = None) -> None:
         selection: URL of the selection.
         page: HTML file to write the same to, with pictures.
     """
-    from eval.explain import explain as explain_image
-    from eval.explain import write_page
+    from eval.report.explain import explain as explain_image
+    from eval.report.explain import write_page
 
     story = explain_image(selection, key)
     print(story.text())
@@ -77,7 +77,7 @@ def ui(root: str = "runs", /, *, host: str = "127.0.0.1", port: int = 4300, name
         port: port to listen at.
         names: further names that browsers may call it by, a proxy's say.
     """
-    from eval.browse.server import serve
+    from eval.ui.server import serve
 
     serve(root, host, port, names or [])
 
@@ -119,6 +119,6 @@ def completion(shell: str = "bash", /) -> None:
     Args:
         shell: bash or zsh.
     """
-    from flows.cli.completion import script
+    from flows.cli.completion import completion_script
 
-    print(script(shell))
+    print(completion_script(shell))

@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from flows.ephemeral_server import start_ephemeral_server
-from flows.prefect_settings import set_up_prefect
-from infra.notices import say_loading
+from flows.orchestration.ephemeral_server import start_ephemeral_server
+from flows.orchestration.prefect_settings import set_up_prefect
+from infra.notices import print_loading
 
 if TYPE_CHECKING:
     from curation.config import CurateConfig, EmbedConfig, IngestConfig, MaterializeConfig
     from distill.config import DistillConfig, ImportConfig, PublishConfig
     from eval.config import EvaluateConfig, ReportConfig
     from flows.config import AblateConfig, CheckpointEvalConfig, DeploySettings, PipelineConfig
-    from infra.artifacts import Artifact
+    from infra.artifacts.artifact import Artifact
     from infra.config import Config
     from pretrain.config import PlanConfig, PretrainConfig
 
@@ -54,31 +54,31 @@ def print_url(artifact: Artifact | None) -> None:
 
 def _print_comparison(url: str) -> None:
     from flows.evaluation import show_comparison
-    from infra.artifacts import open_artifact
+    from infra.artifacts.artifact import open_artifact
 
     show_comparison(open_artifact(url, "report"))
     print(url)
 
 
 def _run(config: PipelineConfig) -> None:
+    from flows.orchestration.pipeline_stages import find_finished
     from flows.outcome import show
-    from flows.pipeline_stages import find_finished
 
     summary = find_finished(config)
     if summary is None:
-        say_loading("run", "prefect")
+        print_loading("run", "prefect")
         start_ephemeral_server()
-        from flows.pipeline import pipeline
+        from flows.orchestration.pipeline import pipeline
 
         summary = pipeline(config)
     show(config, summary)
 
 
 def _ingest(config: IngestConfig) -> None:
-    from curation.ingest import ingest, notes
+    from curation.ingest.ingest import describe_problems, ingest
 
     artifact = ingest(config)
-    for line in notes(artifact):
+    for line in describe_problems(artifact):
         print(line, file=sys.stderr)
     print_url(artifact)
 
@@ -102,7 +102,7 @@ def _materialize(config: MaterializeConfig) -> None:
 
 
 def _pretrain(config: PretrainConfig) -> None:
-    from flows.trainings import train
+    from flows.training import train
 
     print_url(train("pretrain", config))
 
@@ -115,8 +115,8 @@ def _plan(config: PlanConfig) -> None:
 
 
 def _distill(config: DistillConfig) -> None:
-    from distill.specs import student_urls
-    from flows.trainings import train
+    from distill.train.specs import student_urls
+    from flows.training import train
 
     artifact = train("distill", config)
     print_url(artifact)
@@ -148,38 +148,38 @@ def _ablate(config: AblateConfig) -> None:
 
 
 def _import(config: ImportConfig) -> None:
-    from distill.importing import import_weights
+    from distill.weight_import.import_weights import import_weights
 
     print_url(import_weights(config))
 
 
 def _publish(config: PublishConfig) -> None:
-    from distill.publish import publish
+    from distill.export.publish import publish
 
     print_url(publish(config))
 
 
 def _report(config: ReportConfig) -> None:
-    from eval.page import report
+    from eval.report.run_page import build_report
 
-    print_url(report(config))
+    print_url(build_report(config))
 
 
 def _deploy(config: DeploySettings) -> None:
     set_up_prefect()
-    from flows.deployments import apply, write
+    from flows.orchestration.deployments import apply, write
 
     path = write(config)
     print(path)
     if config.apply:
         apply(config, path)
-        print(f"prefect worker start --pool {config.pool}   # where the flows shall run", file=sys.stderr)
+        print(f"prefect worker start --pool {config.work_pool}   # where the flows shall run", file=sys.stderr)
 
 
 _RECIPE = "[RECIPE | FILE.yaml]"
 _MODEL = (
     "MODEL is the URL of a checkpoint or of a published backbone, timm:NAME, open_clip:MODEL/TAG, "
-    "transformers:OWNER/NAME, a folder of transformers, hub:FOLDER:ENTRY@FILE, torchscript:FILE or pixels; @FILE "
+    "transformers:OWNER/NAME, a folder of transformers, torch_hub:FOLDER:ENTRY@FILE, torchscript:FILE or pixels; @FILE "
     "behind a name gives weights in a file. SUITE is quick (default), imagenet, full, or a YAML file with tasks. A "
     "dataset is the URL of a corpus, a folder of class folders, shards, torchvision:NAME/SPLIT, or pairs:IMAGES:MAPS."
 )

@@ -25,7 +25,7 @@ complete -o nospace -F _fovea fovea
 """
 
 
-def script(shell: str) -> str:
+def completion_script(shell: str) -> str:
     """The script for a shell.
 
     Raises:

@@ -17,7 +17,7 @@ from infra.config import Config, describe, load_yaml
 from infra.errors import UserError
 
 
-def resolve(command: Command, tokens: Sequence[str]) -> Config:
+def resolve_config(command: Command, tokens: Sequence[str]) -> Config:
     """The configuration of a command.
 
     Args:
@@ -36,7 +36,7 @@ def resolve(command: Command, tokens: Sequence[str]) -> Config:
         raise UserError(f"{describe(error, command.model)}{hint}") from None
 
 
-def as_yaml(config: Config) -> str:
+def to_yaml(config: Config) -> str:
     """A configuration as a file that gives it again."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
@@ -52,7 +52,7 @@ def help_page(command: Command, full: bool) -> str:
     given = {"model"} if command.name == "eval" else set()
     required = [f"{key.flag} ..." for key in keys(command.model) if key.is_required and key.path[0] not in given]
     usage = " ".join([command.name, command.words, *required, "[--KEY VALUE]..."])
-    return help_pages.page(usage, command.summary, notes, command.model, full)
+    return help_pages.help_page_text(usage, command.summary, notes, command.model, full)
 
 
 def _content(command: Command, words: list[str]) -> dict[str, Any]:
@@ -77,11 +77,11 @@ def _path(command: Command, word: str) -> str:
 
 def _evaluated(words: list[str]) -> dict[str, Any]:
     """What is evaluated and how: a file alone, or a model and a suite."""
-    from pretrain.naming import named
+    from pretrain.backbones.spec import parse_backbone
 
     if len(words) == 1 and words[0].endswith((".yaml", ".yml")):
         return load_yaml(words[0])
-    content: dict[str, Any] = {"model": named(words[0])}
+    content: dict[str, Any] = {"model": parse_backbone(words[0])}
     if len(words) > 1:
         content |= load_yaml(words[1]) if words[1].endswith((".yaml", ".yml")) else {"suite": words[1]}
     return content

@@ -17,7 +17,7 @@ _INDENT, _COLUMN = "  ", 30
 _LONGEST_DEFAULT = 48
 
 
-def page(usage: str, summary: str, notes: Sequence[str], model: type[BaseModel], full: bool) -> str:
+def help_page_text(usage: str, summary: str, notes: Sequence[str], model: type[BaseModel], full: bool) -> str:
     """The help of a command.
 
     Args:
@@ -93,10 +93,10 @@ def _default(key: Key) -> str:
         return ""
     if key.default is None:
         return "[null]" if is_optional(key.annotation) else ""
-    return f"[{in_yaml(key.default)}]"
+    return f"[{to_inline_yaml(key.default)}]"
 
 
-def in_yaml(value: Any) -> str:
+def to_inline_yaml(value: Any) -> str:
     """A value in one line as YAML writes it; lists of models by their kinds."""
     text = yaml.safe_dump(_plain(value), default_flow_style=True, width=10_000).strip().removesuffix("...").strip()
     return text if len(text) <= _LONGEST_DEFAULT else f"{text[: _LONGEST_DEFAULT - 3]}..."

@@ -13,12 +13,12 @@ from infra.errors import (
     EXIT_LOCKED,
     EXIT_PREEMPTED,
     EXIT_USER_ERROR,
-    Busy,
-    Preempted,
-    Regression,
+    ArtifactLockedError,
+    PreemptedError,
+    RegressionError,
     UserError,
 )
-from infra.notices import say
+from infra.notices import print_notice
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,13 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _run(COMMANDS[tokens[0]], tokens[1:])
         else:
             _run_plain(tokens)
-    except Busy as error:
+    except ArtifactLockedError as error:
         _end(EXIT_LOCKED, str(error))
     except UserError as error:
         _end(EXIT_USER_ERROR, str(error))
-    except Preempted as stopped:
+    except PreemptedError as stopped:
         _end(EXIT_PREEMPTED, str(stopped))
-    except (Regression, ChildProcessError) as error:  # of a process its own traceback or message was shown
+    except (RegressionError, ChildProcessError) as error:  # of a process its own traceback or message was shown
         _end(EXIT_FAILURE, str(error))
     except KeyboardInterrupt:
         _end(130, "interrupted; run again to resume")
@@ -62,10 +62,10 @@ def _run(command: Command, tokens: list[str]) -> None:
         print(configuration.help_page(command, "--help-all" in tokens))
     elif "--print-config" in tokens:
         left = [token for token in tokens if token != "--print-config"]
-        print(configuration.as_yaml(configuration.resolve(command, left)), end="")
+        print(configuration.to_yaml(configuration.resolve_config(command, left)), end="")
     else:
-        config = configuration.resolve(command, tokens)
-        say(f"{command.name}: checking inputs")
+        config = configuration.resolve_config(command, tokens)
+        print_notice(f"{command.name}: checking inputs")
         command.run(config)
 
 

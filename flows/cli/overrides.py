@@ -36,26 +36,26 @@ def apply_flags(
         token = rest.pop(0)
         flag, equals, value = token.partition("=")
         if not flag.startswith("--"):
-            raise _stray(command, token)
+            raise _stray_word_error(command, token)
         words = [value] if equals else _words(rest)
         given = flag.removeprefix("--").split(".")
         found = annotation_at(model, given, changed)
         if found is None and flag.startswith("--no-"):
             found = annotation_at(model, flag.removeprefix("--no-").split("."), changed)
             if found is None or bool not in options(found[1]):
-                raise _unknown(command, flag, model)
+                raise _unknown_flag_error(command, flag, model)
             if equals or words:
                 raise UserError(f"{flag}: takes no value; leave {words[0]} out")
             words = ["false"]
         if found is None:
-            raise _unknown(command, flag, model)
+            raise _unknown_flag_error(command, flag, model)
         path, annotation = found
         if tuple(path) in seen:
             raise UserError(f"{flag}: given twice; give it once, with all its values behind it if it takes several")
         seen.add(tuple(path))
         used = _count(words, annotation, bool(equals))
         if used < len(words):
-            raise _stray(command, words[used])
+            raise _stray_word_error(command, words[used])
         _put(changed, path, _value(flag, words, annotation), model)
     return changed
 
@@ -68,11 +68,11 @@ def _words(rest: list[str]) -> list[str]:
     return words
 
 
-def _stray(command: str, word: str) -> UserError:
+def _stray_word_error(command: str, word: str) -> UserError:
     return UserError(f"{word}: belongs to no flag; a file, recipe or model stands right behind fovea {command}")
 
 
-def _unknown(command: str, flag: str, model: type[BaseModel]) -> UserError:
+def _unknown_flag_error(command: str, flag: str, model: type[BaseModel]) -> UserError:
     known = [each.flag for each in _all_keys(model)]
     near = difflib.get_close_matches(flag, known, 1, 0.6)
     hint = f"Did you mean {near[0]}? " if near else ""

@@ -15,22 +15,22 @@ class Finding:
 
     name: str
     status: Status
-    told: str
+    message: str
     """What was found."""
     remedy: str = ""
     """What to do, where it is not ok."""
 
 
-def ok(name: str, told: str) -> Finding:
-    return Finding(name, "ok", told)
+def ok(name: str, message: str) -> Finding:
+    return Finding(name, "ok", message)
 
 
-def warn(name: str, told: str, remedy: str) -> Finding:
-    return Finding(name, "warn", told, remedy)
+def warn(name: str, message: str, remedy: str) -> Finding:
+    return Finding(name, "warn", message, remedy)
 
 
-def fail(name: str, told: str, remedy: str) -> Finding:
-    return Finding(name, "fail", told, remedy)
+def fail(name: str, message: str, remedy: str) -> Finding:
+    return Finding(name, "fail", message, remedy)
 
 
 def guarded(name: str, check: Callable[[], Finding], remedy: str) -> Finding:

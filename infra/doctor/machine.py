@@ -17,9 +17,9 @@ from pathlib import Path
 import psutil
 from packaging.requirements import Requirement
 
-from infra import storage
-from infra.artifacts import cache_directory
+from infra.artifacts.artifact import cache_directory
 from infra.doctor.finding import Finding, fail, guarded, ok, warn
+from infra.storage import filesystem
 
 _SHOWN = ("torch", "deepspeed", "prefect", "faiss-gpu", "xformers", "timm", "open_clip_torch", "s3fs", "webdataset")
 _SPARE = 50  # GB that a checkpoint and its states may take
@@ -85,22 +85,22 @@ def _room(name: str, find: Callable[[], Path]) -> Finding:
 
 def reached(url: str) -> Iterator[Finding]:
     """Whether a storage can be written, read and listed, how fast, and how far its clock is from ours."""
-    probe = storage.join(url, f".fovea-doctor-{uuid.uuid4().hex}")
+    probe = filesystem.join(url, f".fovea-doctor-{uuid.uuid4().hex}")
     found = guarded("storage", lambda: _speed(url, probe), "mend the URL, the endpoint or the credentials")
     yield found
     if found.status != "fail":
-        if not storage.is_local(url):
+        if not filesystem.is_local(url):
             yield guarded("claims", lambda: _claims(url, probe), "use another storage")
         yield guarded("clock", lambda: _skew(probe), "synchronise this machine's clock (chrony, systemd-timesyncd)")
-        storage.remove(probe)
+        filesystem.remove(probe)
 
 
 def _speed(url: str, probe: str) -> Finding:
     data = os.urandom(_PROBE)
     started = time.monotonic()
-    storage.write_atomic(probe, data)
+    filesystem.write_atomic(probe, data)
     written = time.monotonic()
-    if storage.read_bytes(probe) != data:
+    if filesystem.read_bytes(probe) != data:
         return fail("storage", f"{url}: does not give back what was written", "use another storage")
     read = time.monotonic()
     rates = _PROBE / (written - started), _PROBE / (read - written)
@@ -110,7 +110,7 @@ def _speed(url: str, probe: str) -> Finding:
 
 def _claims(url: str, probe: str) -> Finding:
     """Whether it refuses to create what is there: by that two machines see that they make the same artifact."""
-    if storage.create(probe, b"again"):
+    if filesystem.create_exclusive(probe, b"again"):
         remedy = "let one run at a time write there"
         return warn("claims", f"{url}: a conditional write replaced what was there", remedy)
     return ok("claims", "a file that is there is not created again")
@@ -119,7 +119,7 @@ def _claims(url: str, probe: str) -> Finding:
 def _skew(probe: str) -> Finding:
     """By the time that the storage gives what was written just now."""
     now = datetime.now(UTC).timestamp()
-    skew = storage.modified(probe) - now
+    skew = filesystem.mtime(probe) - now
     late = max(abs(skew) - 5.0, 0.0)  # writing and reading took some of it
     told = f"the storage's is {abs(skew):.1f} s {'ahead' if skew > 0 else 'behind'}, the test included"
     return ok("clock", told) if late <= _SKEW else warn("clock", told, "synchronise this machine's clock")

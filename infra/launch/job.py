@@ -17,9 +17,9 @@ from typing import TypeVar
 import psutil
 from pydantic import BaseModel, ValidationError
 
-from infra import storage
-from infra.errors import EXIT_LOCKED, EXIT_PREEMPTED, EXIT_USER_ERROR, Busy, Preempted, UserError
+from infra.errors import EXIT_LOCKED, EXIT_PREEMPTED, EXIT_USER_ERROR, ArtifactLockedError, PreemptedError, UserError
 from infra.launch import slurm
+from infra.storage import filesystem
 
 M = TypeVar("M", bound=BaseModel)
 _VARIABLE, _TIE = "FOVEA_JOB", "FOVEA_TIED_TO"
@@ -28,7 +28,7 @@ _PARENT_SECONDS = 1.0  # between looks at whether it still lives
 
 
 @dataclass(frozen=True)
-class Ended:
+class ExitStatus:
     """How a job ended, by its own account."""
 
     code: int
@@ -44,10 +44,10 @@ class Job:
     def prepare(self, config: BaseModel) -> None:
         """Write what the ranks are told."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        storage.write_atomic(str(self.folder / _CONFIG), config.model_dump_json().encode())
+        filesystem.write_atomic(str(self.folder / _CONFIG), config.model_dump_json().encode())
         (self.folder / slurm.ENDED).unlink(missing_ok=True)
 
-    def is_told(self, config: BaseModel) -> bool:
+    def has_same_config(self, config: BaseModel) -> bool:
         """Whether this is what the ranks were told, however they are launched."""
         told, asked = (json.loads(text) for text in ((self.folder / _CONFIG).read_text(), config.model_dump_json()))
         return all(told.get(name) == value for name, value in asked.items() if name != "launch")
@@ -56,24 +56,24 @@ class Job:
         return model.model_validate_json((self.folder / _CONFIG).read_text())
 
     def report(self, code: int, message: str) -> None:
-        storage.write_atomic(str(self.folder / slurm.ENDED), json.dumps({"code": code, "message": message}).encode())
+        filesystem.write_atomic(str(self.folder / slurm.ENDED), json.dumps({"code": code, "message": message}).encode())
 
-    def ended(self) -> Ended | None:
+    def exit_status(self) -> ExitStatus | None:
         """What the ranks reported; None where they ended well, or without a word."""
         with suppress(FileNotFoundError):
-            return Ended(**json.loads((self.folder / slurm.ENDED).read_text()))
+            return ExitStatus(**json.loads((self.folder / slurm.ENDED).read_text()))
         return None
 
-    def log_of(self, rank: int) -> Path:
+    def log_path(self, rank: int) -> Path:
         return self.folder / f"rank-{rank:05d}.log"
 
 
-def tie() -> dict[str, str]:
+def parent_tether_env() -> dict[str, str]:
     """Variables that make ranks of this machine end with this process, even where it is killed."""
     return {_TIE: f"{os.getpid()} {psutil.Process().create_time()}"}
 
 
-def parent_lives() -> bool:
+def parent_is_alive() -> bool:
     """Whether the process that this one is tied to is there."""
     pid, created = os.environ[_TIE].split()
     with suppress(psutil.NoSuchProcess):
@@ -93,11 +93,11 @@ def module_main(model: type[M], run: Callable[[M], object]) -> None:
     job = Job(Path(sys.argv[1]))
     os.environ[_VARIABLE] = str(job.folder)
     slurm.adopt_environment()
-    _begin(job, int(os.environ.get("RANK", 0)))
+    _set_up_rank(job, int(os.environ.get("RANK", 0)))
     try:
         run(job.config(model))
-    except (UserError, ValidationError, Preempted) as error:
-        code = {Preempted: EXIT_PREEMPTED, Busy: EXIT_LOCKED}.get(type(error), EXIT_USER_ERROR)
+    except (UserError, ValidationError, PreemptedError) as error:
+        code = {PreemptedError: EXIT_PREEMPTED, ArtifactLockedError: EXIT_LOCKED}.get(type(error), EXIT_USER_ERROR)
         job.report(code, str(error))
         if _TIE not in os.environ:  # nobody may be there to tell it
             print(f"fovea: {error}", file=sys.stderr, flush=True)
@@ -107,27 +107,27 @@ def module_main(model: type[M], run: Callable[[M], object]) -> None:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-def _begin(job: Job, rank: int) -> None:
+def _set_up_rank(job: Job, rank: int) -> None:
     if rank == 0:
         (job.folder / slurm.ENDED).unlink(missing_ok=True)  # of an attempt that was preempted
     else:  # the first rank keeps the terminal, and its progress bar
-        with job.log_of(rank).open("ab") as log:
+        with job.log_path(rank).open("ab") as log:
             os.dup2(log.fileno(), sys.stdout.fileno())
             os.dup2(log.fileno(), sys.stderr.fileno())
     if _TIE in os.environ:
         threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _stop_early)
+        signal.signal(number, _raise_preempted)
 
 
 def _end_with_parent() -> None:
     """End this process when the one it is tied to is gone, even by SIGKILL: two trainings must never share a folder."""
-    while parent_lives():
+    while parent_is_alive():
         time.sleep(_PARENT_SECONDS)
     os._exit(1)
 
 
-def _stop_early(number: int, frame: object) -> None:
+def _raise_preempted(number: int, frame: object) -> None:
     for each in (signal.SIGTERM, signal.SIGUSR1):  # once is enough
         signal.signal(each, signal.SIG_IGN)
-    raise Preempted("stopped outside a training, as asked; run again to go on")
+    raise PreemptedError("stopped outside a training, as asked; run again to go on")

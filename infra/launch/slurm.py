@@ -12,14 +12,14 @@ import sys
 import time
 from pathlib import Path
 
-from infra.errors import Died, Preempted
-from infra.launch import slurm_jobs
+from infra.errors import PreemptedError, RankDiedError
+from infra.launch import slurm_status
+from infra.launch.callback import LaunchCallback
 from infra.launch.config import Launch
 from infra.launch.logs import Tail
-from infra.launch.slurm_jobs import ask
-from infra.launch.watching import Watcher
+from infra.launch.slurm_status import run_command
 
-ENDED = "ended.json"
+ENDED = "exit_status.json"
 """How a job says, in its folder, why it ended."""
 _SCRIPT, _ID = "slurm.sh", "slurm.id"
 _SAVING_SECONDS = 25.0
@@ -27,40 +27,40 @@ _PREEMPTED_LOOKS = 15  # until what made room is taken for ended
 _FIRST_PORT, _PORTS = 20_000, 10_000
 
 
-def run(module: str, folder: Path, settings: Launch, queued: str | None, watcher: Watcher) -> None:
+def run(module: str, folder: Path, settings: Launch, queued: str | None, callback: LaunchCallback) -> None:
     """Queue a job, unless one is `queued`, and follow it until it ends, if asked to wait: where it is in the queue, on
     which nodes it runs, that it was queued again, what it prints, how it ends.
 
     Raises:
         UserError: SLURM refuses the job or is not there.
-        Preempted: somebody cancelled the job before its ranks could say so.
-        Died: the job ended badly without a word of its own.
+        PreemptedError: somebody cancelled the job before its ranks could say so.
+        RankDiedError: the job ended badly without a word of its own.
     """
     job = queued or _submit(module, folder, settings)
     if not settings.slurm.wait:
         return
-    watcher.tell(f"SLURM job {job}; interrupting this leaves it running, scancel {job} ends it")
-    followed = slurm_jobs.Followed(job)
+    callback.on_message(f"SLURM job {job}; interrupting this leaves it running, scancel {job} ends it")
+    followed = slurm_status.JobMonitor(job)
     tails = [Tail(folder, "slurm-*.log"), Tail(folder, "rank-*.log")]
     waited = 0
-    while not (seen := slurm_jobs.look_by_and_by(job)).ended and waited < _PREEMPTED_LOOKS:
+    while not (seen := slurm_status.get_status_with_retries(job)).ended and waited < _PREEMPTED_LOOKS:
         waited = waited + 1 if seen.preempted else 0
-        for line in followed.news(seen):
-            watcher.tell(line)
-        time.sleep(slurm_jobs.POLL_SECONDS)
+        for line in followed.new_messages(seen):
+            callback.on_message(line)
+        time.sleep(slurm_status.POLL_SECONDS)
         for tail in tails:
             tail.show()
-        watcher.look()
+        callback.on_poll()
     for tail in tails:
         tail.show(to_the_end=True)
-    for line in followed.news(seen):
-        watcher.tell(line)
+    for line in followed.new_messages(seen):
+        callback.on_message(line)
     if (folder / ENDED).exists():
         return
     if seen.states == {"CANCELLED"}:
-        raise Preempted(f"SLURM job {job} was cancelled; run again to go on from its last saved state")
+        raise PreemptedError(f"SLURM job {job} was cancelled; run again to go on from its last saved state")
     if seen.failed:
-        raise Died(f"SLURM job {job}: {', '.join(sorted(seen.states))}; see the logs in {folder}")
+        raise RankDiedError(f"SLURM job {job}: {', '.join(sorted(seen.states))}; see the logs in {folder}")
 
 
 def script(module: str, folder: Path, settings: Launch) -> str:
@@ -117,7 +117,7 @@ def _submit(module: str, folder: Path, settings: Launch) -> str:
     path.write_text(script(module, folder.absolute(), settings))
     # Where this process is in a job itself, what that job was given is none of the new one's business.
     environment = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not _of_job(name)}
-    job = ask(["sbatch", "--parsable", str(path)], environment).split(";")[0].strip()
+    job = run_command(["sbatch", "--parsable", str(path)], environment).split(";")[0].strip()
     (folder / _ID).write_text(job)
     return job
 
@@ -131,14 +131,14 @@ def queued(folder: Path) -> str | None:
     if not (folder / _ID).exists():
         return None
     job = (folder / _ID).read_text()
-    seen = slurm_jobs.look(job)
+    seen = slurm_status.get_status(job)
     return None if seen.ended or seen.preempted else job
 
 
 def cancel(folder: Path) -> str | None:
     """Cancel this folder's job, if it has not ended, and give its ranks the time to save their state; return it."""
     if (job := queued(folder)) is not None:
-        slurm_jobs.cancel(job, _SAVING_SECONDS)
+        slurm_status.cancel(job, _SAVING_SECONDS)
     return job
 
 
@@ -158,8 +158,8 @@ def adopt_environment() -> None:
 def first_address() -> str:
     """An address of a job's first node: its name need not resolve."""
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
-    first = ask(["scontrol", "show", "hostnames", nodes]).split()[0]
-    found = re.search(r"\bNodeAddr=(\S+)", ask(["scontrol", "show", "node", "--oneliner", first]))
+    first = run_command(["scontrol", "show", "hostnames", nodes]).split()[0]
+    found = re.search(r"\bNodeAddr=(\S+)", run_command(["scontrol", "show", "node", "--oneliner", first]))
     return found[1] if found else first
 
 

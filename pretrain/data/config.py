@@ -92,9 +92,10 @@ class Views(Config):
 class Sampling(Config):
     """In which order samples are read, and how often."""
 
-    shuffle: Literal["full", "windows"] = "full"
-    """full: any sample may follow any other, each read on its own: for local disks and object stores. windows: a few
-    shards at a time, in random order within them, so that a cache or a spinning disk reads each shard once an epoch."""
+    shuffle: Literal["global", "shard_window"] = "global"
+    """global: samples of the whole corpus in random order, each read on its own, for local disks and object stores.
+    shard_window: samples of a few shards at a time, in random order within them, so that a cache or a spinning disk reads
+    each shard once an epoch."""
     window_shards: int = Field(64, ge=2)
     """Shards of a window; batches are the better mixed the more there are."""
     weighted: bool = False

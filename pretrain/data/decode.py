@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pretrain.data import sample_depth
-from pretrain.data.image_metadata import PNG_SIGNATURE, orientation, without_metadata
+from pretrain.data.image_metadata import PNG_SIGNATURE, orientation, strip_metadata
 from pretrain.data.sample_depth import DepthSettings, UnknownDepth
 
 Image.MAX_IMAGE_PIXELS = None  # the limit is ours, checked before any pixel is decoded
@@ -133,7 +133,7 @@ def _despite_metadata(data: bytes, read: Callable[[bytes], T]) -> T:
             raise
         except Exception as error:  # a hostile file can raise anything in the format's plug-in
             reason = _reason(error)
-        plain = without_metadata(data)
+        plain = strip_metadata(data)
         if plain is not None and plain != data:
             try:
                 return read(plain)
@@ -157,7 +157,7 @@ def decode_rgb(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS, depth: DepthSe
     return decode(open_image(data, max_pixels), depth=depth)
 
 
-def decode(image: EncodedImage, shrink: int = 1, grey: bool = False, depth: DepthSettings = AS_DECLARED) -> Image.Image:
+def decode(image: EncodedImage, shrink: int = 1, gray: bool = False, depth: DepthSettings = AS_DECLARED) -> Image.Image:
     """An opened image as 8-bit RGB, upright.
 
     Grey, palette, CMYK and deeper images are converted; transparency is laid on white.
@@ -174,15 +174,15 @@ def decode(image: EncodedImage, shrink: int = 1, grey: bool = False, depth: Dept
 
     def read(data: bytes) -> Image.Image:
         header = image.header if data is image.data else _header(data)
-        if shrink > 1 or grey:
-            header.draft("L" if grey else None, (header.width // shrink, header.height // shrink))
+        if shrink > 1 or gray:
+            header.draft("L" if gray else None, (header.width // shrink, header.height // shrink))
         header.load()
         return header
 
     pixels = _despite_metadata(image.data, read)
     try:
-        flat = _flattened(pixels, image.data, depth)
-        if grey:
+        flat = _flatten(pixels, image.data, depth)
+        if gray:
             flat = flat.convert("L")
         elif flat.mode != "RGB":
             flat = flat.convert("RGB")
@@ -196,12 +196,12 @@ def decode(image: EncodedImage, shrink: int = 1, grey: bool = False, depth: Dept
     return flat if turn is None else flat.transpose(turn)
 
 
-def _flattened(image: Image.Image, data: bytes, depth: DepthSettings) -> Image.Image:
+def _flatten(image: Image.Image, data: bytes, depth: DepthSettings) -> Image.Image:
     """Pixels of 8 bits without transparency, in some mode."""
-    if sample_depth.is_deep_grey(image):
-        return _flat_grey(image, depth)
+    if sample_depth.is_deep_gray(image):
+        return _flatten_gray(image, depth)
     if sample_depth.has_16_bit_channels(image, data):
-        deep = sample_depth.color_in_8_bits(data, depth)
+        deep = sample_depth.color_to_8_bits(data, depth)
         if deep is not None:
             return Image.fromarray(deep)
         sample_depth.require_full_depth(np.asarray(image.convert("RGB")))
@@ -210,20 +210,20 @@ def _flattened(image: Image.Image, data: bytes, depth: DepthSettings) -> Image.I
     if image.format == "TGA" and image.mode == "RGBA" and not data[17] & 0x0F:
         return image.convert("RGB")  # a fourth byte that is not declared to be alpha
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        return _on_white(image.convert("RGBA"))
+        return _compose_on_white(image.convert("RGBA"))
     return image
 
 
-def _flat_grey(image: Image.Image, depth: DepthSettings) -> Image.Image:
+def _flatten_gray(image: Image.Image, depth: DepthSettings) -> Image.Image:
     values = np.asarray(image)
-    grey = sample_depth.grey_in_8_bits(values, image, depth)
+    grey = sample_depth.gray_to_8_bits(values, image, depth)
     key = image.info.get("transparency")
     if isinstance(key, int):
         grey = np.where(values == key, np.uint8(255), grey)
     return Image.fromarray(grey)
 
 
-def _on_white(layer: Image.Image) -> Image.Image:
+def _compose_on_white(layer: Image.Image) -> Image.Image:
     lowest, highest = layer.getchannel("A").getextrema()
     if highest == 0:
         raise ImageRejected("transparent")

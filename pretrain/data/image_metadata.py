@@ -85,7 +85,7 @@ def _png_metadata(data: bytes) -> tuple[list[bytes], list[bytes]]:
             if keyword == _XMP_KEYWORD and kind == b"iTXt":
                 texts.append(_international_text(rest))
             elif keyword == _RAW_EXIF_KEYWORD:
-                raw.append(_hexadecimal_profile(rest if kind == b"tEXt" else _unpacked(rest[1:])))
+                raw.append(_hexadecimal_profile(rest if kind == b"tEXt" else _decompress(rest[1:])))
     return blocks + [each for each in raw if each], texts
 
 
@@ -93,7 +93,7 @@ def _international_text(rest: bytes) -> bytes:
     """The text of an iTXt chunk, behind compression flag and method, language and translated keyword."""
     compressed, fields = rest[:1] == b"\1", rest[2:].split(b"\0", 2)
     text = fields[2] if len(fields) == 3 else b""
-    return _unpacked(text) if compressed else text
+    return _decompress(text) if compressed else text
 
 
 def _hexadecimal_profile(text: bytes) -> bytes:
@@ -104,7 +104,7 @@ def _hexadecimal_profile(text: bytes) -> bytes:
         return b""
 
 
-def _unpacked(data: bytes) -> bytes:
+def _decompress(data: bytes) -> bytes:
     try:
         return zlib.decompressobj().decompress(data, _MOST_TEXT)
     except zlib.error:
@@ -121,18 +121,18 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
         start = end
 
 
-def without_metadata(data: bytes) -> bytes | None:
+def strip_metadata(data: bytes) -> bytes | None:
     """An encoded PNG, WebP or JPEG again, with nothing but what its pixels need; None for other formats."""
     if data.startswith(PNG_SIGNATURE):
-        return _png_without(data)
+        return _strip_png(data)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return _webp_without(data)
+        return _strip_webp(data)
     if data.startswith(b"\xff\xd8"):
-        return _jpeg_without(data)
+        return _strip_jpeg(data)
     return None
 
 
-def _png_without(data: bytes) -> bytes:
+def _strip_png(data: bytes) -> bytes:
     chunks = list(_png_chunks(data))
     color_type = next((content[9] for kind, content, _ in chunks if kind == b"IHDR" and len(content) > 9), None)
     shortest = {0: 2, 2: 6}.get(-1 if color_type is None else color_type, 0)  # bytes of a color key
@@ -143,7 +143,7 @@ def _png_without(data: bytes) -> bytes:
     return PNG_SIGNATURE + b"".join(whole for kind, content, whole in chunks if is_kept(kind, content))
 
 
-def _webp_without(data: bytes) -> bytes:
+def _strip_webp(data: bytes) -> bytes:
     kept = bytearray()
     start = 12
     while start + 8 <= len(data):
@@ -158,7 +158,7 @@ def _webp_without(data: bytes) -> bytes:
     return b"RIFF" + (len(kept) + 4).to_bytes(4, "little") + b"WEBP" + bytes(kept)
 
 
-def _jpeg_without(data: bytes) -> bytes:
+def _strip_jpeg(data: bytes) -> bytes:
     """Segments up to the first scan, but for application data and comments; then everything as it is."""
     kept = bytearray(data[:2])
     start = 2

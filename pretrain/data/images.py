@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from infra.artifacts import cache_directory
-from infra.corpora import Corpus, Unusable
+from infra.artifacts.artifact import cache_directory
+from infra.corpus.corpus import BadImage, Corpus
 from infra.errors import UserError
-from infra.files import cached_json
 from infra.progress import progress
+from infra.storage.atomic import cached_json
 from pretrain.data.decode import ImageRejected, decode_rgb
 from pretrain.data.sample_depth import DepthSettings
 
@@ -23,22 +23,22 @@ _TOGETHER = 64  # images read at a time
 _log = logging.getLogger(__name__)
 
 
-def depth_of(corpus: Corpus) -> DepthSettings:
+def depth_settings(corpus: Corpus) -> DepthSettings:
     """What samples of more than 8 bits mean in a corpus's images."""
     return DepthSettings(bit_depth=corpus.decoding.get("bit_depth"), window=corpus.decoding.get("window"))
 
 
-def decode_image(corpus: Corpus, data: bytes | Unusable) -> Image.Image | Unusable:
+def decode_image(corpus: Corpus, data: bytes | BadImage) -> Image.Image | BadImage:
     """An encoded image of a corpus as 8-bit RGB, upright; why, where it cannot be decoded."""
-    if isinstance(data, Unusable):
+    if isinstance(data, BadImage):
         return data
     try:
-        return decode_rgb(data, depth=depth_of(corpus))
+        return decode_rgb(data, depth=depth_settings(corpus))
     except ImageRejected as error:
-        return Unusable(error.reason)
+        return BadImage(error.reason)
 
 
-def read_images(corpus: Corpus, rows: Sequence[int]) -> list[Image.Image | Unusable]:
+def read_images(corpus: Corpus, rows: Sequence[int]) -> list[Image.Image | BadImage]:
     """The images of some rows, read together; in the place of one that cannot be used, why."""
     return [decode_image(corpus, data) for data in corpus.read_images(rows)]
 
@@ -50,7 +50,7 @@ def read_image(corpus: Corpus, row: int) -> Image.Image:
         UserError: it cannot be read or decoded.
     """
     image = decode_image(corpus, corpus.read_image(row))
-    if isinstance(image, Unusable):
+    if isinstance(image, BadImage):
         raise UserError(
             f"{corpus.artifact.url}: the image {corpus.key(row)} cannot be decoded ({image.reason}); ingest with "
             "--check pixels, which leaves such images out"
@@ -67,7 +67,7 @@ def first_images(corpus: Corpus, count: int) -> list[Image.Image]:
     images: list[Image.Image] = []
     for row in range(len(corpus)):
         (image,) = read_images(corpus, [row])
-        if not isinstance(image, Unusable):
+        if not isinstance(image, BadImage):
             images.append(image)
         if len(images) == count:
             return images
@@ -76,7 +76,7 @@ def first_images(corpus: Corpus, count: int) -> list[Image.Image]:
     return images
 
 
-def decodable(corpus: Corpus) -> Corpus:
+def decodable_rows(corpus: Corpus) -> Corpus:
     """A corpus without the images that cannot be decoded, which are counted and named in a warning.
 
     Images that were decoded when the corpus was made are not decoded again; the verdict on others is cached.
@@ -109,7 +109,7 @@ def _undecodable(corpus: Corpus) -> dict[int, str]:
             for start in range(0, len(corpus), _TOGETHER):
                 rows = range(start, min(start + _TOGETHER, len(corpus)))
                 for row, image in zip(rows, read_images(corpus, rows), strict=True):
-                    if isinstance(image, Unusable):
+                    if isinstance(image, BadImage):
                         bad[str(row)] = image.reason
                 advance(len(rows))
         return bad

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from infra.corpora import CHANGED, Unusable
+from infra.corpus.corpus import CHANGED, BadImage
 from infra.errors import UserError
-from pretrain.data import order
+from pretrain.data import sample_order
 from pretrain.data.config import Sampling, Views
 from pretrain.data.decode import REASONS, ImageRejected, decode, open_image, upright_size
-from pretrain.data.masks import MaskPlan, batch_masks
+from pretrain.data.masks import MaskSettings, batch_masks
 from pretrain.data.sample_depth import DepthSettings
 from pretrain.data.samples import Samples
-from pretrain.data.views import Cut, choose, cut, harmless_shrink
+from pretrain.data.views import CropSet, extract_crops, safe_draft_scale, sample_crops
 
-UNUSABLE = (*REASONS, CHANGED.reason)
+BAD_SAMPLE_REASONS = (*REASONS, CHANGED.reason)
 """Why a sample may be passed over."""
 _LAST_SECONDS = 120  # a worker that was asked to stop, and is still there, ends after these
-_SUBSTITUTES = 16  # samples tried in the place of one before giving up
+_MAX_REPLACEMENTS = 16  # samples tried in the place of one before giving up
 
 _log = logging.getLogger(__name__)
 
@@ -45,15 +45,15 @@ class Batch:
     """float32 `[L*B, 9]`, likewise"""
     masks: Tensor
     """bool `[G*B, patches]`: patch tokens of the global crops hidden from the student"""
-    plain_crops: Tensor
+    gram_crops: Tensor
     """uint8 `[G*B, 3, H', W']`: the global crops again, larger; none unless they are asked for"""
     texts: Tensor
     """int64 `[B, context]`: token ids of the captions; `[B, 0]` where no objective reads them"""
     positions: Tensor
     """int64 `[B]`: places in the endless run of epochs"""
-    passed_over: Tensor
-    """int64 `[reasons]`: samples of these places that could not be used, by their reason in `UNUSABLE`"""
-    masked: Tensor
+    skipped_counts: Tensor
+    """int64 `[reasons]`: samples of these places that could not be used, by their reason in `BAD_SAMPLE_REASONS`"""
+    mask_indices: Tensor
     """int64 `[n]`: where the masks are true, of all patch tokens one after another; here, so that no device is asked"""
     labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """int64 `[B]`: classes; `[0]` where no objective reads them"""
@@ -61,13 +61,13 @@ class Batch:
     """int64 `[B]`: what the views are a function of, beside the seed; see `ViewDataset`"""
 
     def to(self, device: torch.device) -> Batch:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """In memory that a GPU reads by itself; the loader calls this."""
-        return self._each(lambda tensor: tensor.pin_memory())
+        return self._map(lambda tensor: tensor.pin_memory())
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(**{each.name: change(getattr(self, each.name)) for each in fields(self)})
 
 
@@ -86,7 +86,7 @@ class ViewDataset(Dataset[Batch | UserError]):
         self,
         samples: Samples,
         views: Views,
-        masks: MaskPlan,
+        masks: MaskSettings,
         seed: int,
         sampling: Sampling | None = None,
         tokenize: Callable[[Sequence[str]], Tensor] | None = None,
@@ -115,15 +115,15 @@ class ViewDataset(Dataset[Batch | UserError]):
             return self._batch(positions, rows, positions)
         return self._batch(positions, rows, rows * self.repeats + positions // self.order.size % self.repeats)
 
-    def of_keys(self, keys: np.ndarray) -> Batch:
+    def batch_of_keys(self, keys: np.ndarray) -> Batch:
         """The views of given keys, where they repeat; their places mean nothing."""
         return self._batch(keys, keys // self.repeats, keys)
 
     def _batch(self, positions: np.ndarray, rows: np.ndarray, keys: np.ndarray) -> Batch:
-        passed_over: Counter[str] = Counter()
-        views: list[tuple[Cut, Cut]] = []
+        skipped: Counter[str] = Counter()
+        views: list[tuple[CropSet, CropSet]] = []
         for at, (place, data) in enumerate(zip(positions, self.samples.read(rows), strict=True)):
-            rows[at], cuts = self._usable(int(place), int(keys[at]), int(rows[at]), data, passed_over)
+            rows[at], cuts = self._find_usable(int(place), int(keys[at]), int(rows[at]), data, skipped)
             views.append(cuts)
         large, small = ([pair[i] for pair in views] for i in (0, 1))
         masks = torch.from_numpy(self._masks(positions))
@@ -132,36 +132,36 @@ class ViewDataset(Dataset[Batch | UserError]):
             global_photometric=_stack([crops.photometric for crops in large]),
             local_crops=_stack_images([crops.pixels for crops in small]),
             local_photometric=_stack([crops.photometric for crops in small]),
-            plain_crops=_stack_images([crops.plain for crops in large]),
+            gram_crops=_stack_images([crops.gram_pixels for crops in large]),
             masks=masks,
-            masked=masks.flatten().nonzero()[:, 0],
+            mask_indices=masks.flatten().nonzero()[:, 0],
             texts=self._texts(rows),
             labels=self._labels(rows),
             keys=torch.from_numpy(keys),
             positions=torch.from_numpy(positions),
-            passed_over=torch.tensor([passed_over[reason] for reason in UNUSABLE]),
+            skipped_counts=torch.tensor([skipped[reason] for reason in BAD_SAMPLE_REASONS]),
         )
 
-    def _usable(
-        self, place: int, key: int, row: int, data: bytes | Unusable, passed_over: Counter[str]
-    ) -> tuple[int, tuple[Cut, Cut]]:
+    def _find_usable(
+        self, position: int, key: int, row: int, data: bytes | BadImage, skipped: Counter[str]
+    ) -> tuple[int, tuple[CropSet, CropSet]]:
         """The row and the views of a place: of the first usable one of its sample and the substitutes."""
-        rng = order.generator(self.seed, order.SUBSTITUTES, key)
-        for _ in range(_SUBSTITUTES):
+        rng = sample_order.generator(self.seed, sample_order.SUBSTITUTES, key)
+        for _ in range(_MAX_REPLACEMENTS):
             try:
-                if isinstance(data, Unusable):
+                if isinstance(data, BadImage):
                     raise ImageRejected(data.reason)
                 return row, self._views(data, key, self.samples.depth(row))
             except ImageRejected as error:
-                passed_over[error.reason] += 1
+                skipped[error.reason] += 1
                 _log.info("sample %s is passed over: %s", self.samples.key(row), error.reason)
-            row = int(rng.integers(self.order.size)) if self.repeats else self.order.stand_in(place, rng)
+            row = int(rng.integers(self.order.size)) if self.repeats else self.order.replacement_row(position, rng)
             (data,) = self.samples.read(np.array([row]))
-        reasons = ", ".join(f"{reason} {count}" for reason, count in passed_over.items())
-        url = self.samples.place(row)[0].artifact.url
-        raise UserError(f"{url}: {_SUBSTITUTES} samples in a row cannot be used ({reasons}); ingest it again")
+        reasons = ", ".join(f"{reason} {count}" for reason, count in skipped.items())
+        url = self.samples.locate(row)[0].artifact.url
+        raise UserError(f"{url}: {_MAX_REPLACEMENTS} samples in a row cannot be used ({reasons}); ingest it again")
 
-    def _views(self, data: bytes, key: int, depth: DepthSettings) -> tuple[Cut, Cut]:
+    def _views(self, data: bytes, key: int, depth: DepthSettings) -> tuple[CropSet, CropSet]:
         """Global and local crops, chosen by the image's dimensions before a pixel is decoded.
 
         Raises:
@@ -169,17 +169,17 @@ class ViewDataset(Dataset[Batch | UserError]):
         """
         image, views = open_image(data), self.views
         size = upright_size(image)
-        rng = order.generator(self.seed, order.AUGMENTATION, key)
-        large = choose(size, views.global_crops, views.num_global_crops, views, rng)
-        small = choose(size, views.local_crops, views.num_local_crops, views, rng)
+        rng = sample_order.generator(self.seed, sample_order.AUGMENTATION, key)
+        large = sample_crops(size, views.global_crops, views.num_global_crops, views, rng)
+        small = sample_crops(size, views.local_crops, views.num_local_crops, views, rng)
         sizes = (max(views.global_crops.size, views.gram_crop_size or 0), views.local_crops.size)
-        factor = harmless_shrink(
+        factor = safe_draft_scale(
             [(crop, side) for crops, side in zip((large, small), sizes, strict=True) for crop in crops]
         )
         pixels = np.array(decode(image, factor, depth=depth))
         return (
-            cut(pixels, size, large, views.global_crops.size, views, views.gram_crop_size),
-            cut(pixels, size, small, views.local_crops.size, views),
+            extract_crops(pixels, size, large, views.global_crops.size, views, views.gram_crop_size),
+            extract_crops(pixels, size, small, views.local_crops.size, views),
         )
 
     def _texts(self, rows: np.ndarray) -> Tensor:
@@ -193,7 +193,7 @@ class ViewDataset(Dataset[Batch | UserError]):
 
     def _masks(self, positions: np.ndarray) -> np.ndarray:
         side = self.views.global_crops.size // self.masks.patch_size
-        rng = order.generator(self.seed, order.MASKS, int(positions[0]))
+        rng = sample_order.generator(self.seed, sample_order.MASKS, int(positions[0]))
         return batch_masks(self.views.num_global_crops * len(positions), (side, side), self.masks, rng)
 
 
@@ -208,7 +208,7 @@ def _stack(samples: Sequence[np.ndarray]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Place:
+class RankBatchSampler:
     """Where a rank stands in the training: who it is, which step comes next, what all ranks together have seen."""
 
     rank: int
@@ -217,7 +217,7 @@ class Place:
     accumulation: int
     first_step: int
     steps: int
-    seen: int = 0
+    samples_seen: int = 0
 
     def __len__(self) -> int:
         return (self.steps - self.first_step) * self.accumulation
@@ -227,21 +227,21 @@ class Place:
         global_batch = self.world_size * self.accumulation * self.micro_batch
         for step in range(self.steps - self.first_step):
             for micro_step in range(self.accumulation):
-                first = self.seen + step * global_batch
-                yield order.positions_of(first, micro_step, self.rank, self.world_size, self.micro_batch)
+                first = self.samples_seen + step * global_batch
+                yield sample_order.positions_of_rank(first, micro_step, self.rank, self.world_size, self.micro_batch)
 
 
-def batches(dataset: ViewDataset, place: Place, workers: int) -> Iterator[Batch]:
+def batches(dataset: ViewDataset, sampler: RankBatchSampler, workers: int) -> Iterator[Batch]:
     """Micro-batches from a place to the end of the training, prepared by `workers` processes (0: in this one)."""
     loader = DataLoader(
         dataset,
-        sampler=place,
+        sampler=sampler,
         batch_size=None,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
         multiprocessing_context="fork" if workers else None,
-        worker_init_fn=_begin_worker,
+        worker_init_fn=_init_worker,
         generator=torch.Generator(),  # its own: drawing from torch's would shift the stochastic depth of the first step
     )
     for batch in loader:
@@ -250,7 +250,7 @@ def batches(dataset: ViewDataset, place: Place, workers: int) -> Iterator[Batch]
         yield batch
 
 
-def _begin_worker(worker: int) -> None:
+def _init_worker(worker: int) -> None:
     torch.set_num_threads(1)
     # SLURM asks all processes of a job to stop, while the trainer still needs its data to finish a step.
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_LAST_SECONDS))

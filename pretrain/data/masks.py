@@ -11,11 +11,11 @@ from pretrain.data.config import Views
 
 
 @dataclass(frozen=True)
-class MaskPlan:
+class MaskSettings:
     """How the patch tokens of global crops are masked."""
 
     patch_size: int
-    share: float
+    probability: float
     """Share of crops with a mask."""
     ratio: tuple[float, float]
     """Least and largest share of masked patches in them."""
@@ -25,7 +25,7 @@ class MaskPlan:
     """Shift masks around the edges."""
 
     @classmethod
-    def of(cls, views: Views, patch_size: int) -> MaskPlan:
+    def from_config(cls, views: Views, patch_size: int) -> MaskSettings:
         """As the settings of the views say."""
         exact = views.mask_sampler == "dinov3"
         return cls(patch_size, views.mask_probability, views.mask_ratio, exact, views.mask_shift)
@@ -57,24 +57,24 @@ def block_mask(height: int, width: int, target: int, rng: np.random.Generator) -
     return mask
 
 
-def batch_masks(count: int, grid: tuple[int, int], plan: MaskPlan, rng: np.random.Generator) -> np.ndarray:
+def batch_masks(count: int, grid: tuple[int, int], settings: MaskSettings, rng: np.random.Generator) -> np.ndarray:
     """Masks for a batch of global crops, bool `[count, patches]`.
 
     A share of the crops is masked; their target ratios fill the plan's range evenly (DINOv2, data/collate.py).
     """
     height, width = grid
-    masked = int(count * plan.share)
-    edges = np.linspace(*plan.ratio, masked + 1)
+    masked = int(count * settings.probability)
+    edges = np.linspace(*settings.ratio, masked + 1)
     masks = np.zeros((count, height * width), dtype=bool)
     chosen = rng.permutation(count)[:masked]
     for i, row in enumerate(chosen):
-        share = edges[i + 1] if plan.exact else rng.uniform(edges[i], edges[i + 1])
+        share = edges[i + 1] if settings.exact else rng.uniform(edges[i], edges[i + 1])
         target = int(height * width * share)
         mask = block_mask(height, width, target, rng)
-        if plan.shift:
+        if settings.shift:
             mask = np.roll(mask, (rng.integers(height), rng.integers(width)), (0, 1))
         masks[row] = mask.reshape(-1)
-        if plan.exact:
+        if settings.exact:
             _fill(masks[row], target, rng)
     return masks
 

@@ -36,12 +36,12 @@ class UnknownDepth(Exception):
     """A file does not declare which of its values is black or white."""
 
 
-def is_deep_grey(image: Image.Image) -> bool:
+def is_deep_gray(image: Image.Image) -> bool:
     """Whether an image has one channel of more than 8 bits."""
     return image.mode in DEEP_MODES or image.mode.startswith("I;16")
 
 
-def grey_in_8_bits(values: np.ndarray, header: Image.Image, settings: DepthSettings) -> np.ndarray:
+def gray_to_8_bits(values: np.ndarray, header: Image.Image, settings: DepthSettings) -> np.ndarray:
     """Grey samples of any depth as uint8 of the same shape.
 
     Args:
@@ -110,7 +110,7 @@ def has_16_bit_channels(header: Image.Image, data: bytes) -> bool:
     return isinstance(bits, tuple) and len(bits) > 1 and max(bits) == 16
 
 
-def color_in_8_bits(data: bytes, settings: DepthSettings) -> np.ndarray | None:
+def color_to_8_bits(data: bytes, settings: DepthSettings) -> np.ndarray | None:
     """RGB of 16 bits a channel as uint8 `[H, W, 3]` by the settings' span, not turned; None where nothing is set."""
     span = settings.span()
     if span is None:
@@ -125,7 +125,7 @@ def color_in_8_bits(data: bytes, settings: DepthSettings) -> np.ndarray | None:
 
 
 def require_full_depth(upper: np.ndarray) -> None:
-    """Check that the upper 8 of 16 bits, `[H, W, channels]`, use the highest one; see `grey_in_8_bits`.
+    """Check that the upper 8 of 16 bits, `[H, W, channels]`, use the highest one; see `gray_to_8_bits`.
 
     Raises:
         UnknownDepth: they do not: the values may be of 10 or 12 bits.

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from pretrain.data.color_gpu import sample_parameters
 from pretrain.data.config import Crops, Views
-from pretrain.data.photometric import draw
 
 _ASPECTS = (3 / 4, 4 / 3)
 GLOBAL_COUNT = 2
@@ -39,45 +39,50 @@ class Crop:
 
     box: tuple[int, int, int, int]
     """left, top, right, bottom in pixels of the whole image"""
-    turned: bool
+    flipped: bool
     """Flipped horizontally"""
     photometric: np.ndarray
     """float32 `[9]`: how it is recoloured"""
 
 
-def choose(size: tuple[int, int], crops: Crops, count: int, views: Views, rng: np.random.Generator) -> list[Crop]:
+def sample_crops(size: tuple[int, int], crops: Crops, count: int, views: Views, rng: np.random.Generator) -> list[Crop]:
     """Draw `count` crops of an image of some width and height."""
     return [
         Crop(
             resized_crop_box(*size, crops.scale, rng),
             bool(rng.random() < views.hflip_prob),
-            draw(crops.photometric[min(i, len(crops.photometric) - 1)], rng, views.inverted_blur),
+            sample_parameters(crops.photometric[min(i, len(crops.photometric) - 1)], rng, views.inverted_blur),
         )
         for i in range(count)
     ]
 
 
-def harmless_shrink(crops: Sequence[tuple[Crop, int]]) -> int:
+def safe_draft_scale(crops: Sequence[tuple[Crop, int]]) -> int:
     """The largest whole factor by which an image may shrink while each crop has as many pixels as its side asks."""
     sides = [min(crop.box[2] - crop.box[0], crop.box[3] - crop.box[1]) / size for crop, size in crops]
     return max(1, int(min(sides)))
 
 
 @dataclass(frozen=True)
-class Cut:
+class CropSet:
     """Crops of one image."""
 
     pixels: np.ndarray
     """uint8 `[count, size, size, 3]`"""
     photometric: np.ndarray
     """float32 `[count, 9]`: how the training device has to recolour them; no rows where that is done"""
-    plain: np.ndarray
+    gram_pixels: np.ndarray
     """uint8 `[count, plain size, plain size, 3]`: the same boxes, never recoloured; none where no size is asked for"""
 
 
-def cut(
-    image: np.ndarray, whole: tuple[int, int], crops: Sequence[Crop], size: int, views: Views, plain: int | None = None
-) -> Cut:
+def extract_crops(
+    image: np.ndarray,
+    whole: tuple[int, int],
+    crops: Sequence[Crop],
+    size: int,
+    views: Views,
+    gram_size: int | None = None,
+) -> CropSet:
     """Cut crops of an image.
 
     Args:
@@ -88,32 +93,32 @@ def cut(
     """
     in_place = views.color_augment_on == "workers"
     pixels = np.empty((len(crops), size, size, 3), dtype=np.uint8)
-    further = np.empty((len(crops) if plain else 0, plain or 0, plain or 0, 3), dtype=np.uint8)
+    further = np.empty((len(crops) if gram_size else 0, gram_size or 0, gram_size or 0, 3), dtype=np.uint8)
     for i, crop in enumerate(crops):
-        box = _scaled(crop.box, image.shape[1] / whole[0], image.shape[0] / whole[1])
-        square = _resized(image, box, size, crop.turned)
-        pixels[i] = _recoloured(square, crop.photometric) if in_place else square
-        if plain:
-            further[i] = _resized(image, box, plain, crop.turned)
+        box = _scale_box(crop.box, image.shape[1] / whole[0], image.shape[0] / whole[1])
+        square = _resize(image, box, size, crop.flipped)
+        pixels[i] = _adjust_color(square, crop.photometric) if in_place else square
+        if gram_size:
+            further[i] = _resize(image, box, gram_size, crop.flipped)
     later = np.empty((0, 9), dtype=np.float32) if in_place else np.reshape([c.photometric for c in crops], (-1, 9))
-    return Cut(pixels, later.astype(np.float32), further)
+    return CropSet(pixels, later.astype(np.float32), further)
 
 
-def _scaled(box: tuple[int, int, int, int], across: float, down: float) -> tuple[int, int, int, int]:
+def _scale_box(box: tuple[int, int, int, int], across: float, down: float) -> tuple[int, int, int, int]:
     """A box in an image that was shrunk, of at least one pixel."""
     left, top = int(box[0] * across), int(box[1] * down)
     return left, top, max(left + 1, round(box[2] * across)), max(top + 1, round(box[3] * down))
 
 
-def _resized(image: np.ndarray, box: tuple[int, int, int, int], size: int, turned: bool) -> np.ndarray:
+def _resize(image: np.ndarray, box: tuple[int, int, int, int], size: int, flipped: bool) -> np.ndarray:
     """A box of an image as a square, antialiased: torch's 8-bit kernel, several times as fast as Pillow's."""
     left, top, right, bottom = box
     crop = torch.from_numpy(image).permute(2, 0, 1)[None, :, top:bottom, left:right]
     square = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
-    return np.ascontiguousarray(square.flip(1) if turned else square)
+    return np.ascontiguousarray(square.flip(1) if flipped else square)
 
 
-def _recoloured(crop: np.ndarray, parameters: np.ndarray) -> np.ndarray:
-    from pretrain.data.recolour import recolour  # OpenCV, for which the training device has no use
+def _adjust_color(crop: np.ndarray, parameters: np.ndarray) -> np.ndarray:
+    from pretrain.data.color_cpu import adjust_color
 
-    return recolour(crop, parameters)
+    return adjust_color(crop, parameters)

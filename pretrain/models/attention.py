@@ -16,10 +16,10 @@ from pretrain.models.config import Backend
 from pretrain.models.rope import Rotation, rotate
 
 Shape = tuple[int, int]  # crops, tokens a crop
-Attention = Callable[[Tensor, Sequence[Shape], Sequence[Rotation] | None], Tensor]
+AttentionFunction = Callable[[Tensor, Sequence[Shape], Sequence[Rotation] | None], Tensor]
 
 
-def attention(backend: Backend) -> Attention:
+def get_attention(backend: Backend) -> AttentionFunction:
     """The attention function of a backend.
 
     It maps packed `qkv [tokens, 3, heads, head_dim]`, the shapes of the crop groups that follow one another in it and,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.models.attention import Attention, Shape, attention, attention_weights
+from pretrain.models.attention import AttentionFunction, Shape, attention_weights, get_attention
 from pretrain.models.config import VisionTransformerConfig
 from pretrain.models.linear import normed_linear, scaled_linear
 from pretrain.models.rope import Rotation
@@ -16,7 +16,7 @@ from pretrain.models.rope import Rotation
 Rotations = Sequence[Rotation] | None
 
 
-class Attend(nn.Module):
+class Attention(nn.Module):
     """Multi-head self-attention on normed tokens."""
 
     def __init__(self, config: VisionTransformerConfig) -> None:
@@ -25,7 +25,7 @@ class Attend(nn.Module):
         self.keyless = config.qkv_bias and not config.key_bias
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=config.qkv_bias)
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
-        self.attention: Attention = attention(config.attention)
+        self.attention: AttentionFunction = get_attention(config.attention)
 
     def forward(
         self, x: Tensor, norm: nn.LayerNorm, shapes: Sequence[Shape], rotations: Rotations, scale: Tensor | None
@@ -86,7 +86,7 @@ class Block(nn.Module):
         super().__init__()
         self.drop_path = config.drop_path_rate
         self.norm1 = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
-        self.attn = Attend(config)
+        self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
         self.mlp = FeedForward(config)
         if config.layer_scale_init is not None:
@@ -104,17 +104,17 @@ class Block(nn.Module):
         shapes: Sequence[Shape],
         rotations: Rotations,
         norm: nn.LayerNorm,
-        body: Attend | FeedForward,
+        body: Attention | FeedForward,
         scale: Tensor | None,
     ) -> Tensor:
         if not self.training or self.drop_path == 0:
             return x + body(x, norm, shapes, rotations, scale)
-        rows, kept, factors = _subset(shapes, self.drop_path, x.device)
+        rows, kept, factors = _sample_subset(shapes, self.drop_path, x.device)
         branch = body(x[rows], norm, kept, rotations, scale)
         return x.index_add(0, rows, (branch * factors).to(x.dtype))
 
 
-def _subset(shapes: Sequence[Shape], drop: float, device: torch.device) -> tuple[Tensor, list[Shape], Tensor]:
+def _sample_subset(shapes: Sequence[Shape], drop: float, device: torch.device) -> tuple[Tensor, list[Shape], Tensor]:
     """Crops that keep a branch: their token rows, the shapes of what is left and the factor that keeps the mean.
 
     Stochastic depth by leaving crops out of the computation (DINOv2, arXiv 2304.07193, section 5).

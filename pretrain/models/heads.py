@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from pretrain.models.config import HeadConfig
 
 
-class PrototypeHead(nn.Module):
+class DINOHead(nn.Module):
     """MLP, L2 normalisation, then weight-normalised prototypes (arXiv 2104.14294, section 3.1)."""
 
     def __init__(self, dim: int, config: HeadConfig) -> None:
@@ -40,7 +40,7 @@ class PrototypeHead(nn.Module):
         return self.last_layer(F.normalize(self.mlp(x), dim=-1, eps=1e-6))
 
 
-def teacher_copy(head: PrototypeHead, config: HeadConfig, dim: int, teacher_dim: int) -> PrototypeHead:
+def teacher_copy(head: DINOHead, config: HeadConfig, dim: int, teacher_dim: int) -> DINOHead:
     """The teacher's head: the student's again, or a new one where the teacher is of another width."""
-    copied = copy.deepcopy(head) if teacher_dim == dim else PrototypeHead(teacher_dim, config)
+    copied = copy.deepcopy(head) if teacher_dim == dim else DINOHead(teacher_dim, config)
     return copied.requires_grad_(False)

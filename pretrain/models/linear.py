@@ -16,7 +16,7 @@ Before = Callable[..., Tensor]  # (x, *parameters) -> input of the linear layer
 def normed_linear(x: Tensor, norm: nn.LayerNorm, layer: nn.Linear, bias: Tensor | None) -> Tensor:
     """`layer(norm(x))` with another bias, for tokens `[n, width]`; keeps `x` alone."""
     before = partial(_layer_norm, eps=norm.eps)
-    return _lean_linear(x, layer.weight, bias, None, before, norm.weight, norm.bias)
+    return _recompute_linear(x, layer.weight, bias, None, before, norm.weight, norm.bias)
 
 
 def scaled_linear(x: Tensor, layer: nn.Linear, scale: Tensor | None, before: Before | None = None) -> Tensor:
@@ -25,7 +25,7 @@ def scaled_linear(x: Tensor, layer: nn.Linear, scale: Tensor | None, before: Bef
     The plain composition keeps the output of `before`, and the layer's for the gradient of LayerScale's `scale`. Here
     the first is computed again, and the second follows from the weight's gradient.
     """
-    return _lean_linear(x, layer.weight, layer.bias, scale, before or _unchanged)
+    return _recompute_linear(x, layer.weight, layer.bias, scale, before or _unchanged)
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -36,17 +36,17 @@ def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
-def _lean_linear(
+def _recompute_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, before: Before, *parameters: Tensor
 ) -> Tensor:
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler decides by itself what to keep
-        return F.linear(before(x, *parameters).to(dtype), *_folded(weight, bias, scale, dtype))
-    return _LeanLinear.apply(x, weight, bias, scale, before, dtype, *parameters)
+        return F.linear(before(x, *parameters).to(dtype), *_fold_scale(weight, bias, scale, dtype))
+    return RecomputeLinear.apply(x, weight, bias, scale, before, dtype, *parameters)
 
 
-def _folded(
+def _fold_scale(
     weight: Tensor, bias: Tensor | None, scale: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     if scale is not None:
@@ -54,7 +54,7 @@ def _folded(
     return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-class _LeanLinear(torch.autograd.Function):
+class RecomputeLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -68,13 +68,13 @@ class _LeanLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, scale, *parameters)
         ctx.before, ctx.dtype = before, dtype
-        return F.linear(before(x, *parameters).to(dtype), *_folded(weight, bias, scale, dtype))
+        return F.linear(before(x, *parameters).to(dtype), *_fold_scale(weight, bias, scale, dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, scale, *parameters = ctx.saved_tensors
         (gradient,) = gradients
-        folded, _ = _folded(weight, bias, scale, ctx.dtype)
+        folded, _ = _fold_scale(weight, bias, scale, ctx.dtype)
         leaves = [value.detach().requires_grad_() for value in (x, *parameters)]
         with torch.enable_grad():
             given = ctx.before(*leaves).to(ctx.dtype)

@@ -31,7 +31,7 @@ def to_official(state: Mapping[str, Tensor], config: VisionTransformerConfig) ->
     for name, value in state.items():
         name = name.replace("reg_token", _REGISTERS[family])
         if config.ffn_layer == "swiglu" and ".mlp." in name:
-            out |= _split_gate(name, value) if family == "dinov3" else {_renamed_gate(name): value}
+            out |= _split_gate(name, value) if family == "dinov3" else {_rename_gate(name): value}
         else:
             out[name] = value
         if family == "dinov3" and name.endswith("qkv.bias") and not config.key_bias:
@@ -61,11 +61,11 @@ def from_official(state: Mapping[str, Tensor], config: VisionTransformerConfig) 
             name = name.replace(".w12.", ".fc1.").replace(".w3.", ".fc2.")
         out[name] = value
     _join_gates(out)
-    require_fitting(out, config)
+    require_matching_shapes(out, config)
     return out
 
 
-def _renamed_gate(name: str) -> str:
+def _rename_gate(name: str) -> str:
     return name.replace(".fc1.", ".w12.").replace(".fc2.", ".w3.")
 
 
@@ -87,7 +87,7 @@ def _bias_mask(bias: Tensor) -> Tensor:
     return torch.cat([query, torch.zeros_like(key), value])
 
 
-def require_fitting(state: Mapping[str, Tensor], config: VisionTransformerConfig) -> None:
+def require_matching_shapes(state: Mapping[str, Tensor], config: VisionTransformerConfig) -> None:
     """Check that a state dict is whole and of a model of this configuration.
 
     Raises:

@@ -15,7 +15,7 @@ Grid = tuple[int, int]  # rows and columns of patches
 _OFFSET = 0.1  # patches; DINOv2's guard against rounding when it resizes by a factor
 
 
-def resized(tokens: Tensor, grid: Grid, wanted: Grid, how: Interpolation) -> Tensor:
+def resample_pos_embed(tokens: Tensor, grid: Grid, wanted: Grid, how: Interpolation) -> Tensor:
     """Resize patch tokens or positions `[n, rows * columns, dim]` of one grid to another, bicubically."""
     if grid == wanted:
         return tokens
@@ -28,7 +28,7 @@ def resized(tokens: Tensor, grid: Grid, wanted: Grid, how: Interpolation) -> Ten
     return maps.permute(0, 2, 3, 1).flatten(1, 2).to(tokens.dtype)
 
 
-def on_grid_of(tokens: Tensor, patches: int) -> Tensor:
+def to_grid(tokens: Tensor, patches: int) -> Tensor:
     """Patch tokens `[n, side * side, dim]` of square images on another square grid of so many patches, bilinearly."""
     if tokens.shape[1] == patches:
         return tokens

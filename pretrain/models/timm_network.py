@@ -39,9 +39,9 @@ class TimmNetwork(nn.Module):
         super().__init__()
         self.config, self.image_size = config, config.image_size or _SIDE
         self._execution = Execution()
-        self.network, self.options = made(config)
+        self.network, self.options = build_timm(config)
         with torch.device("meta"):
-            shapes = made(config)[0].eval()
+            shapes = build_timm(config)[0].eval()
             self.any_size = _takes(shapes, self.image_size + _OTHER)
             side = _SIDE if self.any_size else self.image_size  # small maps are rounded up: they tell no patch size
             vector, ((grid, _),) = layers(shapes, torch.empty(1, 3, side, side), 1)
@@ -76,10 +76,10 @@ class TimmNetwork(nn.Module):
         return [self._tokens(images) for images in crops]
 
     def _tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        vector, ((grid, _),) = layers(self.network, self.fitting(images), 1)
+        vector, ((grid, _),) = layers(self.network, self.pad_to_patches(images), 1)
         return vector, grid.flatten(2).transpose(1, 2)
 
-    def fitting(self, images: Tensor) -> Tensor:
+    def pad_to_patches(self, images: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` at sides that the network takes."""
         side = self.image_size
         if self.any_size:
@@ -93,7 +93,7 @@ Network = VisionTransformer | TimmNetwork
 """A backbone that can be trained."""
 
 
-def sized(config: TimmNetworkConfig, side: int) -> TimmNetworkConfig:
+def with_image_size(config: TimmNetworkConfig, side: int) -> TimmNetworkConfig:
     """The same network with a side of its own: where none is given, that of crops if it takes any, else its usual one.
 
     Args:
@@ -107,7 +107,7 @@ def sized(config: TimmNetworkConfig, side: int) -> TimmNetworkConfig:
     return config.model_copy(update={"image_size": own})
 
 
-def made(config: TimmNetworkConfig) -> tuple[Any, dict[str, Any]]:
+def build_timm(config: TimmNetworkConfig) -> tuple[Any, dict[str, Any]]:
     """The bare network, and what timm was told beside its name; a Vision Transformer takes images of any size.
 
     Raises:
@@ -116,7 +116,7 @@ def made(config: TimmNetworkConfig) -> tuple[Any, dict[str, Any]]:
     from timm.layers import DropPath
 
     sized: dict[str, Any] = {"img_size": config.image_size or _SIDE}
-    network, options = created(config.name, config.name, sized | {"dynamic_img_size": True}, sized, {})
+    network, options = create_model(config.name, config.name, sized | {"dynamic_img_size": True}, sized, {})
     for module in network.modules():  # some have stochastic depth or dropout without being asked
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -127,7 +127,7 @@ def made(config: TimmNetworkConfig) -> tuple[Any, dict[str, Any]]:
     return network, options
 
 
-def created(name: str, who: str, *attempts: dict[str, Any], classes: int = 0) -> tuple[Any, dict[str, Any]]:
+def create_model(name: str, who: str, *attempts: dict[str, Any], classes: int = 0) -> tuple[Any, dict[str, Any]]:
     """A network of timm with initial weights, and the first of some options that it takes.
 
     Args:

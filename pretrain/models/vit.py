@@ -74,7 +74,7 @@ class VisionTransformer(nn.Module):
         self.local_cls_norm = (
             nn.LayerNorm(config.embed_dim, eps=config.norm_eps) if config.untie_global_and_local_cls_norm else None
         )
-        self._initialise()
+        self._init_weights()
 
     def _place(self, config: VisionTransformerConfig) -> None:
         self.pos_embed: nn.Parameter | None = None
@@ -85,7 +85,7 @@ class VisionTransformer(nn.Module):
             table = positions.sincos(config.grid, config.embed_dim)
             self.pos_embed = nn.Parameter(table, requires_grad=False)
 
-    def _initialise(self) -> None:
+    def _init_weights(self) -> None:
         """DINOv2's initial values, truncated normal and special tokens near zero, or MAE's (arXiv 2111.06377, A.1)."""
         xavier, std = self.config.init == "xavier", self.config.init_std
         for module in self.modules():
@@ -126,12 +126,12 @@ class VisionTransformer(nn.Module):
         """Class tokens, patch tokens and registers of each group; see `__call__`."""
         tokens = [self.tokens(images, mask) for images, mask in zip(crops, masks or [None] * len(crops), strict=True)]
         if kept is not None:
-            tokens = [self._only(group, kept) for group in tokens]
+            tokens = [self._drop_masked(group, kept) for group in tokens]
         grids = [self._grid(images) for images in crops]
         packed = self._run(tokens, grids)
         return [self._features(x, local=i > 0) for i, x in enumerate(packed)]
 
-    def _only(self, tokens: Tensor, kept: Tensor) -> Tensor:
+    def _drop_masked(self, tokens: Tensor, kept: Tensor) -> Tensor:
         """Class token, registers and some of the patches."""
         prefix = 1 + self.config.num_register_tokens
         patches = tokens[:, prefix:].gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[-1]))
@@ -140,11 +140,11 @@ class VisionTransformer(nn.Module):
     def _run(self, tokens: Sequence[Tensor], grids: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Groups `[B, tokens, dim]` through all blocks, before the final norm."""
         shapes: list[Shape] = [(group.shape[0], group.shape[1]) for group in tokens]
-        x = deque(self._through(torch.cat([group.flatten(0, 1) for group in tokens]), shapes, grids), maxlen=1).pop()
+        x = deque(self._run_blocks(torch.cat([group.flatten(0, 1) for group in tokens]), shapes, grids), maxlen=1).pop()
         parts = x.split([crops * length for crops, length in shapes])
         return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def _through(self, x: Tensor, shapes: Sequence[Shape], grids: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
+    def _run_blocks(self, x: Tensor, shapes: Sequence[Shape], grids: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
         """Packed tokens after each block."""
         rotations = self._rotations(grids)
         for i, block in enumerate(self.blocks):
@@ -153,11 +153,11 @@ class VisionTransformer(nn.Module):
             x = run_block(block, x, shapes, rotations, self.execution)
             yield x
 
-    def intermediate(self, images: Tensor, blocks: int, norm: bool = True) -> list[Features]:
+    def get_intermediate_layers(self, images: Tensor, blocks: int, norm: bool = True) -> list[Features]:
         """Features of images `[B, 3, H, W]` after each of the last blocks, in order, through the final norm or not."""
         tokens, grid = self.tokens(images), self._grid(images)
         shape = (tokens.shape[0], tokens.shape[1])
-        found = deque(self._through(tokens.flatten(0, 1), [shape], [grid]), maxlen=blocks)
+        found = deque(self._run_blocks(tokens.flatten(0, 1), [shape], [grid]), maxlen=blocks)
         outputs = [x.unflatten(0, shape) for x in found]
         if norm:
             return [Features(*self._features(x, local=False)) for x in outputs]
@@ -178,7 +178,7 @@ class VisionTransformer(nn.Module):
         """Side of a patch in pixels."""
         return self.config.patch_size
 
-    def class_attention(self, images: Tensor) -> Tensor:
+    def get_last_self_attention(self, images: Tensor) -> Tensor:
         """How the class token of each image `[B, 3, H, W]` attends to its patches in the last block, by head.
 
         Returns:
@@ -187,7 +187,7 @@ class VisionTransformer(nn.Module):
         tokens, grid = self.tokens(images), self._grid(images)
         shape, x, last = (tokens.shape[0], tokens.shape[1]), tokens.flatten(0, 1), self.blocks[-1]
         assert isinstance(last, Block)
-        before = islice(self._through(x, [shape], [grid]), len(self.blocks) - 1)
+        before = islice(self._run_blocks(x, [shape], [grid]), len(self.blocks) - 1)
         x = deque(chain([x], before), maxlen=1).pop()
         weights = last.attn.weights(x, last.norm1, shape, self._rotations([grid]))
         return weights[:, :, 0, 1 + self.config.num_register_tokens :].unflatten(-1, grid)
@@ -224,7 +224,9 @@ class VisionTransformer(nn.Module):
         if self.pos_embed is not None:
             class_token = class_token + self.pos_embed[:, :1]
             side, shape = self.config.grid, (grid.shape[2], grid.shape[3])
-            patches = patches + positions.resized(self.pos_embed[:, 1:], (side, side), shape, self.config.interpolation)
+            patches = patches + positions.resample_pos_embed(
+                self.pos_embed[:, 1:], (side, side), shape, self.config.interpolation
+            )
         batch = images.shape[0]
         parts = [class_token.expand(batch, -1, -1)]
         if self.reg_token is not None:

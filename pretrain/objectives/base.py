@@ -18,7 +18,7 @@ TEACHER = "teacher"
 """Name of the teacher whose heads give targets."""
 
 
-class Taught:
+class TeacherOutputs:
     """What teachers say of the global crops: computed when first asked, without gradient, for all who are taught.
 
     Args:
@@ -31,18 +31,18 @@ class Taught:
         self._made: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def of(self, name: str = TEACHER) -> Features:
+    def features(self, name: str = TEACHER) -> Features:
         """Features of a teacher."""
         if name not in self._features:
             self._features[name] = self._teachers[name]()
         return self._features[name]
 
-    def asked(self) -> Features | None:
+    def computed(self) -> Features | None:
         """What the first teacher said, if it was asked."""
         return self._features.get(TEACHER)
 
     @torch.no_grad()
-    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+    def cached(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """What `make` makes of their features, made once for all who ask by the same name."""
         if name not in self._made:
             self._made[name] = make()
@@ -57,19 +57,19 @@ class Outputs:
     """
 
     student: Network
-    taught: Taught
+    teachers: TeacherOutputs
     images: Tensor
     """Global crops `[G * B, 3, H, W]`, recoloured and normalised."""
     local_images: Tensor | None
     """Local crops, likewise."""
-    plain_images: Tensor | None
+    gram_images: Tensor | None
     """The global crops larger and not recoloured, normalised."""
     masks: Tensor | None
     """bool `[G * B, patches]`: what of the global crops the student does not see."""
-    looking: bool = False
+    collect_metrics: bool = False
     """Whether objectives shall say how healthy they are."""
-    health: dict[str, Tensor] = field(default_factory=dict)
-    """What they say, by names that begin with `health_`."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """What they say, by names that begin with `collapse_`."""
 
     @cached_property
     def _student(self) -> list[Features]:
@@ -78,7 +78,7 @@ class Outputs:
         return self.student([self.images, self.local_images], [self.masks, None])
 
     @cached_property
-    def student_globals(self) -> Features:
+    def masked_student_globals(self) -> Features:
         """Of the global crops, masked where there are masks."""
         return self._student[0]
 
@@ -90,15 +90,15 @@ class Outputs:
     @property
     def teacher_globals(self) -> Features:
         """Of the global crops, never masked, without gradient."""
-        return self.taught.of()
+        return self.teachers.features()
 
-    def seen_globals(self) -> Features | None:
+    def computed_globals(self) -> Features | None:
         """What teacher or student said of the global crops, if either was asked; the teacher, if there is a choice."""
-        seen = self.taught.asked()
-        return self.student_globals if seen is None and "_student" in self.__dict__ else seen
+        seen = self.teachers.computed()
+        return self.masked_student_globals if seen is None and "_student" in self.__dict__ else seen
 
 
-class Wide(Protocol):
+class BackboneWidths(Protocol):
     """Of a backbone, as far as most objectives must know it."""
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pretrain.objectives.base import Objective, Wide
+from pretrain.objectives.base import BackboneWidths, Objective
 from pretrain.objectives.config import IbotConfig, ObjectiveConfig
 from pretrain.objectives.dino import Dino
 from pretrain.objectives.gram import Gram
@@ -27,7 +27,9 @@ _KINDS: dict[str, type[Any]] = {
 }
 
 
-def build(configs: Sequence[ObjectiveConfig], student: Wide, teacher: Wide) -> dict[str, Objective]:
+def build_objectives(
+    configs: Sequence[ObjectiveConfig], student: BackboneWidths, teacher: BackboneWidths
+) -> dict[str, Objective]:
     """The objectives of a run by kind, for a student and a teacher of these dimensions.
 
     Those that rebuild pixels, and Gram anchoring, take the whole configuration of a Vision Transformer.

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pretrain.distributed import all_reduce_sum, is_distributed
 from pretrain.objectives.config import Centering
-from pretrain.ranks import all_reduce_sum, several_ranks
 
 _SINKHORN_ITERATIONS = 3
 
@@ -23,7 +23,7 @@ def sinkhorn_knopp(logits: Tensor, temperature: float) -> Tensor:
     """
     scaled = logits.float() / temperature
     largest = scaled.max() if len(scaled) else scaled.new_tensor(-torch.inf)
-    if several_ranks():
+    if is_distributed():
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     q = torch.exp(scaled - largest)  # the constant cancels; it keeps exp from overflowing
     samples = all_reduce_sum(q.new_tensor(float(len(q))))
@@ -34,7 +34,7 @@ def sinkhorn_knopp(logits: Tensor, temperature: float) -> Tensor:
     return q * samples
 
 
-class Targets(nn.Module):
+class TeacherTargets(nn.Module):
     """Targets from teacher logits, by Sinkhorn-Knopp or by a centred softmax (arXiv 2104.14294, section 3.1).
 
     The center moves once a step, however many micro-batches that has: towards the mean of all their logits.

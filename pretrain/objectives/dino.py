@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pretrain.collapse import of_prototypes
 from pretrain.data.loader import Batch
 from pretrain.data.views import GLOBAL_COUNT
+from pretrain.monitoring.collapse_metrics import measure_prototypes
 from pretrain.objectives.base import Outputs
 from pretrain.objectives.centering import cross_entropy
 from pretrain.objectives.config import DinoConfig
@@ -20,8 +20,8 @@ class Dino(PrototypeObjective):
 
     def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
         """`dino_global` and `dino_local`: means over the 2 + 2L crop pairs together (DINOv2, ssl_meta_arch)."""
-        targets = self.targets_of(outputs, lambda: outputs.teacher_globals.class_token, temperature)
-        student_globals = self.head(outputs.student_globals.class_token)
+        targets = self.compute_targets(outputs, lambda: outputs.teacher_globals.class_token, temperature)
+        student_globals = self.head(outputs.masked_student_globals.class_token)
         local_crops = 0
         terms = {}
         images = len(targets) // GLOBAL_COUNT
@@ -31,8 +31,8 @@ class Dino(PrototypeObjective):
         pairs = GLOBAL_COUNT * (GLOBAL_COUNT - 1) + GLOBAL_COUNT * local_crops
         swapped = targets.roll(images, 0)
         both = cross_entropy(swapped, student_globals, self.student_temperature)
-        if outputs.looking:
-            outputs.health |= of_prototypes("dino", swapped, student_globals, self.student_temperature)
+        if outputs.collect_metrics:
+            outputs.metrics |= measure_prototypes("dino", swapped, student_globals, self.student_temperature)
         terms["dino_global"] = GLOBAL_COUNT * both.mean() / pairs
         if local_crops:
             # Every local crop meets both teacher crops: the mean over pairs is linear in the targets.

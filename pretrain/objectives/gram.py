@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pretrain.data.loader import Batch
 from pretrain.models.config import VisionTransformerConfig
-from pretrain.models.positions import Grid, resized
+from pretrain.models.positions import Grid, resample_pos_embed
 from pretrain.models.timm_network import Network
 from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.base import Objective, Outputs
@@ -53,12 +53,14 @@ class Gram(Objective):
         """`gram`, from the first step on."""
         if not self.started:
             return {}
-        images = outputs.images if outputs.plain_images is None else outputs.plain_images
+        images = outputs.images if outputs.gram_images is None else outputs.gram_images
         with torch.no_grad():
             anchor = self.anchor([images])[0].patch_tokens
             # Plainly, as dinov3's global_teacher_resize_antialias: false.
-            anchor = resized(anchor, _grid(images, self.anchor), _grid(outputs.images, outputs.student), "plain")
-        return {"gram": gram_loss(outputs.student_globals.patch_tokens, anchor)}
+            anchor = resample_pos_embed(
+                anchor, _grid(images, self.anchor), _grid(outputs.images, outputs.student), "plain"
+            )
+        return {"gram": gram_loss(outputs.masked_student_globals.patch_tokens, anchor)}
 
 
 def _grid(images: Tensor, backbone: Network) -> Grid:

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.data.loader import Batch
-from pretrain.objectives.base import Objective, Outputs, Wide
+from pretrain.distributed import all_gather_with_grad, first_gathered_row
+from pretrain.objectives.base import BackboneWidths, Objective, Outputs
 from pretrain.objectives.config import ClipConfig, SiglipConfig, TextTower
-from pretrain.ranks import first_row, gathered
 
 _LARGEST_SCALE = math.log(100)  # section 2.5
 
@@ -35,7 +35,7 @@ class ImageText(Objective):
     The images are the first global crops, in a pass of their own, for they must not be masked.
     """
 
-    def __init__(self, config: ClipConfig | SiglipConfig, student: Wide, teacher: Wide) -> None:
+    def __init__(self, config: ClipConfig | SiglipConfig, student: BackboneWidths, teacher: BackboneWidths) -> None:
         from open_clip.transformer import QuickGELU, TextTransformer
 
         super().__init__(config.weight)
@@ -83,16 +83,16 @@ class Clip(ImageText):
     """Symmetric cross-entropy between images and captions (section 2.3, figure 3)."""
 
     def contrast(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
-        own = torch.arange(len(image), device=image.device) + first_row(len(image))
-        by_image = F.cross_entropy(self.scale() * image @ gathered(text).T, own)
-        by_text = F.cross_entropy(self.scale() * text @ gathered(image).T, own)
+        own = torch.arange(len(image), device=image.device) + first_gathered_row(len(image))
+        by_image = F.cross_entropy(self.scale() * image @ all_gather_with_grad(text).T, own)
+        by_text = F.cross_entropy(self.scale() * text @ all_gather_with_grad(image).T, own)
         return {"clip": (by_image + by_text) / 2}
 
 
 class Siglip(ImageText):
     """A sigmoid for every pair of an image and a caption (algorithm 1)."""
 
-    def __init__(self, config: SiglipConfig, student: Wide, teacher: Wide) -> None:
+    def __init__(self, config: SiglipConfig, student: BackboneWidths, teacher: BackboneWidths) -> None:
         super().__init__(config, student, teacher)
         self.logit_bias = nn.Parameter(torch.tensor([config.bias]))
 
@@ -100,7 +100,7 @@ class Siglip(ImageText):
         return self.logit_scale.exp()
 
     def contrast(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
-        logits = self.scale() * image @ gathered(text).T + self.logit_bias
+        logits = self.scale() * image @ all_gather_with_grad(text).T + self.logit_bias
         signs = -torch.ones_like(logits)
-        signs.diagonal(first_row(len(image))).fill_(1)
+        signs.diagonal(first_gathered_row(len(image))).fill_(1)
         return {"siglip": -F.logsigmoid(signs * logits).sum() / len(image)}

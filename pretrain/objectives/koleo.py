@@ -10,9 +10,9 @@ from torch import Tensor
 
 from pretrain.data.loader import Batch
 from pretrain.data.views import GLOBAL_COUNT
+from pretrain.distributed import all_gather_with_grad, first_gathered_row
 from pretrain.objectives.base import Objective, Outputs
 from pretrain.objectives.config import KoleoConfig
-from pretrain.ranks import first_row, gathered
 
 
 def koleo(x: Tensor, distributed: bool = False) -> Tensor:
@@ -21,7 +21,7 @@ def koleo(x: Tensor, distributed: bool = False) -> Tensor:
     With `distributed`, neighbours come from all ranks, each of which holds n vectors; gradients reach them.
     """
     x = F.normalize(x, dim=-1, eps=1e-8)
-    everywhere, first = (gathered(x), first_row(len(x))) if distributed else (x, 0)
+    everywhere, first = (all_gather_with_grad(x), first_gathered_row(len(x))) if distributed else (x, 0)
     with torch.no_grad():
         similarity = x @ everywhere.T
         similarity.diagonal(first).fill_(-1)
@@ -39,7 +39,7 @@ class Koleo(Objective):
 
     def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
         """`koleo`: summed over the two global crops."""
-        tokens = outputs.student_globals.class_token
+        tokens = outputs.masked_student_globals.class_token
         half = self.config.half_precision and torch.is_autocast_enabled(tokens.device.type)
         tokens = tokens.to(torch.get_autocast_dtype(tokens.device.type) if half else torch.float32)
         with torch.autocast(tokens.device.type, enabled=False):

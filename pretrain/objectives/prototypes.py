@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from torch import Tensor, nn
 
 from pretrain.models.config import HeadConfig
-from pretrain.models.heads import PrototypeHead, teacher_copy
-from pretrain.objectives.base import Objective, Outputs, Wide
-from pretrain.objectives.centering import Targets
+from pretrain.models.heads import DINOHead, teacher_copy
+from pretrain.objectives.base import BackboneWidths, Objective, Outputs
+from pretrain.objectives.centering import TeacherTargets
 from pretrain.objectives.config import DinoConfig, IbotConfig
 
 
@@ -17,11 +17,11 @@ class PrototypeObjective(Objective):
     """An objective whose student head is trained to give the teacher head's targets."""
 
     config: DinoConfig | IbotConfig
-    head: PrototypeHead
-    teacher_head: PrototypeHead
-    targets: Targets
+    head: DINOHead
+    teacher_head: DINOHead
+    targets: TeacherTargets
 
-    def __init__(self, config: DinoConfig | IbotConfig, student: Wide, teacher: Wide) -> None:
+    def __init__(self, config: DinoConfig | IbotConfig, student: BackboneWidths, teacher: BackboneWidths) -> None:
         super().__init__(config.weight)
         self.config = config
         self.student_temperature = config.student_temperature
@@ -30,24 +30,24 @@ class PrototypeObjective(Objective):
             self._make_heads(config.head, dim, teacher.embed_dim)
 
     def _make_heads(self, head: HeadConfig, dim: int, teacher_dim: int) -> None:
-        self.head = PrototypeHead(dim, head)
+        self.head = DINOHead(dim, head)
         self.teacher_head = teacher_copy(self.head, head, dim, teacher_dim)
-        self.targets = Targets(head.num_prototypes, self.config.centering)
+        self.targets = TeacherTargets(head.num_prototypes, self.config.centering)
 
     def train(self, mode: bool = True) -> PrototypeObjective:
         super().train(mode)
         self.teacher_head.eval()
         return self
 
-    def learn_from(self, other: PrototypeObjective) -> None:
+    def share_teacher_state(self, other: PrototypeObjective) -> None:
         """Take another objective's targets, whose modules stay its own: here they are seen, but not saved twice."""
         for name in ("teacher_head", "targets"):
             self._modules.pop(name, None)
             self.__dict__[name] = getattr(other, name)
 
-    def targets_of(self, outputs: Outputs, tokens: Callable[[], Tensor], temperature: float) -> Tensor:
+    def compute_targets(self, outputs: Outputs, tokens: Callable[[], Tensor], temperature: float) -> Tensor:
         """Targets `[n, K]` of the teacher's tokens `[n, dim]`, the same for all students."""
-        return outputs.taught.once(
+        return outputs.teachers.cached(
             self.config.kind, lambda: self.targets(self.teacher_head(tokens().float()), temperature)
         )
 

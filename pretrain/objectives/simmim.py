@@ -23,6 +23,6 @@ class Simmim(Objective):
 
     def forward(self, outputs: Outputs, batch: Batch, temperature: float) -> dict[str, Tensor]:
         """`simmim`"""
-        predicted = self.pixels(outputs.student_globals.patch_tokens.flatten(0, 1)[batch.masked])
-        target = patchify(outputs.images, self.patch_size).flatten(0, 1)[batch.masked]
+        predicted = self.pixels(outputs.masked_student_globals.patch_tokens.flatten(0, 1)[batch.mask_indices])
+        target = patchify(outputs.images, self.patch_size).flatten(0, 1)[batch.mask_indices]
         return {"simmim": (predicted.float() - target.float()).abs().sum() / max(1, target.numel())}

@@ -24,25 +24,25 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.config import PretrainSettings, TrainingSettings
-from pretrain.data.loader import UNUSABLE, Batch
-from pretrain.data.masks import MaskPlan, batch_masks
-from pretrain.data.photometric import neutral
-from pretrain.learner import Learner
-from pretrain.models.attention import attention
-from pretrain.models.blocks import Attend
+from pretrain.data.color_gpu import neutral_parameters
+from pretrain.data.loader import BAD_SAMPLE_REASONS, Batch
+from pretrain.data.masks import MaskSettings, batch_masks
+from pretrain.distributed import without_communication
+from pretrain.models.attention import get_attention
+from pretrain.models.blocks import Attention
 from pretrain.models.execution import Execution
 from pretrain.objectives.config import ClipConfig, SiglipConfig
-from pretrain.ranks import alone
+from pretrain.train_module import TrainModule
 
 
 @dataclass(frozen=True)
-class Size:
+class ParameterCounts:
     """Numbers of parameters."""
 
     backbone: int
     trained: int
     """With heads."""
-    whole: int
+    total: int
     """With teacher, teacher heads and anchors."""
 
 
@@ -53,7 +53,7 @@ class _NothingToMend(TorchFunctionMode):
         return False if function is Tensor.__bool__ else function(*args, **(kwargs or {}))
 
 
-class _Living(TorchDispatchMode):
+class LiveTensors(TorchDispatchMode):
     """Adds up the bytes of the storages that live, at each moment.
 
     Args:
@@ -87,12 +87,12 @@ class _Living(TorchDispatchMode):
         self.bytes -= size
 
 
-def size(learner: Learner) -> Size:
+def count_parameters(learner: TrainModule) -> ParameterCounts:
     """Numbers of parameters of student, teacher and heads."""
-    return Size(
-        backbone=sum(_count(part.student) for part in learner.parts()),
+    return ParameterCounts(
+        backbone=sum(_count(part.student) for part in learner.branches()),
         trained=sum(each.numel() for each in learner.parameters() if each.requires_grad),
-        whole=_count(learner),
+        total=_count(learner),
     )
 
 
@@ -100,7 +100,7 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def shapes_of(build: Callable[[], Learner]) -> Learner:
+def build_on_meta(build: Callable[[], TrainModule]) -> TrainModule:
     """A learner without values, at no cost of memory."""
     with torch.device("meta"), _NothingToMend(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # values that are given to what has none
@@ -109,23 +109,23 @@ def shapes_of(build: Callable[[], Learner]) -> Learner:
         return learner.to_empty(device="cpu")
 
 
-def flops(learner: Learner, settings: PretrainSettings, images: int) -> int:
+def count_flops(learner: TrainModule, settings: PretrainSettings, images: int) -> int:
     """FLOPs of a micro-batch, forward and backward, teacher included; what checkpointing computes again does not count.
 
     Args:
         learner: with values or without; it stays as it is.
     """
-    return flops_of(learner, settings, batch_of(settings, images))
+    return count_batch_flops(learner, settings, make_batch(settings, images))
 
 
-def flops_of(learner: Learner, settings: TrainingSettings, batch: Batch) -> int:
-    """What `flops` gives, of a batch that is there; its values are not read."""
+def count_batch_flops(learner: TrainModule, settings: TrainingSettings, batch: Batch) -> int:
+    """What `count_flops` gives, of a batch that is there; its values are not read."""
     with _shapes(learner, settings, Execution()) as shapes, FlopCounterMode(display=False) as counter:
         _step(shapes, batch)
     return int(counter.get_total_flops())
 
 
-def peak(learner: Learner, settings: PretrainSettings, images: int) -> int:
+def measure_peak(learner: TrainModule, settings: PretrainSettings, images: int) -> int:
     """Bytes at the fullest moment of a micro-batch's two passes, without parameters and gradients, of a rank that holds
     the whole model."""
     execution = Execution(settings.runtime.activation_checkpointing)
@@ -134,40 +134,40 @@ def peak(learner: Learner, settings: PretrainSettings, images: int) -> int:
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)  # there before: what comes after is activations
         gradients = [each.grad for each in shapes.parameters() if each.grad is not None]
-        batch = batch_of(settings, images)
-        with _Living([*shapes.parameters(), *shapes.buffers(), *gradients]) as living:
+        batch = make_batch(settings, images)
+        with LiveTensors([*shapes.parameters(), *shapes.buffers(), *gradients]) as living:
             _step(shapes, batch)
     return living.peak
 
 
 @contextmanager
-def _shapes(learner: Learner, settings: TrainingSettings, execution: Execution) -> Iterator[Learner]:
+def _shapes(learner: TrainModule, settings: TrainingSettings, execution: Execution) -> Iterator[TrainModule]:
     """A copy without values, as it is at the end of the training, when every objective has begun."""
     mode = next((each.fake_mode for each in learner.parameters() if isinstance(each, FakeTensor)), None)
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, alone():
+    with mode, without_communication():
         with FakeCopyMode(mode):
             shapes = copy.deepcopy(learner).train()
         for module in shapes.modules():
-            if isinstance(module, Attend):
-                module.attention = attention("sdpa")  # other backends have no kernels for tensors without values
+            if isinstance(module, Attention):
+                module.attention = get_attention("sdpa")  # other backends have no kernels for tensors without values
         shapes.precision = settings.sharding.precision
-        shapes.execute(execution)
+        shapes.set_execution(execution)
         shapes.begin_step(settings.schedule.steps - 1)
         yield shapes
 
 
-def _step(learner: Learner, batch: Batch) -> None:
+def _step(learner: TrainModule, batch: Batch) -> None:
     loss, _ = learner(batch, 0.05)
     loss.backward()
 
 
-def batch_of(settings: PretrainSettings, images: int) -> Batch:
+def make_batch(settings: PretrainSettings, images: int) -> Batch:
     """A batch of the shapes that some images have; its values mean nothing."""
     views, patch = settings.views, settings.model.patch_size
     large, small = views.num_global_crops * images, views.num_local_crops * images
     side = views.global_crops.size // patch
-    masks = batch_masks(large, (side, side), MaskPlan.of(views, patch), np.random.default_rng(0))
+    masks = batch_masks(large, (side, side), MaskSettings.from_config(views, patch), np.random.default_rng(0))
     captioned = [each for each in settings.objectives if isinstance(each, ClipConfig | SiglipConfig)]
     context = captioned[0].text.context if captioned else 0
     plain = views.gram_crop_size or 0
@@ -175,16 +175,16 @@ def batch_of(settings: PretrainSettings, images: int) -> Batch:
     def crops(count: int, size: int) -> Tensor:
         return torch.empty((count if size else 0, 3, size, size), dtype=torch.uint8)
 
-    uncoloured = torch.empty(0, len(neutral()))  # recolouring multiplies no matrices
+    uncoloured = torch.empty(0, len(neutral_parameters()))  # recolouring multiplies no matrices
     return Batch(
         global_crops=crops(large, views.global_crops.size),
         global_photometric=uncoloured,
         local_crops=crops(small, views.local_crops.size if small else 0),
         local_photometric=uncoloured,
         masks=torch.empty(masks.shape, dtype=torch.bool),
-        plain_crops=crops(large, plain),
+        gram_crops=crops(large, plain),
         texts=torch.empty((images, context), dtype=torch.int64),
         positions=torch.empty(images, dtype=torch.int64),
-        passed_over=torch.empty(len(UNUSABLE), dtype=torch.int64),
-        masked=torch.empty(int(masks.sum()), dtype=torch.int64),
+        skipped_counts=torch.empty(len(BAD_SAMPLE_REASONS), dtype=torch.int64),
+        mask_indices=torch.empty(int(masks.sum()), dtype=torch.int64),
     )

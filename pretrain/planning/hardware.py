@@ -54,17 +54,17 @@ def gpu(name: str) -> Gpu:
     return GPUS[name.lower()]
 
 
-def named(device: str) -> Gpu | None:
+def find_gpu_name(device: str) -> Gpu | None:
     """The GPU of the table that has a device's name, as CUDA gives it; None where none has."""
     words = set(re.findall(r"[a-z]*[0-9]+[a-z]*|[a-z]+", device.lower().replace("rtx ", "rtx")))
     found = [name for name in GPUS if set(name.split("-")) <= words]
     return GPUS[max(found, key=len)] if found and "nvl" not in words else None
 
 
-def peak(device: torch.device, precision: Precision) -> float:
+def peak_flops(device: torch.device, precision: Precision) -> float:
     """FLOP/s that a device can reach: by its data sheet if it is known, else those of its best matrix product."""
     if device.type == "cuda":
-        known = named(torch.cuda.get_device_name(device))
+        known = find_gpu_name(torch.cuda.get_device_name(device))
         if known is not None:
             return 1e12 * (known.bf16 if precision == "bf16" else known.fp32)
     return _measured(device, torch.bfloat16 if precision == "bf16" and device.type == "cuda" else torch.float32)

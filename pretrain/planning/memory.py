@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pretrain.config import Sharding
-from pretrain.planning.dryrun import Size
+from pretrain.planning.dryrun import ParameterCounts
 from pretrain.sharding.base import BUCKET, LIVE
 
 _FLOAT = 4
@@ -39,7 +39,9 @@ def activations(peaks: Mapping[int, int], images: int) -> int:
     return int(more + (more - less) / (many - few) * (images - many))
 
 
-def of_rank(size: Size, passes: int, stage: int, ranks: int, accumulates: bool, sharding: Sharding) -> Memory:
+def memory_of_rank(
+    size: ParameterCounts, passes: int, stage: int, ranks: int, accumulates: bool, sharding: Sharding
+) -> Memory:
     """Memory of a rank.
 
     Args:
@@ -48,7 +50,7 @@ def of_rank(size: Size, passes: int, stage: int, ranks: int, accumulates: bool, 
         accumulates: several micro-batches make a step.
         sharding: tells what is offloaded.
     """
-    whole, trained = _FLOAT * size.whole, _FLOAT * size.trained
+    whole, trained = _FLOAT * size.total, _FLOAT * size.trained
     part, bucket = trained // ranks, _FLOAT * BUCKET
     if stage == 0:
         held = trained if accumulates else 0

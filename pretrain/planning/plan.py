@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from pretrain.config import PlanConfig
 from pretrain.planning import hardware, memory
-from pretrain.planning.dryrun import Size, flops, peak, shapes_of, size
+from pretrain.planning.dryrun import ParameterCounts, build_on_meta, count_flops, count_parameters, measure_peak
 from pretrain.planning.memory import Memory
-from pretrain.schedules import spread
-from pretrain.train import build_learner
+from pretrain.schedules import split_global_batch
+from pretrain.train import build_module
 
 STAGES = (0, 1, 2, 3)
 _USABLE = 0.92  # of a GPU's memory; the driver, NCCL and what the allocator cannot fit together take the rest
@@ -25,10 +25,10 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Planned:
+class ResourcePlan:
     """A recipe on some GPUs."""
 
-    size: Size
+    size: ParameterCounts
     flops_per_image: float
     images: int
     """Over the whole schedule."""
@@ -43,24 +43,24 @@ class Planned:
     cost: float | None
 
 
-def plan(config: PlanConfig) -> Planned:
+def plan(config: PlanConfig) -> ResourcePlan:
     """Run a recipe dry and reckon.
 
     Raises:
         UserError: the GPU is not known, or the global batch cannot be spread over so many.
     """
-    own, _ = spread(config, config.gpus)
+    own, _ = split_global_batch(config, config.gpus)
     plain = config.model_copy(update={"model": config.model.model_copy(update={"attention": "sdpa"})})
-    learner = shapes_of(lambda: build_learner(plain))
-    peaks = {images: peak(learner, config, images) for images in _DRY}
-    flops_per_image = flops(learner, config, _DRY[-1]) / _DRY[-1]
+    learner = build_on_meta(lambda: build_module(plain))
+    peaks = {images: measure_peak(learner, config, images) for images in _DRY}
+    flops_per_image = count_flops(learner, config, _DRY[-1]) / _DRY[-1]
     images = config.schedule.steps * config.schedule.global_batch_size
     gpu_hours = images * flops_per_image / (_reach(config) * config.mfu) / 3600
-    return Planned(
-        size=size(learner),
+    return ResourcePlan(
+        size=count_parameters(learner),
         flops_per_image=flops_per_image,
         images=images,
-        fits=[_fit(size(learner), peaks, images, config) for images in _sizes(own, config)],
+        fits=[find_fit(count_parameters(learner), peaks, images, config) for images in _sizes(own, config)],
         micro_batch=own,
         usable=_USABLE * (config.gib or hardware.gpu(config.gpu).memory) * 2**30,
         gpu_hours=gpu_hours,
@@ -83,8 +83,10 @@ def _sizes(own: int, config: PlanConfig) -> list[int]:
     return sorted(each for each in worth if config.schedule.global_batch_size % (each * config.gpus) == 0)
 
 
-def _fit(size: Size, peaks: dict[int, int], images: int, config: PlanConfig) -> Fit:
+def find_fit(size: ParameterCounts, peaks: dict[int, int], images: int, config: PlanConfig) -> Fit:
     passes = memory.activations(peaks, images)
     accumulates = config.schedule.global_batch_size > images * config.gpus
-    found = {stage: memory.of_rank(size, passes, stage, config.gpus, accumulates, config.sharding) for stage in STAGES}
+    found = {
+        stage: memory.memory_of_rank(size, passes, stage, config.gpus, accumulates, config.sharding) for stage in STAGES
+    }
     return Fit(images, found)

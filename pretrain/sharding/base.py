@@ -10,11 +10,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import Optimizer, Sharding
-from pretrain.ranks import device_of_rank
-
 Moment = Literal["exp_avg", "exp_avg_sq"]
-CLIPPED_WITH = "clipped_with"
+CLIP_GROUP = "clipped_with"
 """Key of a parameter group: groups that share its value have their gradients clipped by their common norm."""
 BUCKET = 50_000_000
 """Elements of a buffer in which ZeRO collects gradients, or parameters that it fetches ahead."""
@@ -25,7 +22,7 @@ Pairs = Iterable[tuple[nn.Module, nn.Module]]
 
 
 @dataclass(frozen=True)
-class Stepped:
+class StepResult:
     """What came of an optimiser step."""
 
     applied: bool
@@ -35,7 +32,7 @@ class Stepped:
 
 
 @runtime_checkable
-class Engine(Protocol):
+class Backend(Protocol):
     """Forward, backward and step of a module, whole or sharded, and its state tensor by tensor.
 
     Every method is called on all ranks together.
@@ -49,23 +46,23 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch; the loss is divided by the number of micro-batches here."""
 
-    def step(self) -> Stepped | None:
+    def step(self) -> StepResult | None:
         """Call after every micro-batch; the optimiser moves after the last one of a step. None before."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimiser's groups."""
 
-    def follow(self, pairs: Pairs, momentum: float) -> None:
+    def ema_update(self, pairs: Pairs, momentum: float) -> None:
         """Move modules towards others: average = momentum * average + (1 - momentum) * source, in float32."""
 
-    def whole(self, parameter: nn.Parameter) -> Tensor:
+    def full_param(self, parameter: nn.Parameter) -> Tensor:
         """A parameter, whole and in float32."""
 
     def moment(self, parameter: nn.Parameter, which: Moment) -> Tensor | None:
         """One of the optimiser's moments of a parameter, whole; None where it has had no gradient yet."""
 
-    def fill(self, parameter: nn.Parameter, value: Tensor, moment: Moment | None = None) -> None:
-        """Set what `whole` or `moment` gives."""
+    def set_param(self, parameter: nn.Parameter, value: Tensor, moment: Moment | None = None) -> None:
+        """Set what `full_param` or `moment` gives."""
 
     @property
     def optimizer_steps(self) -> int:
@@ -75,56 +72,30 @@ class Engine(Protocol):
         """Make room for the moments of some parameters, as they are after so many steps."""
 
 
-def build(
-    module: nn.Module,
-    groups: list[dict[str, Any]],
-    optimizer: Optimizer,
-    sharding: Sharding,
-    spread: tuple[int, int],
-) -> Engine:
-    """The engine the settings ask for, on this rank's device.
-
-    Args:
-        module: what is trained.
-        groups: AdamW's groups of its parameters.
-        spread: the micro-batch of a rank, and micro-batches a step.
-    """
-    device = device_of_rank()
-    module.to(device)
-    # On a CPU, where an offloaded optimiser steps, the fused kernel is the one that goes through memory once.
-    kernel = {"foreach": True} if sharding.offload_optimizer == "none" else {"fused": True}
-    adamw = torch.optim.AdamW(groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps, **kernel)
-    if sharding.backend == "torch":
-        from pretrain.sharding.plain import TorchEngine
-
-        return TorchEngine(module, adamw, optimizer.grad_clip, spread[1], device)
-    from pretrain.sharding.zero import ZeroEngine
-
-    return ZeroEngine(module, adamw, optimizer.grad_clip, sharding, spread, device)
-
-
-def averaged(pairs: Pairs) -> tuple[list[Tensor], list[Tensor]]:
+def ema_tensors(pairs: Pairs) -> tuple[list[Tensor], list[Tensor]]:
     """Sources and averages, of pairs of modules: parameters, and buffers of numbers (batch statistics)."""
     sources: list[Tensor] = []
     averages: list[Tensor] = []
     for source, average in pairs:
-        for own, copy in zip(_numbers(source), _numbers(average), strict=True):
+        for own, copy in zip(_float_tensors(source), _float_tensors(average), strict=True):
             sources.append(own)
             averages.append(copy)
     return sources, averages
 
 
-def _numbers(module: nn.Module) -> list[Tensor]:
+def _float_tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *(each for each in module.buffers() if each.is_floating_point())]
 
 
-def lerp(sources: list[Tensor], averages: list[Tensor], momentum: float) -> None:
+def ema_lerp(sources: list[Tensor], averages: list[Tensor], momentum: float) -> None:
     """Move tensors towards others, in place."""
     if sources:
         torch._foreach_lerp_(averages, sources, 1 - momentum)
 
 
-def clip(gradients: dict[str, list[Tensor]], largest: float | None, total: Callable[[Tensor], Tensor]) -> Stepped:
+def clip_gradients(
+    gradients: dict[str, list[Tensor]], largest: float | None, total: Callable[[Tensor], Tensor]
+) -> StepResult:
     """Bring the norm of each part's gradients down to `largest`; norms that are no finite numbers change nothing.
 
     Args:
@@ -133,21 +104,21 @@ def clip(gradients: dict[str, list[Tensor]], largest: float | None, total: Calla
         total: adds up over the ranks that have other pieces, float32 `[parts]`.
     """
     norms = {part: list(torch._foreach_norm(pieces)) for part, pieces in gradients.items()}
-    stepped, factors = clipping(norms, largest, total)
+    stepped, factors = clip_factors(norms, largest, total)
     if stepped.applied and largest is not None:
         for pieces, factor in zip(gradients.values(), factors, strict=True):
             torch._foreach_mul_(pieces, factor)
     return stepped
 
 
-def clipping(
+def clip_factors(
     norms: dict[str, list[Tensor]], largest: float | None, total: Callable[[Tensor], Tensor]
-) -> tuple[Stepped, Tensor]:
-    """What `clip` returns, given the norms of its pieces, and what it multiplies each part by, `[parts]`."""
+) -> tuple[StepResult, Tensor]:
+    """What `clip_gradients` returns, given the norms of its pieces, and what it multiplies each part by, `[parts]`."""
     squares = total(torch.stack([torch.linalg.vector_norm(torch.stack(each)) for each in norms.values()]).square())
     whole = float(squares.sum().sqrt())
     factors = torch.ones_like(squares) if largest is None else (largest / (squares.sqrt() + 1e-6)).clamp(max=1.0)
-    return Stepped(math.isfinite(whole), whole), factors
+    return StepResult(math.isfinite(whole), whole), factors
 
 
 def adamw_state(like: Tensor, steps: int) -> dict[str, Tensor]:
