@@ -9,7 +9,7 @@ INSTALL = $(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --
 export OMP_NUM_THREADS ?= $(shell nproc)
 export DO_NOT_TRACK = 1
 
-.PHONY: demo test test-cluster lint format constraints clean
+.PHONY: demo test test-quick test-cluster docs reference lint format constraints clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fovea run flows/pipelines/demo.yaml
@@ -17,8 +17,19 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+# The inner loop: what starts no further processes.
+test-quick: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not (slow or multiprocess or cluster or browser or gpu or e2e)'
+
 test-cluster: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m e2e --log-cli-level INFO --log-cli-format '%(asctime)s %(message)s'
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The pages of docs/reference, made from the models.
+reference: $(VENV)/.installed-dev
+	$(BIN)/python -m flows.cli.reference docs/reference
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -50,4 +61,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

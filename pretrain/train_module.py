@@ -61,7 +61,7 @@ class TrainModule(nn.Module):
         self.register_buffer("std", torch.tensor(views.std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, batch: Batch, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to optimize and its named terms, unweighted and detached; with `collect_metrics`, of collapse too."""
+        """The loss to optimize and its named terms, unweighted and detached; with `collect_metrics` also collapse."""
         # Here, not around the engine: DeepSpeed's forward switches an outer autocast off.
         with torch.autocast(batch.global_crops.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.losses(batch, temperature)

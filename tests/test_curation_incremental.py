@@ -99,7 +99,9 @@ def test_going_on_ends_as_a_full_run_over_the_same_cells(
         with monkeypatch.context() as patch:
             patch.setattr(PreviousSelection, "read_seen", lambda self, step, rows: np.zeros(len(rows), dtype=bool))
             patch.setattr(
-                PreviousSelection, "read_forest", lambda self, step, names: ((NONE, NONE, np.empty(0, np.float32)), NONE)
+                PreviousSelection,
+                "read_forest",
+                lambda self, step, names: ((NONE, NONE, np.empty(0, np.float32)), NONE),
             )
             full = state.curated(corpus, f"full{number}", last)
         np.testing.assert_equal(verdicts(went_on), verdicts(full))

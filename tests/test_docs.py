@@ -1,10 +1,11 @@
-"""The documentation is run: every console block as written, and the README's path to a pipeline of one's own."""
+"""The documentation is run: every console block as written, the demo from an installed wheel, the Python blocks."""
 
 from __future__ import annotations
 
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,11 +15,11 @@ from pathlib import Path
 
 import boto3
 import pytest
-import yaml
 from moto.server import ThreadedMotoServer
 
 from tests.conftest import encode_image, picture
 from tests.console_blocks import Block, blocks, missing, pages
+from tests.test_rooms import ROOMS
 
 ROOT = Path(__file__).parents[1]
 PAGES = list(pages(ROOT))
@@ -123,10 +124,46 @@ def demo() -> Block:
     return found
 
 
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The command of a wheel that is installed into an environment of its own, without the development extras."""
+    root = tmp_path_factory.mktemp("installed")
+    for name in (*ROOMS, "pyproject.toml", "README.md"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, root / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, root / "source" / name)
+    uv, python = (str(Path(sys.executable).with_name(name)) for name in ("uv", "python"))
+    build = ["build", "--quiet", "--wheel", "--no-build-isolation", "--python", python, "--out-dir", str(root)]
+    subprocess.run([uv, *build, str(root / "source")], check=True)
+    subprocess.run([uv, "venv", "--quiet", "--python", python, str(root / "venv")], check=True)
+    (wheel,) = root.glob("*.whl")
+    install = [
+        "pip",
+        "install",
+        "--quiet",
+        "--python",
+        str(root / "venv"),
+        "--constraint",
+        str(ROOT / "constraints.txt"),
+    ]
+    subprocess.run([uv, *install, str(wheel)], check=True)
+    yield root / "venv" / "bin" / "fovea"
+    shutil.rmtree(root)
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_the_demo_prints_what_the_readme_shows(folder: Path) -> None:
-    printed = run(f"fovea run {ROOT / 'flows/pipelines/demo.yaml'} --root runs/demo", folder)
+@pytest.mark.timeout(900)
+def test_the_installed_demo_prints_what_the_readme_shows(
+    installed: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    (folder.parent / "tools" / "fovea").write_text(SHIM.format(python=sys.executable, fovea=installed))
+    assert "tasks:" in run("fovea recipes quick", folder)
+    assert "sources:" in run("fovea init mine.yaml && fovea run mine.yaml --print-config", folder)
+    printed = run("fovea run demo --root runs/demo", folder)
     verdicts = [line for line in demo().output if "baselines" in line]
     assert len(verdicts) == 3
     assert printed.count("No better than its baselines: knn") == 3  # three steps teach nothing
@@ -134,14 +171,15 @@ def test_the_demo_prints_what_the_readme_shows(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.multiprocess
-def test_the_readmes_way_to_ones_own_images(folder: Path) -> None:
-    """Copy webpool.yaml, point `sources` at your images, remove its `ingest:` line, and run it."""
-    shutil.copy(ROOT / "flows/pipelines/webpool.yaml", folder / "mine.yaml")
-    content = yaml.safe_load((folder / "mine.yaml").read_text())
-    del content["ingest"]
-    content["sources"] = {"pool": "photos", "train": "labeled/train", "test": "labeled/test"}
-    (folder / "mine.yaml").write_text(yaml.safe_dump(content))
-    printed = run("fovea run mine.yaml", folder)
-    assert "report" in printed
-    assert list((folder / "runs/webpool/report").glob("*/index.html"))
+def test_the_python_blocks_run(folder: Path) -> None:
+    text = (ROOT / "docs" / "python.md").read_text()
+    program = "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    subprocess.run([sys.executable, "-c", program], cwd=folder, check=True)
+
+
+def test_the_site_builds_and_its_links_lead_somewhere(tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("mkdocs")), "build", "--strict", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "reference" / "pretrain.html").is_file()

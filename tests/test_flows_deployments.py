@@ -45,7 +45,11 @@ def test_what_is_deployed_stands_in_a_file(tmp_path: Path) -> None:
     assert first["parameters"]["config"] == yaml.safe_load((tmp_path / "pipeline.yaml").read_text())
     assert first["schedules"] == [{"cron": "0 3 * * 1", "timezone": "UTC"}]
     assert first["concurrency_limit"] == 1
-    assert {each["entrypoint"].rpartition(":")[2] for each in others} == {*STAGES, "run_scheduled_curation", "eval_checkpoints"}
+    assert {each["entrypoint"].rpartition(":")[2] for each in others} == {
+        *STAGES,
+        "run_scheduled_curation",
+        "eval_checkpoints",
+    }
     variables = first["work_pool"]["job_variables"]["env"]
     assert variables == {"A": "b", "DO_NOT_TRACK": "1", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60"}
     assert all(each["tags"] == ["fovea", "weekly"] for each in told["deployments"])

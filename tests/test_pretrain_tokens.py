@@ -34,7 +34,7 @@ def images(side: int, width: int | None = None) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(picture(i, (width or side, side))) for i in range(2)]))
 
 
-def get_normalized_layers(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+def normalize_pixels(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
     return (pixels.permute(0, 3, 1, 2) / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
@@ -62,7 +62,7 @@ def test_timms_layers_are_timms(name: str, tmp_path: Path) -> None:
     vectors, layers = backbone.layers(backbone.get_normalized_layers(pixels), 1)
     data = timm.data.resolve_model_data_config(model)
     with torch.inference_mode():
-        batch = normalised(pixels, data["mean"], data["std"])
+        batch = normalize_pixels(pixels, data["mean"], data["std"])
         torch.testing.assert_close(vectors, model(batch), atol=1e-5, rtol=1e-4)
         found = model.forward_features(batch)
     if name.startswith("test_vit"):
@@ -83,7 +83,7 @@ def test_open_clips_layers_are_open_clips(clip: OpenClipBackboneConfig) -> None:
     pixels = images(32)
     vectors, layers = backbone.layers(backbone.get_normalized_layers(pixels), 1)
     model, _, _ = open_clip.create_model_and_transforms("tiny-clip", pretrained=clip.checkpoint)
-    batch = normalised(pixels, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    batch = normalize_pixels(pixels, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     with torch.inference_mode():
         torch.testing.assert_close(vectors, model.eval().encode_image(batch), atol=1e-5, rtol=1e-4)
     assert layers[-1].patch_tokens.shape == (2, 4, 4, 64)
@@ -164,7 +164,7 @@ def test_a_hub_model_with_dinov2s_interface_has_tokens(tmp_path: Path) -> None:
     backbone = tokened(load_backbone(settings))
     vectors, layers = backbone.layers(backbone.get_normalized_layers(images(32)), 3)
     with torch.inference_mode():
-        expected = layer(normalised(images(32), settings.mean, settings.std))
+        expected = layer(normalize_pixels(images(32), settings.mean, settings.std))
     torch.testing.assert_close(layers[0].patch_tokens.permute(0, 3, 1, 2), expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(vectors, expected.flatten(2).mean(-1), atol=1e-5, rtol=1e-4)
     assert len(layers) == 3

@@ -33,6 +33,19 @@ for _order, _command in enumerate(COMMANDS.values()):
     _list(_command, _order)
 
 
+@app.command(sort_key=29)
+def init(file: Path = Path("pipeline.yaml"), /) -> None:
+    """Write a commented example pipeline for your own images.
+
+    Args:
+        file: YAML file to write; it must not exist yet.
+    """
+    from flows.cli.recipes import write_example_pipeline
+
+    write_example_pipeline(file)
+    print(f"{file}: point `sources` at your images, then run `fovea run {file}`")
+
+
 @app.command(sort_key=30)
 def explain(key: str, /, *, selection: str, page: Path | None = None) -> None:
     """Explain why an image was kept or dropped, what it lost to and what it stands for.

@@ -96,10 +96,10 @@ def _default(key: Key) -> str:
     return f"[{to_inline_yaml(key.default)}]"
 
 
-def to_inline_yaml(value: Any) -> str:
-    """A value in one line as YAML writes it; lists of models by their kinds."""
+def to_inline_yaml(value: Any, longest: int = _LONGEST_DEFAULT) -> str:
+    """A value in one line as YAML writes it, cut off at `longest` characters; lists of models by their kinds."""
     text = yaml.safe_dump(_plain(value), default_flow_style=True, width=10_000).strip().removesuffix("...").strip()
-    return text if len(text) <= _LONGEST_DEFAULT else f"{text[: _LONGEST_DEFAULT - 3]}..."
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def _plain(value: Any) -> Any:

@@ -28,6 +28,21 @@ def recipes_of(command: str) -> dict[str, Path]:
     return {path.stem: path for path in sorted(_FOLDERS[command].glob("*.yaml"))}
 
 
+def write_example_pipeline(file: Path) -> None:
+    """Write the example pipeline.
+
+    Raises:
+        UserError: the file exists, or its folder does not.
+    """
+    try:
+        with file.open("x", encoding="utf-8") as target:
+            target.write((_ROOT / "flows" / "templates" / "pipeline.yaml").read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise UserError(f"{file}: exists already; name another file") from None
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}; name another file") from None
+
+
 def recipe_path(room: str, word: str) -> str:
     """The file that a word names: a recipe of a room, or the path of a file.
 

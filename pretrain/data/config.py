@@ -94,8 +94,8 @@ class Sampling(Config):
 
     shuffle: Literal["global", "shard_window"] = "global"
     """global: samples of the whole corpus in random order, each read on its own, for local disks and object stores.
-    shard_window: samples of a few shards at a time, in random order within them, so that a cache or a spinning disk reads
-    each shard once an epoch."""
+    shard_window: samples of a few shards at a time, in random order within them, so that a cache or a spinning disk
+    reads each shard once an epoch."""
     window_shards: int = Field(64, ge=2)
     """Shards of a window; batches are the better mixed the more there are."""
     weighted: bool = False

@@ -58,7 +58,7 @@ class VisionTransformerConfig(Config):
     depth: int = Field(12, ge=1)
     """Number of blocks."""
     num_heads: int = Field(6, ge=1)
-    """Attention heads; divides `dim`."""
+    """Attention heads; divides `embed_dim`."""
     patch_size: int = Field(16, ge=2)
     """Side of a patch in pixels."""
     image_size: int = Field(224, ge=8)
@@ -75,7 +75,7 @@ class VisionTransformerConfig(Config):
     ffn_layer: Literal["mlp", "swiglu"] = "mlp"
     """Feed-forward network: two layers with a GELU, or a gated unit of two thirds the width (arXiv 2002.05202)."""
     mlp_ratio: float = Field(4.0, gt=0)
-    """Hidden width of the feed-forward network as a multiple of `dim`; SwiGLU takes two thirds of it."""
+    """Hidden width of the feed-forward network as a multiple of `embed_dim`; SwiGLU takes two thirds of it."""
     swiglu_multiple: int = Field(8, ge=1)
     """SwiGLU's hidden width is rounded up to a multiple of this."""
     qkv_bias: bool = True
