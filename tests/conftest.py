@@ -75,6 +75,12 @@ def shared_data() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the database that runs of this worker share: making one takes seconds."""
+    return tmp_path_factory.mktemp("prefect")
+
+
 TINY_CLIP = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8},

@@ -39,6 +39,7 @@ from pretrain.checkpoint.artifact import WEIGHTS, Checkpoint
 from pretrain.config import PretrainConfig
 from pretrain.networks import build_backbone
 from tests.conftest import SyntheticCorpora, image_folder, ingest_folder
+from tests.ranks import run_ranks
 from tests.test_pretrain_training import HEAD, config, losses
 
 PLAIN: dict[str, Any] = {
@@ -235,7 +236,7 @@ def test_two_ranks_tell_all_pairs_apart(clip: OpenClipBackboneConfig, tmp_path: 
     start += "runpy.run_module('distill', run_name='__main__')"
     (tmp_path / "start.py").write_text(start)
     run = settings(corpus, tmp_path / "run", **asked, sharding={"zero_stage": 0})
-    _torchrun(run, tmp_path / "job", tmp_path / "start.py")
+    assert run_ranks(tmp_path / "start.py", run, tmp_path / "job").returncode == 0
     distill.run(settings(corpus, tmp_path / "one", **asked))
     for ours, single in zip(losses(tmp_path / "run"), losses(tmp_path / "one"), strict=True):
         assert ours["clip_distill_contrastive"] == pytest.approx(single["clip_distill_contrastive"], rel=1e-3)
@@ -261,22 +262,11 @@ def test_two_ranks_distill_as_one(
     sharding = {"zero_stage": stage}
     run = settings(synthetic.seed, tmp_path / "run", **shared, sharding=sharding)
     (tmp_path / "job").mkdir()
-    _torchrun(run, tmp_path / "job")
+    assert run_ranks("distill", run, tmp_path / "job").returncode == 0
     distill.run(settings(synthetic.seed, tmp_path / "one", **shared))
     for ours, single in zip(losses(tmp_path / "run"), losses(tmp_path / "one"), strict=True):
         assert ours["gradient_norm"] == pytest.approx(single["gradient_norm"], rel=1e-2)
         assert ours == pytest.approx(single, rel=1e-2)
-
-
-def _torchrun(asked: DistillConfig, folder: Path, script: Path | None = None) -> None:
-    import subprocess
-    import sys
-
-    (folder / "config.json").write_text(asked.model_dump_json())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    what = ["-m", "distill"] if script is None else [str(script)]
-    ended = subprocess.run([*command, *what, str(folder)], timeout=400, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
 
 
 NETWORKS = [

@@ -129,14 +129,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], expected: s
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("after", "code"), [(r"embed: \d", 130), (r"materialize: \d", 75)])
-def test_ctrl_c_in_a_terminal_ends_a_run_in_one_line(after: str, code: int, tmp_path: Path) -> None:
+def test_ctrl_c_in_a_terminal_ends_a_run_in_one_line(after: str, code: int, tmp_path: Path, prefect_home: Path) -> None:
     """A terminal sends it to all processes, Prefect's server too."""
     settings = {
         **pipeline(tmp_path / "run"),
         "pretrain": {**TINY, "schedule": {"steps": 100_000, "global_batch_size": 8}},
     }
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(settings))
-    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
+    environment = {**os.environ, "PREFECT_HOME": str(prefect_home)}
     process = subprocess.Popen(
         [str(FOVEA), "run", str(tmp_path / "p.yaml")],
         env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -301,10 +301,9 @@ def ids(root: Path) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.timeout(1500)
-def test_the_pipeline_runs_resumes_and_survives_kill(tmp_path: Path) -> None:
+def test_the_pipeline_runs_resumes_and_survives_kill(tmp_path: Path, prefect_home: Path) -> None:
     """Run it, run it again, and kill it with SIGKILL at random moments until it ends: the artifacts are the same."""
-    home = tmp_path / "prefect"
-    first = run_pipeline(tmp_path / "whole", home)
+    first = run_pipeline(tmp_path / "whole", prefect_home)
     assert first.returncode == 0, first.stderr
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert set(summary) == {
@@ -343,13 +342,13 @@ def test_the_pipeline_runs_resumes_and_survives_kill(tmp_path: Path) -> None:
     assert {page: code for page, code in answers.items() if code != 200} == {}
 
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "whole").rglob("*") if path.name != "summary.json"}
-    again = run_pipeline(tmp_path / "whole", home)
+    again = run_pipeline(tmp_path / "whole", prefect_home)
     assert again.returncode == 0, again.stderr
     unchanged = {path: path.stat().st_mtime_ns for path in times if path.is_file()}
     assert unchanged == {path: times[path] for path in unchanged}
     assert json.loads((tmp_path / "whole" / "summary.json").read_text())["seconds"] == summary["seconds"]
 
-    assert _killed_until_done(tmp_path / "killed", home) >= 2
+    assert _killed_until_done(tmp_path / "killed", prefect_home) >= 2
     assert ids(tmp_path / "killed") == ids(tmp_path / "whole")
     for stage, each in summary["artifacts"].items():
         url = json.loads((tmp_path / "killed" / "summary.json").read_text())["artifacts"][stage]["url"]
@@ -365,7 +364,9 @@ def test_the_pipeline_runs_resumes_and_survives_kill(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.timeout(600)
-def test_an_ablation_trains_on_each_choice_and_compares(synthetic: SyntheticCorpora, tmp_path: Path) -> None:
+def test_an_ablation_trains_on_each_choice_and_compares(
+    synthetic: SyntheticCorpora, tmp_path: Path, prefect_home: Path
+) -> None:
     cut = CurateConfig(corpus=synthetic.pool, steps=[{"kind": "exact"}], out=str(tmp_path / "selection"))
     selection = curation.run(cut)
     settings = {
@@ -379,7 +380,7 @@ def test_an_ablation_trains_on_each_choice_and_compares(synthetic: SyntheticCorp
         "evaluate": {"tasks": [{"kind": "knn", "k": [5]}], "baselines": False, "pictures": 0},
     }
     (tmp_path / "ablate.yaml").write_text(yaml.safe_dump(settings))
-    done = fovea("ablate", str(tmp_path / "ablate.yaml"), PREFECT_HOME=str(tmp_path / "prefect"))
+    done = fovea("ablate", str(tmp_path / "ablate.yaml"), PREFECT_HOME=str(prefect_home))
     assert done.returncode == 0, done.stderr
     report = find(done.stdout.split()[-1])
     assert report is not None

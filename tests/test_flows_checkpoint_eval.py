@@ -85,7 +85,7 @@ FOLLOW = {
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_running_training_is_followed(synthetic: SyntheticCorpora, tmp_path: Path) -> None:
+def test_a_running_training_is_followed(synthetic: SyntheticCorpora, tmp_path: Path, prefect_home: Path) -> None:
     """The follower starts before the training does, scores each teacher once, and ends with it."""
     out = tmp_path / "teacher"
     datasets = {"train": synthetic.seed, "test": synthetic.test}
@@ -93,7 +93,7 @@ def test_a_running_training_is_followed(synthetic: SyntheticCorpora, tmp_path: P
     (tmp_path / "train.yaml").write_text(
         yaml.safe_dump(TINY | {"runtime": RUNTIME, "corpora": [synthetic.seed], "out": str(out)})
     )
-    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
+    environment = {**os.environ, "PREFECT_HOME": str(prefect_home)}
     follower = subprocess.Popen(
         [str(FOVEA), "eval-checkpoints", str(tmp_path / "follow.yaml")],
         stdout=subprocess.PIPE,
@@ -138,7 +138,7 @@ print(part(sys.argv[2], sys.argv[3])["teachers"])
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_pipeline_follows_its_pretraining(synthetic: SyntheticCorpora, tmp_path: Path) -> None:
+def test_a_pipeline_follows_its_pretraining(synthetic: SyntheticCorpora, tmp_path: Path, prefect_home: Path) -> None:
     config = PipelineConfig.model_validate(
         {
             "root": str(tmp_path / "run"),
@@ -147,7 +147,7 @@ def test_a_pipeline_follows_its_pretraining(synthetic: SyntheticCorpora, tmp_pat
             "checkpoint_eval": FOLLOW,
         }
     )
-    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_LOGGING_LEVEL": "CRITICAL"}
+    environment = {**os.environ, "PREFECT_HOME": str(prefect_home), "PREFECT_LOGGING_LEVEL": "CRITICAL"}
     done = subprocess.run(
         [sys.executable, "-c", PIPELINE, config.model_dump_json(), synthetic.seed, synthetic.test],
         capture_output=True,

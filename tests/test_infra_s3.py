@@ -18,7 +18,6 @@ from curation.ingest.ingest import ingest
 from infra.artifacts.artifact import open_artifact, verify
 from infra.corpus.corpus import Corpus
 from infra.errors import UserError
-from infra.launch.launcher import run_module
 from infra.storage import filesystem, range_reader
 from pretrain.config import PretrainSettings
 from pretrain.data.loader import Batch, RankBatchSampler, batches
@@ -27,6 +26,7 @@ from pretrain.monitoring.metrics_log import METRICS
 from pretrain.train import build_view_dataset
 from tests.conftest import SyntheticCorpora, encode_image
 from tests.faulty_proxy import Faults, faulty
+from tests.ranks import run_module
 from tests.s3_server import S3Server, missing, serving
 from tests.test_pretrain_checkpoints import cut_short
 from tests.test_pretrain_training import TINY, config, losses

@@ -14,13 +14,13 @@ from torch import nn
 
 from infra.artifacts.artifact import open_artifact
 from infra.errors import UserError
-from infra.launch.launcher import run_module
 from infra.storage import filesystem
 from pretrain.checkpoint.manager import TRAINING, CheckpointManager, TrainState
 from pretrain.config import Retention
 from pretrain.sharding import state
 from pretrain.sharding.single_process import SingleProcessBackend
 from tests.conftest import SyntheticCorpora
+from tests.ranks import run_module
 from tests.test_pretrain_training import TINY, config, losses
 
 places = pytest.mark.parametrize("remote", [False, True], ids=["folder", "store"])
@@ -158,6 +158,6 @@ def test_a_training_goes_on_from_a_store_on_another_machine(synthetic: Synthetic
     ended = open_artifact(settings.out, "checkpoint")
     assert ended.metrics["resumed_at"] == 3
     assert losses(tmp_path / "store" / "run") == losses(tmp_path / "whole")
-    assert not filesystem.is_folder(f"{settings.out}/steps")
+    assert not filesystem.is_folder(f"{settings.out}/checkpoints")
     names = {file.path: file.sha256 for file in open_artifact(str(tmp_path / "whole"), "checkpoint").manifest.files}
     assert {file.path: file.sha256 for file in ended.manifest.files} == names

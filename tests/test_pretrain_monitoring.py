@@ -23,7 +23,7 @@ from pretrain.monitoring.throughput import ThroughputMeter, describe_step
 from pretrain.planning import hardware
 from tests.conftest import SyntheticCorpora
 from tests.daemons import free_ports
-from tests.test_pretrain_scale import under_torchrun
+from tests.ranks import run_ranks
 from tests.test_pretrain_training import config, losses
 
 PLAIN = {"sharding": {"backend": "torch"}, "runtime": {"num_workers": 0, "micro_batch_size": 8}}
@@ -273,9 +273,9 @@ def test_two_ranks_count_their_work_while_they_train(synthetic: SyntheticCorpora
         "from pretrain.config import PretrainConfig\nfrom pretrain.monitoring import throughput\n"
         "throughput._WARM_UP_SECONDS = 0\nmodule_main(PretrainConfig, run)\n"
     )
-    assert under_torchrun(settings, tmp_path / "job", script=script) == 0
+    assert run_ranks(script, settings, tmp_path / "job").returncode == 0
     lines = [json.loads(line) for line in (tmp_path / "run.job" / "live_metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["mfu"] > 0
     plain = config(synthetic.seed, tmp_path / "plain", **changes, sharding={"zero_stage": 3})
-    assert under_torchrun(plain, tmp_path / "job2") == 0
+    assert run_ranks("pretrain", plain, tmp_path / "job2").returncode == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 
 from infra.artifacts.artifact import open_artifact
 from infra.errors import EXIT_PREEMPTED
-from infra.launch.launcher import run_module
+from infra.launch.job import Job
 from pretrain.checkpoint.artifact import WEIGHTS, Checkpoint
 from pretrain.config import PretrainConfig
 from pretrain.monitoring.watchdog import EXIT_HANG
 from tests.conftest import SyntheticCorpora
+from tests.ranks import run_module, run_ranks
 from tests.test_pretrain_training import TINY, config, losses
 
 pytestmark = pytest.mark.multiprocess
@@ -46,22 +47,6 @@ def _words(sharding: dict[str, object]) -> str:
     return " ".join(f"{name} {value}" for name, value in sharding.items())
 
 
-def under_torchrun(settings: PretrainConfig, folder: Path, ranks: int = 2, script: Path | None = None) -> int:
-    return run_torchrun(settings, folder, ranks, script).returncode
-
-
-def run_torchrun(
-    settings: PretrainConfig, folder: Path, ranks: int, script: Path | None
-) -> subprocess.CompletedProcess[str]:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(settings.model_dump_json())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    module = ["-m", "pretrain"] if script is None else [str(script)]
-    ended = subprocess.run([*command, *module, str(folder)], timeout=400, check=False, capture_output=True, text=True)
-    print(ended.stderr)
-    return ended
-
-
 @pytest.fixture(scope="module")
 def plain(synthetic: SyntheticCorpora, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process of plain torch in float32."""
@@ -78,7 +63,7 @@ def test_two_ranks_of_every_stage_are_one_plain_process(
     """Losses of 20 steps to 1 %, the teacher to a tenth of what it moved at a momentum of 0.9999."""
     changes = {**ALIKE, "schedule": {"steps": STEPS, "global_batch_size": 16}, "sharding": sharding}
     sharded = config(synthetic.seed, tmp_path / "run", **changes)
-    assert under_torchrun(sharded, tmp_path / "job") == 0
+    assert run_ranks("pretrain", sharded, tmp_path / "job").returncode == 0
     for ours, single in zip(losses(tmp_path / "run"), losses(plain), strict=True):
         assert ours["loss"] == pytest.approx(single["loss"], rel=1e-2)
         assert ours["gradient_norm"] == pytest.approx(single["gradient_norm"], rel=5e-2)
@@ -107,7 +92,7 @@ def test_a_training_goes_on_under_another_engine_and_world(
     script = tmp_path / "stops.py"
     late = _SCRIPT.replace("if step == {step} and last:", "if step in (5, 6) and last:")  # 5: the state gets whole
     script.write_text(late.replace("{body}", "__import__('time').sleep(2) if step == 5 else os._exit(3)"))
-    assert under_torchrun(PretrainConfig.model_validate(both), tmp_path / "job", script=script) != 0
+    assert run_ranks(script, PretrainConfig.model_validate(both), tmp_path / "job").returncode != 0
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-4"]
     other = both | {"sharding": ended, "guards": {"max_rollbacks": 9}}
     run_module("pretrain", PretrainConfig.model_validate(other))
@@ -129,7 +114,7 @@ def test_an_optimiser_goes_on_in_files(synthetic: SyntheticCorpora, tmp_path: Pa
     settings = config(synthetic.seed, tmp_path / "run", **wide, sharding=STAGES[3])
     script = tmp_path / "stops.py"
     script.write_text(_SCRIPT.format(step=5, body="os._exit(3)"))
-    assert under_torchrun(settings, tmp_path / "job", 1, script) != 0
+    assert run_ranks(script, settings, tmp_path / "job", 1).returncode != 0
     nvme = {"zero_stage": 3, "offload_optimizer": "nvme", "nvme_path": str(tmp_path / "nvme")}
     run_module("pretrain", config(synthetic.seed, tmp_path / "run", **wide, sharding=nvme))
     assert list((tmp_path / "nvme").rglob("exp_avg-*.swp"))
@@ -187,7 +172,7 @@ def test_a_step_that_is_no_number_on_one_rank_is_skipped_on_all(
     alone = sharding.get("zero_stage") == 1 or sharding == OFFLOADED[-1]
     bad = "loss = loss + 1e25 * (loss - loss.detach())" if alone else "loss = loss * torch.nan"
     script.write_text(_SCRIPT.format(step=3, body=bad))
-    assert under_torchrun(settings, tmp_path / "job", ranks, script) == 0
+    assert run_ranks(script, settings, tmp_path / "job", ranks).returncode == 0
     rows = losses(tmp_path / "run")
     assert ["skipped" in row for row in rows] == [False, False, False, True, False, False]
     assert rows[-1]["samples"] == 6 * 8 * ranks
@@ -217,7 +202,7 @@ def test_a_training_that_stays_bad_goes_back_and_on_with_other_samples(
     body = "loss = loss * (torch.nan if ({low} <= int(batch.positions[0]) < {high}) else 1)"
     code = _SCRIPT.replace("if step == {step} and last:", "if True:")
     script.write_text(code.replace("{body}", body.format(low=6 * 8, high=9 * 8)))
-    assert under_torchrun(config(synthetic.seed, tmp_path / "run", **changes), tmp_path / "job", 1, script) == 0
+    assert run_ranks(script, config(synthetic.seed, tmp_path / "run", **changes), tmp_path / "job", 1).returncode == 0
     rows = losses(tmp_path / "run")
     assert [row["step"] for row in rows] == list(range(12))
     assert open_artifact(str(tmp_path / "run"), "checkpoint").metrics["rollbacks"] == 1
@@ -226,7 +211,8 @@ def test_a_training_that_stays_bad_goes_back_and_on_with_other_samples(
     assert "skipped" in rows[5]
 
     script.write_text(code.replace("{body}", body.format(low=6 * 8, high=1000 * 8)))
-    assert under_torchrun(config(synthetic.seed, tmp_path / "hopeless", **changes), tmp_path / "job", 1, script) != 0
+    hopeless = config(synthetic.seed, tmp_path / "hopeless", **changes)
+    assert run_ranks(script, hopeless, tmp_path / "job", 1).returncode != 0
     report = json.loads((tmp_path / "job" / "exit_status.json").read_text())["message"]
     assert "2 steps in a row were skipped, after 1 rollbacks" in report
 
@@ -240,7 +226,7 @@ def test_a_rank_that_hangs_ends_the_job_by_name(synthetic: SyntheticCorpora, tmp
     script = tmp_path / "hangs.py"
     script.write_text(_SCRIPT.format(step=3, body="__import__('time').sleep(1000)"))
     started = time.monotonic()
-    ended = run_torchrun(config(synthetic.seed, tmp_path / "run", **changes), tmp_path / "job", 2, script)
+    ended = run_ranks(script, config(synthetic.seed, tmp_path / "run", **changes), tmp_path / "job")
     assert ended.returncode != 0
     # Whichever rank's watch ends first says it, on its own log; all of them say it for the job.
     report = json.loads((tmp_path / "job" / "exit_status.json").read_text())
@@ -253,7 +239,9 @@ def test_a_rank_that_dies_ends_the_job_by_name(synthetic: SyntheticCorpora, tmp_
     script = tmp_path / "dies.py"
     script.write_text(_SCRIPT.format(step=3, body="os.kill(os.getpid(), 9)"))
     settings = config(synthetic.seed, tmp_path / "run", **ALIKE, schedule={"steps": 12, "global_batch_size": 16})
-    ended = run_torchrun(settings, tmp_path / "job", 2, script)
+    Job(tmp_path / "job").prepare(settings)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    ended = subprocess.run([*command, str(tmp_path / "job")], timeout=400, check=False, capture_output=True, text=True)
     assert ended.returncode != 0
     assert "local_rank: 1" in ended.stderr
     assert "exitcode: -9" in ended.stderr

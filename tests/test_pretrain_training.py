@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 import pretrain
 from infra.artifacts.artifact import open_artifact
 from infra.errors import UserError
-from infra.launch.launcher import run_module
 from pretrain import schedules
 from pretrain.checkpoint.artifact import WEIGHTS, Checkpoint
 from pretrain.checkpoint.spec import checkpoint_spec
@@ -34,6 +33,7 @@ from pretrain.sharding.single_process import SingleProcessBackend, gradients
 from pretrain.train import build_module, build_view_dataset
 from pretrain.trainer import parameter_groups
 from tests.conftest import SyntheticCorpora, encode_image, image_folder, ingest_folder, picture
+from tests.ranks import run_module
 
 HEAD = {"hidden_dim": 32, "bottleneck_dim": 16, "num_prototypes": 16}
 TINY = {
