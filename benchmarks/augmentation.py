@@ -1,7 +1,7 @@
 """Multi-crop views of small images: ours against torchvision's transforms, CPU-seconds for the same crops.
 
-Ours cuts and recolours 8-bit crops; the peer is the usual composition of torchvision v2 transforms
-on each crop. 64 images of 32 px, 2 global and 4 local crops with jitter, grey, blur and solarize.
+Ours cuts and recolors 8-bit crops; the peer is the usual composition of torchvision v2 transforms
+on each crop. 64 images of 32 px, 2 global and 4 local crops with jitter, gray, blur and solarize.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from benchmarks.report import Row, compared, cpu_seconds, main
 from pretrain.data.config import Crops, Photometric, Views
 from pretrain.data.views import extract_crops, sample_crops
 
-_COLOURS = Photometric(blur_prob=0.5, solarize_prob=0.2)
-_CROPS = ((Crops(size=32, photometric=[_COLOURS]), 2), (Crops(size=16, scale=(0.05, 0.32), photometric=[_COLOURS]), 4))
+_COLORS = Photometric(blur_prob=0.5, solarize_prob=0.2)
+_CROPS = ((Crops(size=32, photometric=[_COLORS]), 2), (Crops(size=16, scale=(0.05, 0.32), photometric=[_COLORS]), 4))
 
 
 def _images() -> list[np.ndarray]:

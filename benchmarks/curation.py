@@ -65,7 +65,7 @@ def _few() -> list[Row]:
     ours = _join(near_duplicate_peers.fovea, 0.65, _FEW)
     peer = _join(near_duplicate_peers.scikit_learn, 0.65, _FEW)
     assert ours.result == peer.result
-    return [compared(f"scikit-learn radius neighbours, {_FEW} rows", ours.cpu_seconds, peer.cpu_seconds, "CPU s")]
+    return [compared(f"scikit-learn radius neighbors, {_FEW} rows", ours.cpu_seconds, peer.cpu_seconds, "CPU s")]
 
 
 def _growth() -> Row:

@@ -2,7 +2,7 @@
 
 The peers are torchvision's ImageFolder and plain webdataset, both with DINOv2's transforms on Pillow images as the
 official code composes them. Every loader runs in a process of its own with one worker process: 2 global crops of 224 px
-and 8 local ones of 96, recoloured. CPU-seconds are those of both processes. The photographs are the `webpool` set
+and 8 local ones of 96, recolored. CPU-seconds are those of both processes. The photographs are the `webpool` set
 ($FOVEA_DATA or ../shared/data), as they are (about 350 px) and enlarged to 1,024 px.
 """
 
@@ -78,7 +78,7 @@ class DinoTransform:
 
     def __init__(self) -> None:
         jitter = transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)
-        colour = [transforms.RandomApply([jitter], p=0.8), transforms.RandomGrayscale(0.2)]
+        color = [transforms.RandomApply([jitter], p=0.8), transforms.RandomGrayscale(0.2)]
         blur = transforms.GaussianBlur(9, (0.1, 2.0))
         end = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
         bicubic = transforms.InterpolationMode.BICUBIC
@@ -88,7 +88,7 @@ class DinoTransform:
                 [
                     transforms.RandomResizedCrop(size, scale, interpolation=bicubic),
                     transforms.RandomHorizontalFlip(),
-                    *colour,
+                    *color,
                     transforms.RandomApply([blur], p=share),
                     transforms.RandomSolarize(128, solarize),
                     *end,

@@ -30,7 +30,7 @@ def _images() -> list[bytes]:
 
 
 def _decode(images: list[bytes]) -> None:
-    """The least that any hash needs: the grey values at half the scale."""
+    """The least that any hash needs: the gray values at half the scale."""
     for data in images:
         image = Image.open(io.BytesIO(data))
         image.draft("L", (_SIDE // 2, _SIDE // 2))

@@ -39,7 +39,7 @@ def usual(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> np.ndarr
     return (torch.from_numpy(queries) @ torch.from_numpy(bank).T).topk(K)[1].numpy()
 
 
-def neighbours(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> np.ndarray:
+def neighbors(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """Ours, without the votes."""
     from infra.compute.vector_search import knn_search
 
@@ -56,7 +56,7 @@ def lightlys(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> np.nd
 
 
 def measure() -> list[Row]:
-    runs = [[measured(each, features, _few) for each in (neighbours, usual, ours, lightlys)] for _ in range(3)]
+    runs = [[measured(each, features, _few) for each in (neighbors, usual, ours, lightlys)] for _ in range(3)]
     seconds = np.median([[each.cpu_seconds for each in run] for run in runs], axis=0)
     before = (BANK + QUERIES) * DIM * 4 / 1e9  # of the features themselves
     peaks = np.median([[each.peak_gb for each in run] for run in runs], axis=0)

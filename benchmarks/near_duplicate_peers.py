@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 THRESHOLD = 0.6
 _BLOCK = 2048
-_NEIGHBOURS = 64
+_NEIGHBORS = 64
 _CELLS = 1024
 
 
@@ -62,19 +62,19 @@ def ivf_range(vectors: np.ndarray, probes: int) -> int:
 
 
 def hnsw(vectors: np.ndarray, links: int = 16) -> int:
-    """FAISS graph, 64 neighbours of each row."""
+    """FAISS graph, 64 neighbors of each row."""
     import faiss
 
     index: Any = faiss.IndexHNSWFlat(vectors.shape[1], links, faiss.METRIC_INNER_PRODUCT)
-    index.hnsw.efSearch = _NEIGHBOURS
+    index.hnsw.efSearch = _NEIGHBORS
     index.add(vectors)
-    similar, found = index.search(vectors, _NEIGHBOURS)
+    similar, found = index.search(vectors, _NEIGHBORS)
     rows, columns = np.nonzero(similar >= THRESHOLD)
     return removed(len(vectors), iter([(rows, found[rows, columns])]))
 
 
 def scikit_learn(vectors: np.ndarray) -> int:
-    """scikit-learn's neighbours within a radius, by brute force."""
+    """scikit-learn's neighbors within a radius, by brute force."""
     from sklearn.neighbors import NearestNeighbors
 
     radius = float(np.sqrt(2 - 2 * THRESHOLD))
@@ -83,26 +83,26 @@ def scikit_learn(vectors: np.ndarray) -> int:
 
 
 def autofaiss(vectors: np.ndarray) -> int:
-    """The index that autofaiss chooses, 64 neighbours of each row."""
+    """The index that autofaiss chooses, 64 neighbors of each row."""
     from autofaiss import build_index
 
     index: Any = build_index(
         vectors, save_on_disk=False, metric_type="ip", max_index_memory_usage="1G", current_memory_available="4G",
         nb_cores=1, verbose=30,
     )[0]  # fmt: skip
-    similar, found = index.search(vectors, _NEIGHBOURS)
+    similar, found = index.search(vectors, _NEIGHBORS)
     rows, columns = np.nonzero(similar >= THRESHOLD)
     return removed(len(vectors), iter([(rows, found[rows, columns])]))
 
 
 def fastdup(vectors: np.ndarray) -> int:
-    """fastdup over given vectors, 64 neighbours of each row."""
+    """fastdup over given vectors, 64 neighbors of each row."""
     os.environ["SENTRY_OPT_OUT"] = "1"
     import fastdup
 
     with tempfile.TemporaryDirectory() as folder:
         fastdup.save_binary_feature(folder, [f"{row:09d}.jpg" for row in range(len(vectors))], vectors)
-        settings = {"d": vectors.shape[1], "nearest_neighbors_k": _NEIGHBOURS, "threshold": THRESHOLD, "num_threads": 1}
+        settings = {"d": vectors.shape[1], "nearest_neighbors_k": _NEIGHBORS, "threshold": THRESHOLD, "num_threads": 1}
         fastdup.run("", work_dir=folder, run_mode=2, **settings)
         with (Path(folder) / "similarity.csv").open(newline="") as file:
             pairs = [(int(row["from"][:9]), int(row["to"][:9])) for row in csv.DictReader(file)]

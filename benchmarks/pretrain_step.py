@@ -48,11 +48,11 @@ def batch_of_noise() -> Batch:
     rng = np.random.default_rng(0)
     sizes = ((2 * IMAGES, 224), (LOCALS * IMAGES, 96))
     crops = [torch.from_numpy(rng.integers(0, 256, (n, 3, side, side), dtype=np.uint8)) for n, side in sizes]
-    colours = [torch.from_numpy(np.tile(neutral_parameters(), (n, 1))) for n, _ in sizes]
+    colors = [torch.from_numpy(np.tile(neutral_parameters(), (n, 1))) for n, _ in sizes]
     plan = MaskSettings(patch_size=16, probability=0.5, ratio=(0.1, 0.5), exact=True, shift=False)
     masks = torch.from_numpy(batch_masks(2 * IMAGES, (14, 14), plan, rng))
     masked, none = masks.flatten().nonzero()[:, 0], torch.empty(0)
-    return Batch(crops[0], colours[0], crops[1], colours[1], masks, none, none, torch.arange(IMAGES), none, masked)
+    return Batch(crops[0], colors[0], crops[1], colors[1], masks, none, none, torch.arange(IMAGES), none, masked)
 
 
 @dataclass

@@ -19,11 +19,11 @@ class SyntheticSettings(Config):
     pool_per_class: int = Field(150, ge=1)
     """Pool crops of each of the 18 photographs."""
     seed_per_class: int = Field(60, ge=1)
-    """Labelled crops of each photograph in the curated seed."""
+    """Labeled crops of each photograph in the curated seed."""
     test_per_class: int = Field(50, ge=1)
-    """Labelled crops of each photograph in the evaluation set."""
+    """Labeled crops of each photograph in the evaluation set."""
     flat: int = Field(200, ge=0)
-    """Junk: images of one colour."""
+    """Junk: images of one color."""
     noise: int = Field(200, ge=0)
     """Junk: random pixels."""
     exact_copies: int = Field(300, ge=0)
@@ -57,7 +57,7 @@ class IngestSettings(Config):
     """pixels: decode every image, so that what is kept is known to be whole. header: read its dimensions alone, many
     times faster; training passes over those that then prove damaged."""
     bit_depth: int | None = Field(None, ge=9, le=32)
-    """Significant bits of grey or color samples of more than 8 bits, such as 12 for sensor data in 16-bit files. null:
+    """Significant bits of gray or color samples of more than 8 bits, such as 12 for sensor data in 16-bit files. null:
     the depth that a file declares; images that leave it open are rejected as `unknown_depth`."""
     window: tuple[float, float] | None = None
     """Sample values that become black and white in images of more than 8 bits, signed and floating-point ones included,

@@ -1,4 +1,4 @@
-"""Faces made unrecognisable. The only step that changes an image's bytes, and only those of images with faces."""
+"""Faces made unrecognizable. The only step that changes an image's bytes, and only those of images with faces."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ _BLOCK = 1024  # images of a file
 SCHEMA = pa.schema(
     [
         ("phash", pa.uint64()),  # null, as all, where the image cannot be decoded
-        ("entropy", pa.float32()),  # of the grey values, in bits: 0 for one colour, 8 at most
-        ("sharpness", pa.float32()),  # standard deviation of the Laplacian, in grey values of 0 to 255
+        ("entropy", pa.float32()),  # of the gray values, in bits: 0 for one color, 8 at most
+        ("sharpness", pa.float32()),  # standard deviation of the Laplacian, in gray values of 0 to 255
         ("small", pa.binary(SIDE * SIDE)),  # the small picture, uint8
     ]
 )
@@ -78,7 +78,7 @@ class ImageStats:
 
 
 def load_gray(data: bytes, depth: DepthSettings = AS_DECLARED) -> np.ndarray | None:
-    """An encoded image in grey, uint8 `[height, width]`, at a reduced scale where that is cheaper; None if it cannot
+    """An encoded image in gray, uint8 `[height, width]`, at a reduced scale where that is cheaper; None if it cannot
     be decoded."""
     try:
         image = open_image(data)

@@ -164,7 +164,7 @@ class SelectionState:
     def merge(
         self, losers: np.ndarray, matched: np.ndarray, step: str, reason: str, scores: np.ndarray | float
     ) -> None:
-        """Drop copies in favour of others, which stand for them from now on."""
+        """Drop copies in favor of others, which stand for them from now on."""
         self.drop(losers, step, reason, matched, scores)
         np.add.at(self.weight, matched, self.weight[losers])
         self.representative[losers] = matched

@@ -49,7 +49,7 @@ class DistillSettings(TrainingSettings):
     students: dict[str, StudentSettings] = Field(default_factory=_default_students, min_length=1)
     """Students by name, of any size, patch size and make. Each batch goes through the teachers once for all of them."""
     objectives: list[DistillObjective] = Field(default_factory=_default_objectives, min_length=1)
-    """Losses; their weighted sum is optimised, for each student. The default is DINOv2's distillation."""
+    """Losses; their weighted sum is optimized, for each student. The default is DINOv2's distillation."""
     teachers: dict[str, BackboneConfig] = Field(default_factory=dict)
     """Frozen teachers without heads, by name, beside the teacher checkpoint, whose name is teacher."""
     num_cached_views: int = Field(0, ge=0)
@@ -100,7 +100,7 @@ class PublishSettings(Config):
     name: str = Field("fovea-vit", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the model."""
     license: str = "other"
-    """Licence of the weights, as a Hugging Face identifier."""
+    """License of the weights, as a Hugging Face identifier."""
     description: str = ""
     """A sentence or two for the top of the model card."""
     formats: list[FormatName] | None = None

@@ -34,9 +34,9 @@ class Sources(Config):
     pool: str
     """The pool to curate and train on."""
     test: str
-    """The labelled evaluation set; the pool is decontaminated against it."""
+    """The labeled evaluation set; the pool is decontaminated against it."""
     train: str
-    """The labelled set that kNN and probe learn from."""
+    """The labeled set that kNN and probe learn from."""
     seed: str | None = None
     """The curated seed of retrieval; joins the pool in training."""
     evaluation: dict[str, str] = Field(default_factory=dict)
@@ -83,9 +83,9 @@ class AblateConfig(Config):
     seeds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
     """Of the trainings on each choice; with fewer than three little can be told."""
     train: str
-    """URL of the labelled corpus that kNN and probe learn from."""
+    """URL of the labeled corpus that kNN and probe learn from."""
     test: str
-    """URL of the labelled corpus that is scored."""
+    """URL of the labeled corpus that is scored."""
     pretrain: PretrainSettings = PretrainSettings()
     """The small backbone: all choices get the same steps and batches, the seed apart."""
     evaluate: EvaluateSettings = Field(default_factory=lambda: EvaluateSettings(baselines=False))

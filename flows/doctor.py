@@ -16,7 +16,7 @@ from infra.doctor import machine
 from infra.doctor.finding import Finding, fail, guarded, ok
 from pretrain import doctor
 
-_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+_COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 def findings(storage: str | None) -> Iterator[Finding]:
@@ -37,7 +37,7 @@ def _faiss() -> Finding:
     queries, bank = (rng.standard_normal((count, 32)).astype(np.float32) for count in (8, 500))
     _, rows = vector_search.knn_search(queries, bank, 3)
     if not np.array_equal(rows[:, 0], (queries @ bank.T).argmax(1)):
-        return fail("faiss", "finds other neighbours than plain products", "install faiss again")
+        return fail("faiss", "finds other neighbors than plain products", "install faiss again")
     count = vector_search.num_gpus()
     return ok("faiss", f"finds the nearest {f'on {count} GPUs' if count else 'on the CPU'}")
 
@@ -68,7 +68,7 @@ def show(found: list[Finding], as_json: bool) -> None:
         return
     table = Table(box=None, show_header=False, pad_edge=False)
     for each in found:
-        colour = _COLOURS[each.status]
+        color = _COLORS[each.status]
         told = escape(each.message) + (f"\n[bold]{escape(each.remedy)}[/bold]" if each.remedy else "")
-        table.add_row(f"[{colour}]{each.status}[/{colour}]", escape(each.name), told)
+        table.add_row(f"[{color}]{each.status}[/{color}]", escape(each.name), told)
     Console(highlight=False).print(table)

@@ -35,7 +35,7 @@ def run(config: PretrainConfig) -> Artifact:
 
 
 def knn_probe(config: PretrainConfig, settings: ProbeSettings) -> Probe:
-    """Accuracy of the teacher by its nearest neighbours, 0 to 1, on two labelled corpora.
+    """Accuracy of the teacher by its nearest neighbors, 0 to 1, on two labeled corpora.
 
     Raises:
         UserError: they have no labels, or not the same.

@@ -81,11 +81,11 @@ class Sharding(Config):
     backend: Literal["deepspeed", "torch"] = "deepspeed"
     """deepspeed, or plain torch: one process, the oracle of tests."""
     zero_stage: int = Field(0, ge=0, le=3)
-    """DeepSpeed ZeRO stage: 1 shards the optimiser, 2 the gradients too, 3 the parameters and the teacher too."""
+    """DeepSpeed ZeRO stage: 1 shards the optimizer, 2 the gradients too, 3 the parameters and the teacher too."""
     precision: Precision = "fp32"
-    """Precision of matrix products; parameters, optimiser and teacher stay in float32."""
+    """Precision of matrix products; parameters, optimizer and teacher stay in float32."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where the optimiser's moments, gradients and own weights are kept: on the GPU, or in memory or (stage 3) in
+    """Where the optimizer's moments, gradients and own weights are kept: on the GPU, or in memory or (stage 3) in
     files of the machine; then the CPU steps."""
     offload_parameters: Literal["none", "cpu"] = "none"
     """Where stage 3 keeps each rank's part of the parameters, the teacher's too."""
@@ -110,13 +110,13 @@ class Probe(Config):
     """kNN on the frozen teacher, now and then."""
 
     train: str
-    """URL of the labelled corpus that votes."""
+    """URL of the labeled corpus that votes."""
     test: str
-    """URL of the labelled corpus that is classified."""
+    """URL of the labeled corpus that is classified."""
     every: int = Field(1000, ge=1)
     """Steps between scores."""
     k: int = Field(20, ge=1)
-    """Neighbours that vote."""
+    """Neighbors that vote."""
 
 
 class Guards(Config):
@@ -145,7 +145,7 @@ class Collapse(Config):
     stop_after: int | None = Field(None, ge=1)
     """Alarming looks in a row after which the training stops; null: it goes on."""
     probe: Probe | None = None
-    """A small labelled set on which the teacher is scored by its nearest neighbours while it trains."""
+    """A small labeled set on which the teacher is scored by its nearest neighbors while it trains."""
 
 
 class Retention(Config):
@@ -200,7 +200,7 @@ class Schedule(Config):
     """How long, on how much, from which seed."""
 
     steps: int = Field(125_000, ge=1)
-    """Optimiser steps."""
+    """Optimizer steps."""
     global_batch_size: int = Field(64, ge=1)
     """The global batch: images a step, over all ranks."""
     seed: int = Field(0, ge=0)
@@ -215,7 +215,7 @@ class TrainingSettings(Config):
     schedule: Schedule = Schedule()
     """Length and batch."""
     optimizer: Optimizer = Optimizer()
-    """Optimiser and its schedules."""
+    """Optimizer and its schedules."""
     teacher: Teacher = Teacher()
     """Schedules of the teacher; in a distillation the momentum is that of the students' averages, which are released.
     """
@@ -240,7 +240,7 @@ class PretrainSettings(TrainingSettings):
     model: VisionTransformerConfig = VisionTransformerConfig()
     """The backbone."""
     objectives: list[ObjectiveConfig] = Field(default_factory=_default_objectives, min_length=1)
-    """Losses; their weighted sum is optimised. The default is DINOv2's."""
+    """Losses; their weighted sum is optimized. The default is DINOv2's."""
     views: Views = Views()
     """Crops and augmentation."""
 

@@ -120,7 +120,7 @@ def build_dataset(
     views: Views,
     patch_size: int,
     tokenize: Tokenize | None = None,
-    labelled: bool = False,
+    labeled: bool = False,
     repeats: int = 0,
 ) -> ViewDataset:
     """Views of the samples of some corpora or selections.
@@ -128,7 +128,7 @@ def build_dataset(
     Args:
         patch_size: of the patch tokens that masks cover.
         tokenize: captions to token ids, where an objective reads them; then every sample must have one.
-        labelled: an objective reads classes; then every sample must have one.
+        labeled: an objective reads classes; then every sample must have one.
         repeats: views of a sample after which the first one comes again; 0: none does.
     """
     samples = Samples([CorpusPart.open(url) for url in corpora])
@@ -136,11 +136,11 @@ def build_dataset(
     if tokenize is not None:
         for part in samples.parts:
             _ = part.corpus.captions  # raises now, not in a worker, if one is missing
-    if labelled:
+    if labeled:
         for part in samples.parts:
             _ = part.corpus.labels
     masks = MaskSettings.from_config(views, patch_size)
-    return ViewDataset(samples, views, masks, settings.schedule.seed, settings.sampling, tokenize, labelled, repeats)
+    return ViewDataset(samples, views, masks, settings.schedule.seed, settings.sampling, tokenize, labeled, repeats)
 
 
 def _attach_cache(samples: Samples, settings: TrainingSettings) -> None:

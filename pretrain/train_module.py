@@ -43,7 +43,7 @@ class TrainModule(nn.Module):
     """Turns a batch into a loss.
 
     Args:
-        views: how crops are normalised.
+        views: how crops are normalized.
 
     Attributes:
         precision: of matrix products.
@@ -83,7 +83,7 @@ class TrainModule(nn.Module):
             yield objective
 
     def begin_step(self, step: int) -> list[tuple[nn.Module, nn.Module]]:
-        """Tell the objectives which optimiser step comes next; return (source, copy) modules to be copied before it."""
+        """Tell the objectives which optimizer step comes next; return (source, copy) modules to be copied before it."""
         raise NotImplementedError
 
     def ema_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -96,12 +96,12 @@ class TrainModule(nn.Module):
             part.student.execution = execution
 
     def normalize(self, crops: Tensor, photometric_values: Tensor | None = None) -> Tensor:
-        """Crops as the network takes them, recoloured here where the loader has not done it."""
+        """Crops as the network takes them, recolored here where the loader has not done it."""
         return (adjust_colors(crops, photometric_values) - self.mean) / self.std
 
 
 def adjust_colors(crops: Tensor, photometric_values: Tensor | None = None) -> Tensor:
-    """Crops, uint8 `[n, 3, H, W]`, as numbers 0 to 1, recoloured where the loader has not done it."""
+    """Crops, uint8 `[n, 3, H, W]`, as numbers 0 to 1, recolored where the loader has not done it."""
     images = crops.float() / 255
     if photometric_values is not None and len(photometric_values):
         images = color_gpu.apply(images, photometric_values)
@@ -125,8 +125,8 @@ class PretrainModule(TrainModule):
     """Runs student and teacher once a batch and hands their outputs to every objective.
 
     Args:
-        student: the backbone that is optimised.
-        teacher: its moving average, which gives targets and is released; never optimised.
+        student: the backbone that is optimized.
+        teacher: its moving average, which gives targets and is released; never optimized.
         objectives: losses by name, with their heads.
     """
 

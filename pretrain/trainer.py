@@ -178,7 +178,7 @@ class Trainer:
         )
 
     def _step(self, step: int, source: Iterator[Batch]) -> None:
-        """One optimiser step and its row of telemetry."""
+        """One optimizer step and its row of telemetry."""
         values = schedules.schedule_values(self.settings, step)
         self._apply_schedule(values)
         self.backend.ema_update(self.module.begin_step(step), 0.0)

@@ -1,4 +1,4 @@
-"""Small labelled corpora and backbones with known answers, as evaluations see them."""
+"""Small labeled corpora and backbones with known answers, as evaluations see them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from tests.conftest import encode_image, ingest_folder
 PIXELS = PixelDescriptorConfig(side=8, frequencies=8, whiten=0.0)
 
 
-class Colours:
-    """A backbone whose patch tokens are the mean colours of patches, and whose vector is that of the image."""
+class Colors:
+    """A backbone whose patch tokens are the mean colors of patches, and whose vector is that of the image."""
 
     side, patch, any_size = 32, 4, True
 
@@ -98,12 +98,12 @@ def png(values: np.ndarray) -> bytes:
 
 
 def tinted(folder: Path, count: int, seed: int, classes: int = 3) -> Corpus:
-    """Images in class folders; each class is a colour with much noise."""
+    """Images in class folders; each class is a color with much noise."""
     rng = np.random.default_rng(seed)
-    colours = np.random.default_rng(99).integers(60, 200, (classes, 3))
+    colors = np.random.default_rng(99).integers(60, 200, (classes, 3))
     for number in range(count):
         name = number % classes
-        values = colours[name] + rng.normal(scale=30, size=3) + rng.normal(scale=60, size=(16, 16, 3))
+        values = colors[name] + rng.normal(scale=30, size=3) + rng.normal(scale=60, size=(16, 16, 3))
         path = folder / "images" / f"class{name}" / f"{seed}-{number:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(values.clip(0, 255).astype(np.uint8)))

@@ -38,7 +38,7 @@ def resized(pixels: np.ndarray, share: float) -> np.ndarray:
     return np.asarray(image.resize((round(image.width * share), round(image.height * share)), Image.Resampling.LANCZOS))
 
 
-def test_what_is_transparent_is_white_in_grey_too() -> None:
+def test_what_is_transparent_is_white_in_gray_too() -> None:
     pixels = np.full((16, 16), 7, dtype=np.uint8)
     pixels[:, 8:] = 90
     seen = load_gray(encode_image(Image.fromarray(pixels), transparency=7))
@@ -102,7 +102,7 @@ def test_pairs_within_a_radius_are_those_of_brute_force(seed: int, radius: int, 
 
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory: pytest.TempPathFactory) -> Pool:
-    """Pieces of photographs, smaller and recompressed copies of nine of them, and two images of one colour."""
+    """Pieces of photographs, smaller and recompressed copies of nine of them, and two images of one color."""
     rng = np.random.default_rng(0)
     whole = [load_photographs()[name] for name in ("astronaut", "chelsea", "coffee", "china", "flower", "motorcycle")]
     places = rng.integers(0, 100, (PIECES, 2))

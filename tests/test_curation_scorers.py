@@ -78,7 +78,7 @@ def test_fields_tables_and_plugins_score(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="in columns key and nope"):
         curated(tmp_path, target, {"kind": "score", "scorer": {**scorer, "column": "nope"}, "min": 0})
 
-    images = [encode_image(Image.new("RGB", (8, 8), (grey, grey, grey))) for grey in (10, 200, 90)]
+    images = [encode_image(Image.new("RGB", (8, 8), (gray, gray, gray))) for gray in (10, 200, 90)]
     plugin = {"kind": "plugin", "name": f"{__name__}:brightness"}
     _, ledger = curated(tmp_path, written(tmp_path / "w", images), {"kind": "score", "scorer": plugin, "min": 90})
     assert bounds(ledger) == [False, True, True]

@@ -1,4 +1,4 @@
-"""Joins, clusters and neighbours against brute force; and that nothing depends on how they are computed."""
+"""Joins, clusters and neighbors against brute force; and that nothing depends on how they are computed."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def test_a_centroid_that_loses_its_members_gets_others() -> None:
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 1000), st.integers(1, 50), st.integers(1, 30))
-def test_neighbours_are_those_of_brute_force(seed: int, n: int, k: int) -> None:
+def test_neighbors_are_those_of_brute_force(seed: int, n: int, k: int) -> None:
     bank, queries = unit(seed, n, 8), unit(seed + 1, 7, 8)
     scores = queries.astype(np.float64) @ bank.T.astype(np.float64)
     expected = np.argsort(-scores, axis=1, kind="stable")[:, :k]
@@ -269,7 +269,7 @@ def test_neighbours_are_those_of_brute_force(seed: int, n: int, k: int) -> None:
     np.testing.assert_array_equal(best.others, scores.argmax(1)[above])
 
 
-def test_of_many_equal_neighbours_the_first_count() -> None:
+def test_of_many_equal_neighbors_the_first_count() -> None:
     bank, queries = unit(0, 3000, 16), unit(1, 3, 16)
     bank[500:700] = queries[0]
     for way in WAYS:
@@ -319,7 +319,7 @@ def test_what_another_join_left_is_not_gone_on_from(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "forest.npz").exists()
 
 
-def test_the_compressed_index_finds_most_neighbours() -> None:
+def test_the_compressed_index_finds_most_neighbors() -> None:
     bank, queries = planted(5, 5000, 32, concepts=100), planted(5, 5000, 32, concepts=100)[:200]
     rows = np.arange(len(bank))
     index = IvfPqIndex(bank[np.random.default_rng(0).permutation(5000)], len(rows), 0)

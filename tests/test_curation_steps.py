@@ -60,15 +60,15 @@ def test_exact_copies_go_and_the_first_key_stays(tmp_path: Path) -> None:
     assert ledger[0]["duplicate_group"] == ledger[2]["duplicate_group"] == ledger[4]["duplicate_group"]
 
 
-@pytest.mark.parametrize("policy", ["resolution", "bytes", "first_key", "quality", "licence"])
+@pytest.mark.parametrize("policy", ["resolution", "bytes", "first_key", "quality", "license"])
 def test_of_each_component_the_preferred_image_stays_and_stands_for_all(tmp_path: Path, policy: str) -> None:
     vectors, rng = planted(1, 60, 8), np.random.default_rng(2)
-    licences = rng.choice(["cc0", "cc-by", "unknown"], 60).tolist()
+    licenses = rng.choice(["cc0", "cc-by", "unknown"], 60).tolist()
     quality = rng.integers(0, 5, 60).tolist()
     sides = rng.integers(1, 9, 60).tolist()
     rows = [
-        {"width": side, "height": 3, "json": json.dumps({"licence": licence, "quality": value}).encode()}
-        for side, licence, value in zip(sides, licences, quality, strict=True)
+        {"width": side, "height": 3, "json": json.dumps({"license": license, "quality": value}).encode()}
+        for side, license, value in zip(sides, licenses, quality, strict=True)
     ]
     step: dict[str, Any] = {"kind": "near_duplicates", "threshold": 0.8, "representative": policy}
     order = {"cc0": 1, "cc-by": 2, "unknown": 3}
@@ -77,11 +77,11 @@ def test_of_each_component_the_preferred_image_stays_and_stands_for_all(tmp_path
         "bytes": lambda i: (0, i),  # the images are of one size
         "first_key": lambda i: i,
         "quality": lambda i: (-quality[i], i),
-        "licence": lambda i: (order[licences[i]], i),
+        "license": lambda i: (order[licenses[i]], i),
     }[policy]
-    if policy in ("quality", "licence"):
+    if policy in ("quality", "license"):
         step |= {"representative": "field", "field": policy}
-        step |= {"prefer": ["cc0", "cc-by"]} if policy == "licence" else {}
+        step |= {"prefer": ["cc0", "cc-by"]} if policy == "license" else {}
     artifact, ledger = curated(tmp_path, pool(tmp_path, vectors, rows=rows), step)
     for group in groups(vectors, 0.8):
         stays = min(group, key=better)
@@ -155,7 +155,7 @@ def test_leaks_are_those_of_brute_force_in_both_readings(tmp_path: Path) -> None
             assert sum(count for _, count in facts["histogram"]) == (score >= 0.65).sum()
 
 
-def test_retrieval_keeps_the_neighbours_of_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retrieval_keeps_the_neighbors_of_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, seed = unit(5, 60), unit(6, 9)
     target, curated_seed = pool(tmp_path, vectors), pool(tmp_path, seed, "s")
     nearest = np.argsort(-similarities(seed, vectors), axis=1, kind="stable")[:, :5]

@@ -299,7 +299,7 @@ def test_a_segmenter_of_transformers_stands_on_it(student: Checkpoint, published
     torch.testing.assert_close(grid.flatten(2).transpose(1, 2), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_the_card_tells_numbers_lineage_and_licence(published: Path) -> None:
+def test_the_card_tells_numbers_lineage_and_license(published: Path) -> None:
     card = (published / "README.md").read_text()
     assert card.startswith("---\nlicense: cc0-1.0\n")
     assert "| knn | accuracy, k = " in card

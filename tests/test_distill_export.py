@@ -117,7 +117,7 @@ def test_models_that_timm_has_not_are_published_otherwise(synthetic: SyntheticCo
 
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images with .json files, some of whose licences mean harm."""
+    """Images with .json files, some of whose licenses mean harm."""
     path = tmp_path_factory.mktemp("shard") / "images.tar"
     named = ["CC-BY-4.0"] * 6 + ["MIT"] * 3 + ["<script>x</script> | [a](b)"] + [7] * 2  # type: ignore[list-item]
     with tarfile.open(path, "w") as archive:
@@ -153,11 +153,11 @@ def published(trained: Checkpoint, out: Path, **changes: Any) -> Artifact:
     return publish(PublishConfig.model_validate(settings | {"name": "small"} | changes))
 
 
-def test_a_card_tells_licences_and_compute(backbone: Artifact, trained: Checkpoint, shard: Path) -> None:
+def test_a_card_tells_licenses_and_compute(backbone: Artifact, trained: Checkpoint, shard: Path) -> None:
     told = Provenance.from_checkpoint(trained.artifact)
     (source,) = told.sources
     assert (source.name, source.images, source.read) == ("images.tar", 12, 12)
-    assert source.licences == {"CC-BY-4.0": 6, "MIT": 3, "<script>x</script> | [a](b)": 1}
+    assert source.licenses == {"CC-BY-4.0": 6, "MIT": 3, "<script>x</script> | [a](b)": 1}
     (compute,) = told.compute
     assert (compute.stage, compute.images, compute.devices, compute.kwh) == ("pretrain", 24, "1 x CPU", None)
     assert 0 < compute.hours < 0.1
@@ -269,4 +269,4 @@ def test_folders_of_images_lose_their_paths(tmp_path: Path) -> None:
     corpus = ingest_folder(image_folder(tmp_path / "secret" / "photos", 4), tmp_path / "corpus").artifact
     (source,) = Provenance.from_checkpoint(corpus).sources
     assert source.name == "photos"
-    assert source.licences == {}
+    assert source.licenses == {}

@@ -41,10 +41,10 @@ def said(seed: int, dim: int, patch_dim: int, side: int, count: int = 4) -> Said
     )
 
 
-@pytest.mark.parametrize("standardise", [4, 0])
-def test_features_cost_what_the_formula_says(standardise: int) -> None:
+@pytest.mark.parametrize("standardize", [4, 0])
+def test_features_cost_what_the_formula_says(standardize: int) -> None:
     asked = FeaturesConfig(
-        standardize_images=standardise, class_weight=0.5, patch_weight=2.0, cosine=0.7, smooth_l1=0.3
+        standardize_images=standardize, class_weight=0.5, patch_weight=2.0, cosine=0.7, smooth_l1=0.3
     )
     loss = FeatureDistill(asked, Width(6, 5), {"a": Width(7, 8)})
     student, wanted = said(0, 6, 5, 2), said(1, 7, 8, 4)
@@ -53,7 +53,7 @@ def test_features_cost_what_the_formula_says(standardise: int) -> None:
     terms = loss(outputs, None, 0.0)
     heads: Any = loss.heads["of_a"]
     tokens = wanted.class_token, wanted.patch_tokens
-    if standardise:
+    if standardize:
         tokens = tuple(
             torch.from_numpy(StandardScaler().fit_transform(each.flatten(0, -2).numpy())).view(each.shape)
             for each in tokens

@@ -84,8 +84,8 @@ def settings(corpus: str, out: Path, **changes: Any) -> DistillConfig:
 def test_students_together_are_what_they_are_alone(
     synthetic: SyntheticCorpora, teacher: str, foreign: TimmBackboneConfig, tmp_path: Path
 ) -> None:
-    """Bit for bit: by the teacher's heads and by features of two teachers, one of which is standardised once for all;
-    of another patch size, of another learning rate, with batch normalisation."""
+    """Bit for bit: by the teacher's heads and by features of two teachers, one of which is standardized once for all;
+    of another patch size, of another learning rate, with batch normalization."""
     students = {"small": SMALL, "fine": FINE, "net": NET}
     shared: dict[str, Any] = {
         "teacher_checkpoint": teacher,
@@ -575,7 +575,7 @@ STEPS = 120
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_distilled_students_beat_one_trained_from_scratch(shared_data: Path, tmp_path: Path) -> None:
-    """By nearest neighbours, after as many steps, on slices of CIFAR-10: by the teacher's heads, or by its features.
+    """By nearest neighbors, after as many steps, on slices of CIFAR-10: by the teacher's heads, or by its features.
 
     The teacher saw the classes' names too: with images alone none of this size gets far in a minute.
     """
@@ -620,7 +620,7 @@ def slice_of(folder: Path, name: str, count: int, tmp_path: Path) -> str:
 
 
 def accuracy(url: str, train: str, test: str) -> float:
-    """Of 20 nearest neighbours."""
+    """Of 20 nearest neighbors."""
     backbone, corpora = load_backbone(CheckpointBackboneConfig(url=url)), [Corpus.open(each) for each in (train, test)]
     bank, queries = (extract(backbone, corpus, 256, "knn") for corpus in corpora)
     votes = predict(bank, corpora[0].labels, queries, 10, 20, 0.07)

@@ -48,7 +48,7 @@ def test_any_function_of_the_images_has_an_interval() -> None:
     values = rng.normal(2, 1, 400)
     leaked = np.arange(400) < 100
     score = replace(BY, resamples=2000).score_images(
-        "metres", 400, lambda rows: float(values[rows].mean()), leaked, is_fraction=False, better="lower"
+        "meters", 400, lambda rows: float(values[rows].mean()), leaked, is_fraction=False, better="lower"
     )
     assert score.value == pytest.approx(values.mean())
     assert (score.low, score.high) == pytest.approx(t.interval(0.95, 399, values.mean(), values.std() / 20), abs=0.02)

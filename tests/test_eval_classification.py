@@ -30,7 +30,7 @@ from pretrain.backbones import base, registry
 from pretrain.backbones.config import TimmBackboneConfig
 from pretrain.data.decode import decode_rgb
 from pretrain.data.sample_order import generator as drawn
-from tests.eval_contexts import PIXELS, Colours, first_of, make_context, make_model, tinted, unit
+from tests.eval_contexts import PIXELS, Colors, first_of, make_context, make_model, tinted, unit
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_knn_is_that_of_lightly(k: int) -> None:
     np.testing.assert_array_equal(votes.argmax(1), theirs[:, 0].numpy())
 
 
-def test_the_nearest_neighbour_of_a_bank_image_is_itself() -> None:
+def test_the_nearest_neighbor_of_a_bank_image_is_itself() -> None:
     bank, labels = unit(0, 60), np.random.default_rng(0).integers(0, 7, 60)
     np.testing.assert_array_equal(knn.predict(bank, labels, bank, 7, 1, 0.07).argmax(1), labels)
 
@@ -180,11 +180,11 @@ def test_heads_are_trained_as_torch_trains_each_alone(tmp_path: Path) -> None:
         rows = np.arange(step * 8, step * 8 + 16)
         some, truth = torch.from_numpy(features.take(rows)), torch.from_numpy(labels[rows])
         heads.step(some, truth, 1.0)
-        for head, layer, optimiser in layers:
-            optimiser.zero_grad()
+        for head, layer, optimizer in layers:
+            optimizer.zero_grad()
             chosen = some[:, columns[head.blocks, head.pooled]]
             torch.nn.functional.cross_entropy(layer(chosen), truth).backward()
-            optimiser.step()
+            optimizer.step()
     rows = np.arange(64)
     for number, (head, layer, _) in enumerate(layers):
         with torch.no_grad():
@@ -201,14 +201,14 @@ def test_the_linear_probe_learns_and_chooses_without_the_test_set(
     notes = []
     for test in (test_set, train):
         opened = make_context({"train": train, "test": test}, [task.model_dump()], pictures=4)
-        outcome = linear.linear(task, make_model(tmp_path, backbone=Colours(), blocks=4), opened)
+        outcome = linear.linear(task, make_model(tmp_path, backbone=Colors(), blocks=4), opened)
         notes.append(outcome.scores[0].note)
         assert outcome.scores[0].value > 0.6
         assert set(outcome.pictures) == {"curve", "confusion"}
     assert notes[0] == notes[1]
     published = Linear(learning_rates=[1e-3, 1e-1], min_steps=50, batch=32, select_on="test")
     opened = make_context({"train": train, "test": test_set}, [published.model_dump()])
-    (score,) = linear.linear(published, make_model(tmp_path, backbone=Colours()), opened).scores
+    (score,) = linear.linear(published, make_model(tmp_path, backbone=Colors()), opened).scores
     assert "settings chosen on this test set" in score.note
 
 
@@ -220,21 +220,21 @@ def test_probes_of_backbones_without_tokens_take_the_vector(train: Corpus, test_
 
 
 def test_the_backbone_runs_once_and_views_are_told_apart(train: Corpus, tmp_path: Path) -> None:
-    first = make_model(tmp_path, backbone=Colours()).features_of(train, 3)
+    first = make_model(tmp_path, backbone=Colors()).features_of(train, 3)
     assert len(first) == 3 * len(train)
     broken = make_model(tmp_path)
     broken.__dict__["backbone"] = None  # whoever used it would fail
     again = broken.features_of(train, 3)
     assert again.artifact.id == first.artifact.id
     np.testing.assert_array_equal(again.raw(), first.raw())
-    np.testing.assert_array_equal(first.raw(), make_model(tmp_path, backbone=Colours()).features_of(train).raw())
+    np.testing.assert_array_equal(first.raw(), make_model(tmp_path, backbone=Colors()).features_of(train).raw())
     rows = first.take(np.array([3, 4, 5]))
     assert not np.array_equal(rows[0], rows[1])
     assert not np.array_equal(rows[1], rows[2])
 
 
 def test_other_sets_are_scored_by_class_maps(train: Corpus, tmp_path: Path) -> None:
-    other = tinted(tmp_path / "other", 40, 3, classes=4)  # class3 is of another colour
+    other = tinted(tmp_path / "other", 40, 3, classes=4)  # class3 is of another color
     (tmp_path / "map.yaml").write_text(yaml.safe_dump({"class0": "class0", "class1": ["class1", "class2"]}))
     opened = make_context(
         {"train": train, "test": train, "other": other},
@@ -307,7 +307,7 @@ def _photo() -> bytes:
 def test_corruption_errors_are_means_of_knn_on_damaged_images(train: Corpus, test_set: Corpus, tmp_path: Path) -> None:
     task = Corruptions(corruptions=["contrast", "jpeg_compression"], severities=[1, 5], images=20)
     opened = make_context({"train": train, "test": test_set}, [task.model_dump()], pictures=2)
-    outcome = corruptions.corruptions(task, make_model(tmp_path, backbone=Colours()), opened)
+    outcome = corruptions.corruptions(task, make_model(tmp_path, backbone=Colors()), opened)
     mean, *each = outcome.scores
     assert mean.value == pytest.approx(np.mean([score.value for score in each]))
     assert [score.metric for score in each] == ["error, contrast", "error, jpeg compression"]
@@ -422,7 +422,7 @@ def test_maps_and_names_may_have_numbers_for_keys(train: Corpus, tmp_path: Path)
         read_class_names(str(tmp_path / "numbers.yaml"))
 
 
-class Broken(Colours):
+class Broken(Colors):
     """A backbone with weights that are no numbers."""
 
     def layers(self, batch: torch.Tensor, blocks: int, norm: bool = True) -> tuple[torch.Tensor, list[base.Tokens]]:
@@ -440,7 +440,7 @@ def test_a_kill_between_parts_loses_and_doubles_nothing(
 ) -> None:
     from eval.data import feature_store
 
-    whole = make_model(tmp_path / "whole", backbone=Colours()).features_of(train, 2)
+    whole = make_model(tmp_path / "whole", backbone=Colors()).features_of(train, 2)
     monkeypatch.setattr(feature_store, "_PART_BYTES", 4 * 9 * 2 * 20)  # twenty images of nine columns and two views
     honest, parts = feature_store._rows, 0
 
@@ -453,8 +453,8 @@ def test_a_kill_between_parts_loses_and_doubles_nothing(
 
     monkeypatch.setattr(feature_store, "_rows", dying)
     first, second = (
-        make_model(tmp_path / "killed", backbone=Colours()),
-        make_model(tmp_path / "killed", backbone=Colours()),
+        make_model(tmp_path / "killed", backbone=Colors()),
+        make_model(tmp_path / "killed", backbone=Colors()),
     )
     second.extraction = feature_store.Extraction(1, 1, 0, 7, 0)  # another batch
     with pytest.raises(KeyboardInterrupt):

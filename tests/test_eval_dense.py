@@ -1,4 +1,4 @@
-"""Protocols of patch tokens, on images whose colours tell the truth."""
+"""Protocols of patch tokens, on images whose colors tell the truth."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from eval.protocols.config import Correspondence, Depth, KnnSegmentation, Segmen
 from eval.report.pictures.patches import patch_pca, principal_colors
 from infra.corpus.corpus import Corpus
 from infra.errors import UserError
-from tests.eval_contexts import Colours, first_of, make_context, make_model, png, samples
+from tests.eval_contexts import Colors, first_of, make_context, make_model, png, samples
 
-COLOURS = np.array([[20, 20, 20], [220, 40, 40], [40, 220, 40], [40, 40, 220]])
+COLORS = np.array([[20, 20, 20], [220, 40, 40], [40, 220, 40], [40, 40, 220]])
 NUMBERS = np.array([0, 3, 7, 90])
 
 
@@ -27,10 +27,10 @@ def scene(seed: int, side: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """An image of boxes on dark ground, uint8 `[side, side, 3]`, and its mask."""
     rng = np.random.default_rng(seed)
     place = np.zeros((side, side), dtype=int)
-    for colour in rng.permutation([1, 2, 3]):
+    for color in rng.permutation([1, 2, 3]):
         top, left = rng.integers(0, side - 24, 2)
-        place[top : top + 24, left : left + 24] = colour
-    noisy = COLOURS[place] + rng.normal(scale=8, size=(side, side, 3))
+        place[top : top + 24, left : left + 24] = color
+    noisy = COLORS[place] + rng.normal(scale=8, size=(side, side, 3))
     return noisy.clip(0, 255).astype(np.uint8), NUMBERS[place].astype(np.uint8)
 
 
@@ -55,13 +55,13 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Corpus]:
 
 
 @pytest.mark.parametrize("kind", ["segmentation", "knn_segmentation"])
-def test_what_colours_tell_is_segmented(kind: str, sets: dict[str, Corpus], tmp_path: Path) -> None:
+def test_what_colors_tell_is_segmented(kind: str, sets: dict[str, Corpus], tmp_path: Path) -> None:
     options = {"steps": 300, "batch": 4} if kind == "segmentation" else {"k": 5}
     opened = make_context(sets, [{"kind": kind, "grid": 16, **options}], pictures=3)
     task = opened.settings.tasks[0]
     assert isinstance(task, Segmentation | KnnSegmentation)
     run = {"segmentation": segmentation.segmentation, "knn_segmentation": segmentation.knn_segmentation}[kind]
-    outcome = run(task, make_model(tmp_path, backbone=Colours()), opened)
+    outcome = run(task, make_model(tmp_path, backbone=Colors()), opened)
     score = outcome.scores[0]
     assert score.value > 0.8
     assert score.low is not None
@@ -103,7 +103,7 @@ def test_segmentation_on_real_masks(shared_data: Path, tmp_path: Path) -> None:
     opened = make_context(sets, [{"kind": "segmentation", "grid": 16, "steps": 20, "ignore": [0, 255]}])
     task = opened.settings.tasks[0]
     assert isinstance(task, Segmentation)
-    (score,) = segmentation.segmentation(task, make_model(tmp_path, backbone=Colours()), opened).scores
+    (score,) = segmentation.segmentation(task, make_model(tmp_path, backbone=Colors()), opened).scores
     assert 0 < score.value < 0.2
     assert score.images == len(sets["test"])
 
@@ -114,7 +114,7 @@ def test_backbones_without_patches_and_missing_masks_are_named(sets: dict[str, C
         segmentation.segmentation(opened.settings.tasks[0], make_model(tmp_path), opened)  # type: ignore[arg-type]
     opened = make_context(sets, [{"kind": "depth", "grid": 16}])
     with pytest.raises(UserError, match=r"has no depth\.png beside it"):
-        depth.depth(opened.settings.tasks[0], make_model(tmp_path, backbone=Colours()), opened)  # type: ignore[arg-type]
+        depth.depth(opened.settings.tasks[0], make_model(tmp_path, backbone=Colors()), opened)  # type: ignore[arg-type]
 
 
 def test_depth_is_learned_where_brightness_tells_it(tmp_path: Path) -> None:
@@ -122,11 +122,11 @@ def test_depth_is_learned_where_brightness_tells_it(tmp_path: Path) -> None:
         members = {}
         for number in range(first, first + 10):
             coarse = np.random.default_rng(number).uniform(1, 9, (4, 4)).astype(np.float32)
-            metres = np.asarray(Image.fromarray(coarse).resize((64, 64), Image.Resampling.BICUBIC)).clip(0.5, 9.9)
-            grey = np.repeat((metres * 25)[..., None], 3, -1).astype(np.uint8)
-            stored = (metres * 1000).astype(np.uint16)
+            meters = np.asarray(Image.fromarray(coarse).resize((64, 64), Image.Resampling.BICUBIC)).clip(0.5, 9.9)
+            gray = np.repeat((meters * 25)[..., None], 3, -1).astype(np.uint8)
+            stored = (meters * 1000).astype(np.uint16)
             stored[:8] = 0  # unknown
-            members[f"{number:02d}"] = {"png": png(grey), "depth.png": png(stored)}
+            members[f"{number:02d}"] = {"png": png(gray), "depth.png": png(stored)}
         return samples(tmp_path / name, members)
 
     sets = {"train": corpus("train", 0), "test": corpus("test", 50)}
@@ -135,7 +135,7 @@ def test_depth_is_learned_where_brightness_tells_it(tmp_path: Path) -> None:
     )
     task = opened.settings.tasks[0]
     assert isinstance(task, Depth)
-    error, *deltas = depth.depth(task, make_model(tmp_path, backbone=Colours()), opened).scores
+    error, *deltas = depth.depth(task, make_model(tmp_path, backbone=Colors()), opened).scores
     assert (error.metric, error.better, error.is_fraction) == ("RMSE, m", "lower", False)
     assert error.value < 0.8
     assert deltas[0].value > 0.8
@@ -160,7 +160,7 @@ def test_masks_are_carried_through_a_video(tmp_path: Path) -> None:
             start = 32 + step * frame
             mask[16:40, start : start + 20] = 1
             mask[44:60, 90 - start : 110 - start] = 2
-            image = COLOURS[mask] + np.random.default_rng(frame).normal(scale=5, size=(64, 96, 3))
+            image = COLORS[mask] + np.random.default_rng(frame).normal(scale=5, size=(64, 96, 3))
             members[f"{name}/{frame:05d}"] = {"jpg": _jpeg(image.clip(0, 255).astype(np.uint8)), "seg.png": png(mask)}
     corpus = samples(tmp_path, members)
     assert [len(frames) for frames in video_segmentation.group_videos(corpus).values()] == [6, 6]
@@ -168,7 +168,7 @@ def test_masks_are_carried_through_a_video(tmp_path: Path) -> None:
     task = opened.settings.tasks[0]
     assert isinstance(task, VideoSegmentation)
     both, region, boundary = video_segmentation.video_segmentation(
-        task, make_model(tmp_path, backbone=Colours()), opened
+        task, make_model(tmp_path, backbone=Colors()), opened
     ).scores
     assert both.images == 4  # objects
     assert region.value > 0.8
@@ -190,7 +190,7 @@ def test_regions_and_boundaries_by_hand() -> None:
     assert video_segmentation.boundary_accuracy(first, second) < 0.8
 
 
-def test_points_are_found_where_the_same_colour_is(tmp_path: Path) -> None:
+def test_points_are_found_where_the_same_color_is(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     image = np.asarray(Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize((64, 64), 0))
     flipped = np.ascontiguousarray(image[:, ::-1])
@@ -205,23 +205,23 @@ def test_points_are_found_where_the_same_colour_is(tmp_path: Path) -> None:
     )
     task = opened.settings.tasks[0]
     assert isinstance(task, Correspondence)
-    (score,) = correspondence.correspondence(task, make_model(tmp_path, backbone=Colours()), opened).scores
+    (score,) = correspondence.correspondence(task, make_model(tmp_path, backbone=Colors()), opened).scores
     assert score.metric == "PCK@0.1"
     assert score.value == pytest.approx(0.5)
     (tmp_path / "pairs.json").write_text(json.dumps([{"source": "a"}]))
     with pytest.raises(UserError, match="target: field required"):
-        correspondence.correspondence(task, make_model(tmp_path, backbone=Colours()), opened)
+        correspondence.correspondence(task, make_model(tmp_path, backbone=Colors()), opened)
 
 
-def test_patches_of_one_thing_have_one_colour() -> None:
+def test_patches_of_one_thing_have_one_color() -> None:
     rng = np.random.default_rng(0)
     things, ground = rng.normal(3, 0.5, (60, 8)), rng.normal(-3, 0.3, (140, 8))
-    colours = principal_colors(np.concatenate([things, ground])).astype(int)
-    first = colours[:, 0]
+    colors = principal_colors(np.concatenate([things, ground])).astype(int)
+    first = colors[:, 0]
     assert min(first[:60].min(), first[60:].min()) < max(first[:60].min(), first[60:].min()) - 100
     assert np.ptp(first[:60]) < 100
     assert np.ptp(first[60:]) < 100
-    assert principal_colors(rng.normal(size=(50, 2))).shape == (50, 3)  # fewer dimensions than colours
+    assert principal_colors(rng.normal(size=(50, 2))).shape == (50, 3)  # fewer dimensions than colors
     assert not principal_colors(np.ones((5, 4))).any()  # nothing tells them apart
 
 
@@ -233,7 +233,7 @@ def test_maps_are_pngs_and_nothing_that_could_run(tmp_path: Path) -> None:
 
 
 def test_pictures_of_patches_are_pngs(sets: dict[str, Corpus]) -> None:
-    data = patch_pca(Colours(), sets["test"], 4)
+    data = patch_pca(Colors(), sets["test"], 4)
     assert data.startswith(b"\x89PNG")
 
 

@@ -18,7 +18,7 @@ from infra.corpus.corpus import Corpus
 from infra.errors import UserError
 from pretrain.backbones.config import CheckpointBackboneConfig
 from tests.conftest import SyntheticCorpora, encode_image, picture
-from tests.eval_contexts import Colours, make_context, make_model, png, samples
+from tests.eval_contexts import Colors, make_context, make_model, png, samples
 from tests.test_pretrain_training import config
 
 
@@ -49,7 +49,7 @@ def test_easy_hard_and_junk_count_as_the_protocol_says(tmp_path: Path) -> None:
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     task = Retrieval(ground_truth=str(tmp_path / "truth.json"))
     opened = make_context({"test": searched, "queries": queries}, [task.model_dump()])
-    tested = make_model(tmp_path, backbone=Colours())
+    tested = make_model(tmp_path, backbone=Colors())
     values = {each.metric: each.value for each in retrieval.retrieval(task, tested, opened).scores}
     assert values == {"mAP, medium": 1.0, "mAP, hard": 1.0, "mAP, easy": 1.0}
     truth["q"] |= {"easy": ["far"], "junk": []}

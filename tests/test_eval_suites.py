@@ -30,7 +30,7 @@ from tests.conftest import SyntheticCorpora, encode_image, exit_code, picture
 from tests.eval_contexts import PIXELS, tinted
 from tests.test_pretrain_training import config
 
-GREY = PixelDescriptorConfig(side=2, frequencies=1, whiten=0.0)
+GRAY = PixelDescriptorConfig(side=2, frequencies=1, whiten=0.0)
 TASKS = [
     {"kind": "knn", "k": [5, 10]},
     {"kind": "logistic", "C": [1.0]},
@@ -96,7 +96,7 @@ def test_a_report_has_numbers_baselines_pictures_and_a_page(
     names = {file.path for file in report.manifest.files}
     assert names >= {
         *("report.json", PAGE, "pca.png", "attention.png", "map.png"),
-        *("knn-neighbours.png", "knn-confusion.png", "knn-curve.png", "logistic-confusion.png"),
+        *("knn-neighbors.png", "knn-confusion.png", "knn-curve.png", "logistic-confusion.png"),
     }
     told = report.read_json("report.json")
     assert told["left_out"] == {"image_text": "no dataset captions", "zero_shot": "the backbone lacks a text tower"}
@@ -139,7 +139,7 @@ def test_what_was_scored_before_a_kill_is_not_scored_again(
 
 
 def test_the_gate_closes_where_scores_fell(synthetic: SyntheticCorpora, tmp_path: Path) -> None:
-    reports = [run(settings(synthetic, tmp_path, model=each, baselines=False)) for each in (PIXELS, GREY)]
+    reports = [run(settings(synthetic, tmp_path, model=each, baselines=False)) for each in (PIXELS, GRAY)]
     poor, good = sorted(reports, key=lambda report: report.metrics["logistic"]["model"])
     require(good, Gate(report=poor.url, protocols=["logistic"]))
     require(poor, Gate(report=good.url, max_drop=1000))

@@ -94,19 +94,19 @@ def test_all_artifacts_are_listed_and_filtered(runs: Runs, client: TestClient) -
 
 
 def test_new_artifacts_appear_and_unreadable_ones_are_named(tmp_path: Path) -> None:
-    catalogue = Catalog(str(tmp_path))
-    assert catalogue.artifacts() == []
+    catalog = Catalog(str(tmp_path))
+    assert catalog.artifacts() == []
     made = ingest(IngestConfig(source=str(image_folder(tmp_path / "images", 2)), out=str(tmp_path / "a")))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "manifest.json").write_text('{"schema": 99}')
-    assert catalogue.artifacts() == []  # it does not look at the storage for each page
-    catalogue._looked -= 10
+    assert catalog.artifacts() == []  # it does not look at the storage for each page
+    catalog._looked -= 10
     assert (
         describe_artifact(dataclasses.replace(made, manifest=made.manifest.model_copy(update={"kind": "selection"})))
         == ""
     )
-    assert [each.id for each in catalogue.artifacts()] == [made.id]
-    assert catalogue.unreadable() == [str(tmp_path / "b")]
+    assert [each.id for each in catalog.artifacts()] == [made.id]
+    assert catalog.unreadable() == [str(tmp_path / "b")]
 
 
 def test_lineage_leads_from_a_checkpoint_to_its_shards(runs: Runs, client: TestClient) -> None:

@@ -58,7 +58,7 @@ def test_a_copied_sample_keeps_every_member(tmp_path: Path) -> None:
     source = image_folder(tmp_path / "images", 3)
     for path in list(source.iterdir()):
         path.with_suffix(".txt").write_text(f"caption of {path.stem}")
-        path.with_suffix(".json").write_text('{"licence": "CC0"}')
+        path.with_suffix(".json").write_text('{"license": "CC0"}')
     corpus = ingest_folder(source, tmp_path / "corpus")
     (tmp_path / "copy").mkdir()
     writer = CorpusWriter(tmp_path / "copy", 1 << 20)
@@ -67,7 +67,7 @@ def test_a_copied_sample_keeps_every_member(tmp_path: Path) -> None:
     sample = next(iter(wds.WebDataset([str(tmp_path / "copy/shards/000000.tar")], shardshuffle=False)))
     assert sample["__key__"] == "0001"
     assert sample["txt"] == b"caption of 0001"
-    assert sample["json"] == b'{"licence": "CC0"}'
+    assert sample["json"] == b'{"license": "CC0"}'
     assert sample["png"] == corpus.read_image(1)
 
 

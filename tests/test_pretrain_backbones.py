@@ -148,7 +148,7 @@ def test_a_transformers_folder_embeds_as_transformers_does(tmp_path: Path) -> No
         load_backbone(TransformersBackboneConfig(checkpoint=str(tmp_path / "nowhere")))
 
 
-def test_a_torchscript_module_embeds_normalised_images(tmp_path: Path) -> None:
+def test_a_torchscript_module_embeds_normalized_images(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 8, stride=8), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
     torch.jit.script(module).save(str(tmp_path / "module.pt"))

@@ -1,4 +1,4 @@
-"""Order, crops, recolouring and masks: reproducible, elastic, and equal to what the field uses."""
+"""Order, crops, recoloring and masks: reproducible, elastic, and equal to what the field uses."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_a_whole_crop_is_the_image() -> None:
 
 
 def parameters(**changes: float) -> torch.Tensor:
-    names = ("brightness", "contrast", "saturation", "hue", "grey", "blur", "solarize", "invert", "channels")
+    names = ("brightness", "contrast", "saturation", "hue", "gray", "blur", "solarize", "invert", "channels")
     values = dict.fromkeys(names, 0.0) | {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0} | changes
     return torch.tensor([[values[name] for name in names]])
 
@@ -215,14 +215,14 @@ IMAGE = torch.from_numpy(np.random.default_rng(0).random((1, 3, 24, 20), dtype=n
         ({"saturation": 1.4}, tv.adjust_saturation(IMAGE, 1.4)),
         ({"hue": 0.2}, tv.adjust_hue(IMAGE, 0.2)),
         ({"hue": -0.35}, tv.adjust_hue(IMAGE, -0.35)),
-        ({"grey": 1.0}, tv.rgb_to_grayscale(IMAGE, 3)),
+        ({"gray": 1.0}, tv.rgb_to_grayscale(IMAGE, 3)),
         ({"blur": 1.2}, tv.gaussian_blur(IMAGE, [9, 9], [1.2, 1.2])),
         ({"solarize": 1.0}, tv.solarize(IMAGE, 128 / 255)),
         ({"invert": 1.0}, tv.invert(IMAGE)),
         ({"channels": 3.0}, IMAGE[:, [1, 2, 0]]),
     ],
 )
-def test_recolouring_is_torchvisions(changes: dict[str, float], expected: torch.Tensor) -> None:
+def test_recoloring_is_torchvisions(changes: dict[str, float], expected: torch.Tensor) -> None:
     torch.testing.assert_close(color_gpu.apply(IMAGE, parameters(**changes)), expected, atol=2e-4, rtol=0)
 
 
@@ -235,14 +235,14 @@ def test_recolouring_is_torchvisions(changes: dict[str, float], expected: torch.
         ({"saturation": 1.4}, lambda image: pil.adjust_saturation(image, 1.4)),
         ({"hue": 0.2}, lambda image: pil.adjust_hue(image, 0.2)),
         ({"hue": -0.35}, lambda image: pil.adjust_hue(image, -0.35)),
-        ({"grey": 1.0}, lambda image: pil.to_grayscale(image, 3)),
+        ({"gray": 1.0}, lambda image: pil.to_grayscale(image, 3)),
         ({"blur": 1.2}, lambda image: pil.gaussian_blur(image, [9, 9], [1.2, 1.2])),
         ({"solarize": 1.0}, lambda image: pil.solarize(image, 128)),
         ({"invert": 1.0}, lambda image: pil.invert(image)),
         ({"channels": 3.0}, lambda image: Image.fromarray(np.asarray(image)[..., [1, 2, 0]])),
     ],
 )
-def test_recolouring_in_workers_is_torchvisions_on_pillow_images(
+def test_recoloring_in_workers_is_torchvisions_on_pillow_images(
     changes: dict[str, float], expected: Callable[[Image.Image], Image.Image]
 ) -> None:
     image = picture(5, (48, 40))
@@ -253,7 +253,7 @@ def test_recolouring_in_workers_is_torchvisions_on_pillow_images(
     assert np.abs(ours - theirs).mean() <= 1
 
 
-def test_both_ways_of_recolouring_agree() -> None:
+def test_both_ways_of_recoloring_agree() -> None:
     spec = Photometric(
         jitter_prob=0.8, grayscale_prob=0.2, blur_prob=0.5, solarize_prob=0.0, invert_prob=0.2, channel_shuffle_prob=0.3
     )
@@ -277,14 +277,14 @@ def test_crops_are_resized_as_pillow_does(size: int) -> None:
     assert np.array_equal(views._resize(np.array(image), box, size, flipped=True), ours[:, ::-1])
 
 
-def test_each_image_of_a_batch_has_its_own_recolouring() -> None:
+def test_each_image_of_a_batch_has_its_own_recoloring() -> None:
     table = torch.cat([parameters(), parameters(invert=1.0), parameters(blur=1.0), parameters(hue=0.1)])
     together = color_gpu.apply(IMAGE.expand(4, -1, -1, -1), table)
     apart = torch.cat([color_gpu.apply(IMAGE, row[None]) for row in table])
     torch.testing.assert_close(together, apart)
 
 
-def test_recolouring_is_drawn_as_often_as_asked() -> None:
+def test_recoloring_is_drawn_as_often_as_asked() -> None:
     spec = Photometric(
         jitter_prob=0.8, grayscale_prob=0.2, blur_prob=0.5, solarize_prob=0.2, invert_prob=0.1, channel_shuffle_prob=0.3
     )

@@ -97,7 +97,7 @@ def test_exif_comes_before_xmp() -> None:
 def damaged() -> dict[str, bytes]:
     """Good pixels behind damaged metadata."""
     png, jpeg = encode_image(WIDE), encode_image(WIDE, "JPEG")
-    grey = encode_image(WIDE.convert("L"))
+    gray = encode_image(WIDE.convert("L"))
     profile = zlib.compress(bytes(8 << 20))
     late = chunk(b"tEXt", b"\xff" * 50)
     return {
@@ -106,7 +106,7 @@ def damaged() -> dict[str, bytes]:
         "unknown iCCP": with_chunk(png, chunk(b"iCCP", b"p\0\7" + profile)),
         "oversized zTXt": with_chunk(png, chunk(b"zTXt", b"k\0\0" + profile)),
         "short tRNS": with_chunk(png, chunk(b"tRNS", b"\0")),
-        "short tRNS of grey": with_chunk(grey, chunk(b"tRNS", b"\0")),
+        "short tRNS of gray": with_chunk(gray, chunk(b"tRNS", b"\0")),
         "short cHRM": with_chunk(png, chunk(b"cHRM", b"\0")),
         "short gAMA": with_chunk(png, chunk(b"gAMA", b"")),
         "short pHYs": with_chunk(png, chunk(b"pHYs", b"\0\0")),
@@ -124,7 +124,7 @@ def test_damaged_metadata_leaves_the_pixels(name: str) -> None:
     data = damaged()[name]
     image = decode_rgb(data)
     assert image.size == upright_size(open_image(data)) == WIDE.size
-    whole = encode_image(WIDE.convert("L" if "grey" in name else "RGB"), "JPEG" if "JPEG" in name else "PNG")
+    whole = encode_image(WIDE.convert("L" if "gray" in name else "RGB"), "JPEG" if "JPEG" in name else "PNG")
     np.testing.assert_array_equal(np.asarray(image), np.asarray(decode_rgb(whole)))
 
 
@@ -147,7 +147,7 @@ def test_header_and_pixels_agree_on_the_size(kind: str, value: int) -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 def test_16_bits_a_channel_are_full_depth_or_unknown(mode: str) -> None:
-    """As grey ones: values that leave the highest bit unused may be of 10 or 12 bits."""
+    """As gray ones: values that leave the highest bit unused may be of 10 or 12 bits."""
     import cv2
 
     ramp = np.tile(np.linspace(0, 1, 64)[:, None], (64, 1, len(mode)))
@@ -162,12 +162,12 @@ def test_16_bits_a_channel_are_full_depth_or_unknown(mode: str) -> None:
 
 
 def test_a_declared_range_is_taken() -> None:
-    grey = np.tile(np.linspace(0, 4095, 64), (64, 1)).astype(np.uint16)
-    declared = encode_image(Image.fromarray(grey), "TIFF", tiffinfo={280: 0, 281: 4095})
+    gray = np.tile(np.linspace(0, 4095, 64), (64, 1)).astype(np.uint16)
+    declared = encode_image(Image.fromarray(gray), "TIFF", tiffinfo={280: 0, 281: 4095})
     pixels = np.asarray(decode_rgb(declared))
     assert (pixels.min(), pixels.max()) == (0, 255)
     with pytest.raises(ImageRejected, match="unknown_depth"):
-        decode_rgb(encode_image(Image.fromarray(grey), "TIFF"))
+        decode_rgb(encode_image(Image.fromarray(gray), "TIFF"))
 
 
 def test_a_window_cuts_and_holds_what_is_no_number() -> None:

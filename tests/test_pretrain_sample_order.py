@@ -84,7 +84,7 @@ def test_ranks_may_come_and_go_within_an_epoch(first: int, worlds: list[tuple[in
 
 
 def test_a_permutation_is_as_good_as_chance() -> None:
-    """Places and rows, cut into ten parts each, meet as often as chance has it; so do neighbours."""
+    """Places and rows, cut into ten parts each, meet as often as chance has it; so do neighbors."""
     size = 40_000
     for number in range(5):
         rows = feistel_permutation(np.arange(size), size, (3, number))

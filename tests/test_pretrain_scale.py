@@ -105,7 +105,7 @@ def test_a_training_goes_on_under_another_engine_and_world(
     assert open_artifact(str(tmp_path / "run"), "checkpoint").metrics["resumed_at"] == 4
 
 
-def test_an_optimiser_goes_on_in_files(synthetic: SyntheticCorpora, tmp_path: Path) -> None:
+def test_an_optimizer_goes_on_in_files(synthetic: SyntheticCorpora, tmp_path: Path) -> None:
     """Begun in memory; wide enough that DeepSpeed writes files, which it does from 1 MiB a tensor on."""
     if not Path(os.environ.get("TORCH_EXTENSIONS_DIR", ""), "async_io", "async_io.so").exists():
         pytest.skip("TORCH_EXTENSIONS_DIR holds no async_io op; DeepSpeed's AsyncIOBuilder().load() takes 4 minutes")

@@ -40,7 +40,7 @@ def test_networks_of_one_size_get_their_crops_resized() -> None:
 
 
 def test_networks_of_timm_drop_nothing_and_count_a_batch_once() -> None:
-    """Swin has stochastic depth by itself; computed again, batch normalisation would see a batch twice."""
+    """Swin has stochastic depth by itself; computed again, batch normalization would see a batch twice."""
     torch.manual_seed(0)
     swin = TimmNetwork(TimmNetworkConfig(name="swin_tiny_patch4_window7_224", image_size=64)).train()
     images = torch.randn(2, 3, 64, 64)

@@ -190,7 +190,7 @@ def test_14_orientation(case: Case, tmp_path: Path) -> None:
     assert sizes[0] == sizes[1]
 
 
-def test_15_deep_grey(case: Case, tmp_path: Path) -> None:
+def test_15_deep_gray(case: Case, tmp_path: Path) -> None:
     known = {"08bit.png", "16bit.png", "white_is_zero_16.tif", "white_is_zero_8.tif"}
     folder = case(15)
     for path in folder.iterdir():
@@ -293,7 +293,7 @@ def test_26_class_names(case: Case, tmp_path: Path, capsys: pytest.CaptureFixtur
     quick = ["eval", "pixels", "quick", "--datasets.train", str(folder / "train")]
     for name, message in {
         "lack": "test lacks the class dog of train; ingest both the same way",
-        "unlabelled": "test has no labels; give class folders, or shards with .cls members",
+        "unlabeled": "test has no labels; give class folders, or shards with .cls members",
     }.items():
         out = ["--datasets.test", str(folder / name), "--out", str(tmp_path / name / "{id}")]
         assert message in failure(capsys, *quick, *out)

@@ -60,7 +60,7 @@ def rounding_error(dim: int) -> float:
 
 
 def widen(vectors: np.ndarray) -> np.ndarray:
-    """Float16 `[n, dim]` as float32, exactly; five times as fast as numpy's own conversion, which is not vectorised."""
+    """Float16 `[n, dim]` as float32, exactly; five times as fast as numpy's own conversion, which is not vectorized."""
     wide = np.empty(vectors.shape, dtype=np.float32)
     bits = wide.view(np.int32)
     np.copyto(bits, np.ascontiguousarray(vectors).view(np.int16))  # the sign fills the upper half

@@ -26,7 +26,7 @@ class Perceptual(Config):
     radius: int = Field(4, ge=0, le=31)
     """Bits of 64 in which two hashes may differ; the work grows quickly beyond 7."""
     min_entropy: float = Field(3.0, ge=0, le=8)
-    """Bits of the grey values below which an image has too little on it for its hash to mean anything."""
+    """Bits of the gray values below which an image has too little on it for its hash to mean anything."""
 
 
 class ImageQuality(Config):
@@ -34,9 +34,9 @@ class ImageQuality(Config):
 
     kind: Literal["image_quality"] = "image_quality"
     min_entropy: float = Field(1.0, ge=0, le=8)
-    """Bits of the grey values: 0 for one colour."""
+    """Bits of the gray values: 0 for one color."""
     min_sharpness: float = Field(0.0, ge=0)
-    """Standard deviation of the Laplacian in grey values of 0 to 255; below about 3 an image is blurred."""
+    """Standard deviation of the Laplacian in gray values of 0 to 255; below about 3 an image is blurred."""
 
 
 class CellSettings(Config):
@@ -61,12 +61,12 @@ class NearDuplicates(CellSettings):
     backbone without a measurement needs a value."""
     representative: Literal["resolution", "bytes", "first_key", "field"] = "resolution"
     """Which image of a component stays: the one with most pixels, the largest file, the one whose key comes first, or
-    the one that a field of the images' .json files prefers. Of equal ones a color image stays before a grey one, then
+    the one that a field of the images' .json files prefers. Of equal ones a color image stays before a gray one, then
     the larger file, then the first key."""
     field: str | None = None
     """The field, for `field`: the highest number stays."""
     prefer: list[str] = Field(default_factory=list)
-    """Values of the field in order of preference, licences say; others come after them."""
+    """Values of the field in order of preference, licenses say; others come after them."""
     min_similarity_to_representative: float = Field(-1.0, ge=-1, le=1)
     """Members less similar than this to the image that stays are no copies of it: they form groups of their own. It
     undoes chains, where each image is like the next and the last is unlike the first. -1 leaves components whole."""
@@ -104,14 +104,14 @@ class Retrieve(Config):
     k: int = Field(4, ge=1)
     """Nearest images kept for each seed image."""
     min_similarity: float = Field(-1.0, ge=-1, le=1)
-    """Neighbours less similar than this are not kept."""
+    """Neighbors less similar than this are not kept."""
     without_replacement: bool = False
-    """Give each seed image neighbours of its own: what a more similar seed image has taken is replaced by the next."""
+    """Give each seed image neighbors of its own: what a more similar seed image has taken is replaced by the next."""
     index: Literal["auto", "exact", "ivfpq"] = "auto"
     """exact compares every seed image with every image; ivfpq finds candidates in a compressed FAISS index and compares
     those exactly, where there are 10,000 images or more; auto: exact up to 4e11 comparisons of one dimension."""
     recall_audit_images: int = Field(200, ge=0)
-    """Seed images whose neighbours in the index are checked against the exact ones."""
+    """Seed images whose neighbors in the index are checked against the exact ones."""
 
 
 class RetrieveClusters(Config):

@@ -14,7 +14,7 @@ from pretrain.data.decode import ImageRejected, decode, open_image, upright_size
 from pretrain.data.images import depth_settings
 
 _SIDE = 64  # pixels of the thumbnail that shows whether an image has colors
-_SPREAD = 3  # mean range of the channels, of 255, above which it has: JPEG leaves some in grey images
+_SPREAD = 3  # mean range of the channels, of 255, above which it has: JPEG leaves some in gray images
 
 
 def order_by_preference(context: Context, step: NearDuplicates, rows: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -36,7 +36,7 @@ def order_by_preference(context: Context, step: NearDuplicates, rows: np.ndarray
 
 
 def sort_best_first(context: Context, rows: np.ndarray, groups: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """Places in `rows` by falling value; of equal ones of a group color before grey, then the larger file, which was
+    """Places in `rows` by falling value; of equal ones of a group color before gray, then the larger file, which was
     compressed less, then the key that comes first."""
     colors = np.ones(len(rows))
     tied = _find_ties(groups, value)
@@ -51,7 +51,7 @@ def _find_ties(groups: np.ndarray, value: np.ndarray) -> np.ndarray:
 
 
 def _is_color(context: Context, row: int) -> bool:
-    """Whether an image has colors; one that cannot be decoded counts as grey."""
+    """Whether an image has colors; one that cannot be decoded counts as gray."""
     try:
         opened = open_image(context.corpus.read_image(row))
         small = decode(opened, max(min(upright_size(opened)) // _SIDE, 1), depth=depth_settings(context.corpus))

@@ -15,7 +15,7 @@ from infra.compute.vector_search import IvfPqIndex, training_sample_size
 
 _EXACT_WORK = 4e11  # products: seed images times images times dimensions
 _WIDER = 8  # times as many candidates are taken from the index as are wanted
-_SPARE = 4  # times as many neighbours are looked at where each seed image is to have its own
+_SPARE = 4  # times as many neighbors are looked at where each seed image is to have its own
 _BLOCK = 1 << 15
 _INDEXED = 10_000  # images from which an index can be learned
 
@@ -42,7 +42,7 @@ def retrieve(context: Context, step: Retrieve) -> Mapping[str, Any]:
     return {
         "dropped": len(lost),
         "seed_images": len(seed.vectors),
-        "neighbours": len(found),
+        "neighbors": len(found),
         "collisions": len(found) - len(retrieved),
         "missing": step.k * len(seed.vectors) - len(found),
         **told,
@@ -81,7 +81,7 @@ def _search_blocks(context: Context, search: Any) -> tuple[np.ndarray, np.ndarra
 
 
 def _audit(context: Context, step: Retrieve, rows: np.ndarray, places: np.ndarray) -> dict[str, float]:
-    """The share of the exact neighbours that the index found, of some seed images."""
+    """The share of the exact neighbors that the index found, of some seed images."""
     seed = context.seed_embeddings.vectors
     generator = context.generator()
     asked = np.sort(generator.permutation(len(seed))[: step.recall_audit_images])
@@ -91,7 +91,7 @@ def _audit(context: Context, step: Retrieve, rows: np.ndarray, places: np.ndarra
 
 
 def _own(places: np.ndarray, scores: np.ndarray, near: np.ndarray, k: int) -> np.ndarray:
-    """Which neighbours each seed image gets if no image may serve two, bool like `index_in`: the most similar first."""
+    """Which neighbors each seed image gets if no image may serve two, bool like `index_in`: the most similar first."""
     asker, column = np.nonzero(near)
     order = np.lexsort((column, asker, -scores[asker, column]))
     chosen = np.zeros_like(near)

@@ -1,7 +1,7 @@
 """The synthetic corpus: a small web-like pool with known truth, made from pictures that come with dependencies.
 
 Classes are photographs of scikit-image and scikit-learn. An image is a random crop of one at a random scale, 32x32,
-with random tint, gamma, channel order and inversion, so that colour alone says nothing. Pool and seed are cut from the
+with random tint, gamma, channel order and inversion, so that color alone says nothing. Pool and seed are cut from the
 left part of each photograph, the evaluation set from the right part, with no pixel in common.
 """
 
@@ -99,7 +99,7 @@ def load_photographs() -> dict[str, np.ndarray]:
 
 
 def crop(photograph: np.ndarray, part: str, rng: np.random.Generator) -> np.ndarray:
-    """A random crop of the left or right part of a photograph, recoloured, uint8 `[32, 32, 3]`.
+    """A random crop of the left or right part of a photograph, recolored, uint8 `[32, 32, 3]`.
 
     Crops that show next to nothing (open sky, say) are drawn again a few times.
     """
@@ -114,10 +114,10 @@ def crop(photograph: np.ndarray, part: str, rng: np.random.Generator) -> np.ndar
         pixels = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)) / 255.0
         if pixels.std(axis=(0, 1)).mean() >= _LEAST_CONTRAST:
             break
-    return (_recolour(pixels, rng) * 255).round().astype(np.uint8)
+    return (_recolor(pixels, rng) * 255).round().astype(np.uint8)
 
 
-def _recolour(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _recolor(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     pixels = pixels ** np.exp(rng.uniform(-0.2, 0.2))
     pixels = np.clip(pixels * rng.uniform(0.85, 1.15, size=3), 0, 1)[..., rng.permutation(3)]
     return 1 - pixels if rng.random() < 0.5 else pixels
@@ -185,8 +185,8 @@ def _junk(settings: SyntheticSettings, rng: np.random.Generator) -> Iterator[tup
 
     digits: Any = load_digits()
     for digit in digits.images:
-        grey = Image.fromarray((digit * (255 / 16)).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-        yield "digit", np.asarray(grey.convert("RGB"))
+        gray = Image.fromarray((digit * (255 / 16)).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        yield "digit", np.asarray(gray.convert("RGB"))
     for _ in range(settings.flat):
         yield "flat", np.broadcast_to(rng.integers(0, 256, 3, dtype=np.uint8), (SIDE, SIDE, 3)).copy()
     for _ in range(settings.noise):

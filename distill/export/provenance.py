@@ -1,4 +1,4 @@
-"""Where a backbone comes from, for its card: sources, funnel, licences, compute."""
+"""Where a backbone comes from, for its card: sources, funnel, licenses, compute."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from infra.corpus.selection import Step, read_steps
 from infra.storage import filesystem
 from pretrain.planning import hardware
 
-_SAMPLE = 2000  # images of a corpus whose licences are read
+_SAMPLE = 2000  # images of a corpus whose licenses are read
 _ROLES = ("corpus", "selection", "teacher", "init_from")
 _TRAININGS = ("pretrain", "distill")
 
@@ -25,8 +25,8 @@ class Source:
 
     name: str
     images: int
-    licences: dict[str, int]
-    """Images by licence, as their .json files name it, from the commonest on"""
+    licenses: dict[str, int]
+    """Images by license, as their .json files name it, from the commonest on"""
     read: int
     """Images whose .json files were looked at"""
 
@@ -85,8 +85,8 @@ def _source(artifact: Artifact) -> Source:
     corpus = Corpus.open(artifact.url)
     rows = np.unique(np.linspace(0, len(corpus) - 1, min(_SAMPLE, len(corpus))).astype(np.int64))
     named = [each for each in read_json_values(corpus, rows, "license", "licence") if isinstance(each, str)]
-    licences = dict(sorted(Counter(named).items(), key=lambda pair: (-pair[1], pair[0])))
-    return Source(to_public(artifact.manifest.inputs["source"].url), len(corpus), licences, len(rows))
+    licenses = dict(sorted(Counter(named).items(), key=lambda pair: (-pair[1], pair[0])))
+    return Source(to_public(artifact.manifest.inputs["source"].url), len(corpus), licenses, len(rows))
 
 
 def to_public(source: str) -> str:

@@ -27,7 +27,7 @@ _IMAGES = 16
 
 
 def sample_pixels(images: Corpus, material: PublishSource) -> Tensor:
-    """The first images of a corpus, preprocessed and normalised, float32 `[n, 3, side, side]`."""
+    """The first images of a corpus, preprocessed and normalized, float32 `[n, 3, side, side]`."""
     side, views = material.backbone.image_size, material.views
     crops = [center_crop(image, side) for image in first_images(images, _IMAGES)]
     return Normalizer(views.mean, views.std)(torch.from_numpy(np.stack(crops)))

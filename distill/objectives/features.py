@@ -67,7 +67,7 @@ def _head(dim: int, hidden: int, out: int) -> nn.Sequential:
 
 
 class TeacherStatistics(nn.Module):
-    """How a teacher's tokens are standardised."""
+    """How a teacher's tokens are standardized."""
 
     def __init__(self, teacher: BackboneWidths) -> None:
         super().__init__()

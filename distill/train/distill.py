@@ -122,9 +122,9 @@ def _build_dataset(setup: DistillationSetup) -> ViewDataset:
     if not setup.teacher_objectives:
         views = views.model_copy(update={"num_local_crops": 0})  # nobody else reads them
     tokenize = tokenizer(clip.text) if clip else None
-    labelled = setup.find_objective(DeitConfig) is not None
+    labeled = setup.find_objective(DeitConfig) is not None
     repeats = setup.config.num_cached_views
-    return build_dataset(setup.config.corpora, setup.config, views, setup.patch_size, tokenize, labelled, repeats)
+    return build_dataset(setup.config.corpora, setup.config, views, setup.patch_size, tokenize, labeled, repeats)
 
 
 def _open_teacher_cache(setup: DistillationSetup, dataset: ViewDataset, spec: ArtifactSpec, url: str) -> TeacherCache:
@@ -148,7 +148,7 @@ def _open_teacher_cache(setup: DistillationSetup, dataset: ViewDataset, spec: Ar
 
 
 def _first_batches(setup: DistillationSetup, dataset: ViewDataset) -> Iterator[Batch]:
-    """What teachers' features are standardised by: the same on all ranks."""
+    """What teachers' features are standardized by: the same on all ranks."""
     features = setup.find_objective(FeaturesConfig)
     images = features.standardize_images if features else 0
     for first in range(0, images, _BATCH):

@@ -68,7 +68,7 @@ class DistillModule(TrainModule):
         rates: factors of their learning rates.
         teacher: the frozen backbone whose heads give targets, where there is one.
         others: teachers without heads, by name; no part of the learner's state.
-        views: how crops are normalised.
+        views: how crops are normalized.
         kept: what teachers say of views that come again; then none of them is asked.
         all_patches: patch tokens are compared everywhere, not where masks would hide them.
     """
@@ -202,7 +202,7 @@ def _name_term(term: str, student: str) -> str:
 
 @torch.no_grad()
 def _average_batch_statistics(network: nn.Module) -> None:
-    """Have batch normalisation keep the same statistics on all ranks: each saw other images."""
+    """Have batch normalization keep the same statistics on all ranks: each saw other images."""
     for module in network.modules():
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
             all_reduce_mean(module.running_mean)

@@ -62,7 +62,7 @@ class FrozenFeatures:
         return int(self._ends[-1])
 
     def vectors(self) -> np.ndarray:
-        """Vectors of the centres of all images at unit length, float32 `[n, vector]`."""
+        """Vectors of the centers of all images at unit length, float32 `[n, vector]`."""
         return l2_normalize(self.raw())
 
     def raw(self) -> np.ndarray:

@@ -124,8 +124,8 @@ def _snow(x: np.ndarray, s: int, g: np.random.Generator) -> np.ndarray:
     flakes[flakes < least] = 0
     weights = _motion_kernel(length * _clip_unit(x), sigma * _clip_unit(x))
     flakes = _blur_along(flakes.clip(0, 1), g.uniform(-3 * np.pi / 4, -np.pi / 4), weights)[..., None]
-    grey = cv2.cvtColor(x.astype(np.float32), cv2.COLOR_RGB2GRAY)[..., None]
-    paler = share * x + (1 - share) * np.maximum(x, grey * 1.5 + 0.5)
+    gray = cv2.cvtColor(x.astype(np.float32), cv2.COLOR_RGB2GRAY)[..., None]
+    paler = share * x + (1 - share) * np.maximum(x, gray * 1.5 + 0.5)
     return paler + flakes + np.rot90(flakes, 2)
 
 
@@ -147,16 +147,16 @@ def _plasma_fractal(side: int, decay: float, g: np.random.Generator) -> np.ndarr
 
 
 def _brightness(x: np.ndarray, s: int, g: np.random.Generator) -> np.ndarray:
-    colours = rgb2hsv(x)
-    colours[..., 2] = np.clip(colours[..., 2] + (0.1, 0.2, 0.3, 0.4, 0.5)[s], 0, 1)
-    return hsv2rgb(colours)
+    colors = rgb2hsv(x)
+    colors[..., 2] = np.clip(colors[..., 2] + (0.1, 0.2, 0.3, 0.4, 0.5)[s], 0, 1)
+    return hsv2rgb(colors)
 
 
 def _saturate(x: np.ndarray, s: int, g: np.random.Generator) -> np.ndarray:
     factor, more = ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2))[s]
-    colours = rgb2hsv(x)
-    colours[..., 1] = np.clip(colours[..., 1] * factor + more, 0, 1)
-    return hsv2rgb(colours)
+    colors = rgb2hsv(x)
+    colors[..., 1] = np.clip(colors[..., 1] * factor + more, 0, 1)
+    return hsv2rgb(colors)
 
 
 def _contrast(x: np.ndarray, s: int, g: np.random.Generator) -> np.ndarray:

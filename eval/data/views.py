@@ -1,4 +1,4 @@
-"""Views of images: the centre as the backbone wants it, and random crops."""
+"""Views of images: the center as the backbone wants it, and random crops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TRIES = 10
 
 
 def make_view(backbone: Backbone, image: Image.Image, row: int, number: int, seed: int) -> torch.Tensor:
-    """One view of an image, preprocessed: number 0 is its centre, others are random crops, flipped or not.
+    """One view of an image, preprocessed: number 0 is its center, others are random crops, flipped or not.
 
     What is drawn is a function of seed, row and number.
     """

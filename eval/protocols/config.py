@@ -37,7 +37,7 @@ class ClassificationTask(Task):
     """What protocols share that name one of the classes of a set."""
 
     test: str = "test"
-    """Name of the labelled dataset that is scored."""
+    """Name of the labeled dataset that is scored."""
     ood_datasets: list[OodDataset] = Field(default_factory=list)
     """Further sets that the same classifier is scored on: robustness."""
 
@@ -50,7 +50,7 @@ class OodDataset(Config):
     ObjectNet."""
 
     dataset: str
-    """Name of the labelled dataset."""
+    """Name of the labeled dataset."""
     classes: str | None = None
     """YAML or JSON file: for each of its classes the class, or list of classes, of the training set that it is; classes
     that are left out are not scored. null: classes of the same names."""
@@ -59,10 +59,10 @@ class OodDataset(Config):
 
 
 class LearnedTask(ClassificationTask):
-    """What protocols share that learn from labelled images."""
+    """What protocols share that learn from labeled images."""
 
     train: str = "train"
-    """Name of the labelled dataset that is learned from."""
+    """Name of the labeled dataset that is learned from."""
     select_on: SelectOn = "validation"
     """How settings are chosen: by a part of the training set, which says nothing of the test set; or, as published, the
     best on the test set that is reported, a little too good to be true."""
@@ -73,11 +73,11 @@ class LearnedTask(ClassificationTask):
 
 
 class Knn(LearnedTask):
-    """Weighted vote of the nearest neighbours (DINO, arXiv 2104.14294, section 4.1)."""
+    """Weighted vote of the nearest neighbors (DINO, arXiv 2104.14294, section 4.1)."""
 
     kind: Literal["knn"] = "knn"
     k: list[PositiveInt] = Field(default_factory=lambda: [10, 20, 100, 200], min_length=1)
-    """Numbers of neighbours that vote; the chosen one is the score, all are reported."""
+    """Numbers of neighbors that vote; the chosen one is the score, all are reported."""
     temperature: float = Field(0.07, gt=0)
     """A vote weighs exp(cosine / this)."""
     per_class: list[PositiveInt] = Field(default_factory=list)
@@ -106,7 +106,7 @@ class Linear(LearnedTask):
     batch: int = Field(128, ge=1)
     """Features a step."""
     views: int = Field(1, ge=1)
-    """Of each training image: the first is its centre, as in the test set, further ones are random crops, flipped or
+    """Of each training image: the first is its center, as in the test set, further ones are random crops, flipped or
     not. DINOv2 takes a new crop each time."""
     validation_fraction: float = Field(0.1, gt=0, lt=1)
     """Share of the training images that chooses."""
@@ -120,13 +120,13 @@ class Logistic(LearnedTask):
 
     kind: Literal["logistic"] = "logistic"
     C: list[PositiveFloat] = Field(default_factory=lambda: [0.01, 0.1, 1.0, 10.0, 100.0], min_length=1)
-    """Inverse regularisation strengths C; DINOv2 takes 45 from 1e-6 to 1e5."""
+    """Inverse regularization strengths C; DINOv2 takes 45 from 1e-6 to 1e5."""
     standardize: bool = True
     """Bring every dimension to mean 0 and deviation 1, which DINOv2 does not."""
     validation_fraction: float = Field(0.1, gt=0, lt=1)
     """Share of the training images that chooses."""
     max_iterations: int = Field(1000, ge=1)
-    """Of the optimiser, at most."""
+    """Of the optimizer, at most."""
 
     def num_candidates(self) -> int:
         return len(self.C)
@@ -137,13 +137,13 @@ class FewShot(ClassificationTask):
 
     kind: Literal["few_shot"] = "few_shot"
     train: str = "train"
-    """Name of the labelled dataset that is drawn from."""
+    """Name of the labeled dataset that is drawn from."""
     shots: list[PositiveInt] = Field(default_factory=lambda: [1, 5, 10], min_length=1)
     """Images a class."""
     num_draws: int = Field(5, ge=2)
     """Of each number; their mean is reported, with Student's t interval."""
     C: float = Field(100.0, gt=0)
-    """Inverse regularisation strength C, on vectors of unit length."""
+    """Inverse regularization strength C, on vectors of unit length."""
 
 
 class FineTune(LearnedTask):
@@ -244,11 +244,11 @@ class Depth(DenseTask):
     annotation_suffix: str = "depth.png"
     """Extension of the map beside each image: 16-bit PNG; 0 where nothing is known."""
     scale: float = Field(0.001, gt=0)
-    """Metres that 1 stands for."""
+    """Meters that 1 stands for."""
     nearest: float = Field(0.001, gt=0)
-    """Least depth, in metres."""
+    """Least depth, in meters."""
     farthest: float = Field(10.0, gt=0)
-    """Greatest depth, in metres; what is farther is not scored."""
+    """Greatest depth, in meters; what is farther is not scored."""
     bins: int = Field(256, ge=2)
     """Between them, evenly."""
     learning_rate: float = Field(1e-3, gt=0)
@@ -326,9 +326,9 @@ class Corruptions(Task):
 
     kind: Literal["corruptions"] = "corruptions"
     train: str = "train"
-    """Name of the labelled dataset that votes."""
+    """Name of the labeled dataset that votes."""
     test: str = "test"
-    """Name of the labelled dataset that is damaged."""
+    """Name of the labeled dataset that is damaged."""
     corruptions: list[str] = Field(default_factory=list)
     """Names of the corruptions; none: all."""
     severities: list[int] = Field(default_factory=lambda: [1, 3, 5], min_length=1)
@@ -336,7 +336,7 @@ class Corruptions(Task):
     images: int = Field(1000, ge=1)
     """Test images, evenly spread, at most."""
     k: int = Field(20, ge=1)
-    """Neighbours that vote."""
+    """Neighbors that vote."""
     temperature: float = Field(0.07, gt=0)
     """A vote weighs exp(cosine / this)."""
 
@@ -352,7 +352,7 @@ class Typographic(Task):
 
     kind: Literal["typographic"] = "typographic"
     test: str = "test"
-    """Name of the labelled dataset."""
+    """Name of the labeled dataset."""
     prompts: str = "plain"
     """Prompt templates: a name in eval/prompts, or the path of a text file with one template a line, `{}` the class."""
     class_names: str | None = None

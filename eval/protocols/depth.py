@@ -24,7 +24,7 @@ _VARIANCE = 0.85  # of the scale-invariant loss
 
 
 def depth(task: Depth, model: EvalModel, context: EvalContext) -> ProtocolResult:
-    """Root mean square error in metres, and the share of pixels within a factor of 1.25, its square and its cube: of
+    """Root mean square error in meters, and the share of pixels within a factor of 1.25, its square and its cube: of
     each image, averaged over images."""
     train, test = context.corpus(task.train), context.corpus(task.test)
     head = _train(
@@ -34,7 +34,7 @@ def depth(task: Depth, model: EvalModel, context: EvalContext) -> ProtocolResult
     for row in range(len(test)):
         truth = read_depth(task, test, row)
         with torch.no_grad():
-            found = head(torch.from_numpy(tokens.flat(np.array([row]))).to(head.centres.device)).cpu()
+            found = head(torch.from_numpy(tokens.flat(np.array([row]))).to(head.centers.device)).cpu()
         found_in[row] = depth_errors(
             dense_labels.upsample(found.unflatten(0, tokens.shape)[None], truth.shape)[0].numpy(), truth
         )
@@ -56,9 +56,9 @@ def depth(task: Depth, model: EvalModel, context: EvalContext) -> ProtocolResult
 
 
 def read_depth(task: Depth, corpus: Corpus, row: int) -> np.ndarray:
-    """Depth of each pixel in metres, float32 `[H, W]`; 0 where it is not known, or beyond the bounds."""
-    metres = dense_labels.read_map(corpus, row, task.annotation_suffix).astype(np.float32) * task.scale
-    return np.where((metres >= task.nearest) & (metres <= task.farthest), metres, 0)
+    """Depth of each pixel in meters, float32 `[H, W]`; 0 where it is not known, or beyond the bounds."""
+    meters = dense_labels.read_map(corpus, row, task.annotation_suffix).astype(np.float32) * task.scale
+    return np.where((meters >= task.nearest) & (meters <= task.farthest), meters, 0)
 
 
 def depth_errors(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -73,28 +73,28 @@ def depth_errors(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 class _Head(nn.Module):
-    """Tokens `[n, dim]` to depths in metres `[n]`."""
+    """Tokens `[n, dim]` to depths in meters `[n]`."""
 
-    centres: Tensor
+    centers: Tensor
 
     def __init__(self, task: Depth, width: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(width)
         self.layer = nn.Linear(width, task.bins)
         edges = torch.linspace(task.nearest, task.farthest, task.bins + 1)
-        self.register_buffer("centres", (edges[1:] + edges[:-1]) / 2)
+        self.register_buffer("centers", (edges[1:] + edges[:-1]) / 2)
 
     def forward(self, tokens: Tensor) -> Tensor:
         weights = F.relu(self.layer(self.norm(tokens))) + _FLOOR
-        return (weights * self.centres).sum(-1) / weights.sum(-1)
+        return (weights * self.centers).sum(-1) / weights.sum(-1)
 
 
 def _train(task: Depth, tokens: PatchTokenGrids, train: Corpus, seed: int, title: str) -> _Head:
     torch.manual_seed(seed)
     device = default_device()
     head = _Head(task, tokens.tokens.shape[-1]).to(device).train()
-    optimiser = torch.optim.AdamW(head.parameters(), lr=task.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, task.steps)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=task.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.steps)
     means = torch.from_numpy(
         np.stack([_patch_means(read_depth(task, train, row), tokens.shape) for row in range(len(train))])
     )
@@ -103,10 +103,10 @@ def _train(task: Depth, tokens: PatchTokenGrids, train: Corpus, seed: int, title
         for _ in range(task.steps):
             batch = chance.choice(len(train), min(task.batch, len(train)), replace=False)
             truth = means[batch].flatten().to(device)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss = scale_invariant_loss(head(torch.from_numpy(tokens.flat(batch)).to(device)), truth)
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
             advance()
     return head.eval()
@@ -121,8 +121,8 @@ def scale_invariant_loss(found: Tensor, truth: Tensor) -> Tensor:
     )
 
 
-def _patch_means(metres: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def _patch_means(meters: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Mean of the known depths of each patch, float32 `[h, w]`; 0 where none is."""
-    known = F.adaptive_avg_pool2d(torch.from_numpy((metres > 0).astype(np.float32))[None], shape)[0]
-    means = F.adaptive_avg_pool2d(torch.from_numpy(metres)[None], shape)[0]
+    known = F.adaptive_avg_pool2d(torch.from_numpy((meters > 0).astype(np.float32))[None], shape)[0]
+    means = F.adaptive_avg_pool2d(torch.from_numpy(meters)[None], shape)[0]
     return torch.where(known > 0, means / known.clamp_min(1e-6), 0).numpy()

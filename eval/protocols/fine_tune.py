@@ -101,16 +101,16 @@ def _train(
         .train()
     )
     parameters = [each for each in tuned.parameters() if each.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=task.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=task.weight_decay)
     steps = max(task.epochs * len(rows) // task.batch, 1)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     with progress(f"fine-tuning {model.name}", steps) as advance:
         for step, batch in enumerate(_batches(rows, task.batch, steps, seed)):
             images = [_view(model, corpus, int(row), step + 1, seed) for row in batch]
             truth = torch.from_numpy(corpus.labels[batch]).to(default_device())
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             F.cross_entropy(tuned(torch.stack(images)), truth).backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
             advance()
     return tuned.eval()
@@ -126,7 +126,7 @@ def _batches(rows: np.ndarray, size: int, steps: int, seed: int) -> Iterator[np.
 
 
 def _view(model: EvalModel, corpus: Corpus, row: int, number: int, seed: int) -> Tensor:
-    """A crop of an image; number 0 is its centre."""
+    """A crop of an image; number 0 is its center."""
     return make_view(model.backbone, read_image(corpus, row), row, number, seed)
 
 

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification, the protocol of DINO (arXiv 2104.14294, section 4.1)."""
+"""Weighted k-nearest-neighbor classification, the protocol of DINO (arXiv 2104.14294, section 4.1)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eval.eval_model import EvalModel
 from eval.protocols.classification import sample_per_class, score_classification
 from eval.protocols.config import Knn
 from eval.report.charts import scatter_with_trend
-from eval.report.pictures.neighbours import neighbour_sheet
+from eval.report.pictures.neighbors import neighbor_sheet
 from eval.stats.rng import make_rng
 from eval.stats.scores import ProtocolResult, Score
 from infra.compute.vector_search import knn_search
@@ -47,7 +47,7 @@ def knn(task: Knn, model: EvalModel, context: EvalContext) -> ProtocolResult:
     pictures = dict(outcome.pictures)
     if model.name == "model" and context.settings.pictures:
         pictures |= {"curve": scatter_with_trend(ks, curve, "k", "accuracy")} if len(ks) > 1 else {}
-        pictures["neighbours"] = neighbour_sheet(train, test, bank, queries, context.settings.pictures)
+        pictures["neighbors"] = neighbor_sheet(train, test, bank, queries, context.settings.pictures)
     scores = [*outcome.scores[:1], *others, *outcome.scores[1:], *_score_few(task, model, context, k, queries)]
     return replace(outcome, scores=scores, pictures=pictures)
 
@@ -58,18 +58,18 @@ def predict(
     """Votes for each class, float32 `[q, classes]`.
 
     Args:
-        bank: labelled vectors of unit length, float32 `[n, dim]`.
+        bank: labeled vectors of unit length, float32 `[n, dim]`.
         labels: their classes, int64 `[n]`.
         queries: vectors of unit length, float32 `[q, dim]`.
-        k: how many neighbours vote; all where there are fewer.
-        temperature: a neighbour's vote weighs exp(cosine / temperature).
+        k: how many neighbors vote; all where there are fewer.
+        temperature: a neighbor's vote weighs exp(cosine / temperature).
     """
     cosines, rows = knn_search(queries, bank, min(k, len(bank)))
     return count_votes(cosines, labels[rows], classes, temperature)
 
 
 def count_votes(cosines: np.ndarray, labels: np.ndarray, classes: int, temperature: float) -> np.ndarray:
-    """Votes of neighbours `[q, k]` for each class, float32 `[q, classes]`, the nearest weighing 1."""
+    """Votes of neighbors `[q, k]` for each class, float32 `[q, classes]`, the nearest weighing 1."""
     weights = np.exp((cosines - cosines[:, :1]) / temperature)
     votes = np.zeros((len(cosines), classes), dtype=np.float32)
     np.add.at(votes, (np.arange(len(cosines))[:, None], labels), weights)

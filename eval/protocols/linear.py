@@ -92,7 +92,7 @@ class ProbeHeads:
         return right / len(rows)
 
     def scores(self, features: FrozenFeatures, head: int) -> np.ndarray:
-        """Logits of one head for the centres of all images, float32 `[n, classes]`."""
+        """Logits of one head for the centers of all images, float32 `[n, classes]`."""
         (group,) = (i for i, (members, _) in enumerate(self.groups) if head in members)
         place, found = self.groups[group][0].index(head), []
         for start in range(0, len(features), _SCORED * features.views):

@@ -91,8 +91,8 @@ def alpha_req(vectors: np.ndarray) -> float:
     Args:
         vectors: `[n, dim]`.
     """
-    centred = vectors - vectors.mean(0, dtype=np.float64)
-    values = np.linalg.svd(centred, compute_uv=False) ** 2 / len(vectors)
+    centered = vectors - vectors.mean(0, dtype=np.float64)
+    values = np.linalg.svd(centered, compute_uv=False) ** 2 / len(vectors)
     values = values[values > values[0] * 1e-10] if values[0] > 0 else values[:0]
     first, last = (_RANKS[0], min(_RANKS[1], len(values))) if len(values) > 2 * _RANKS[0] else (1, len(values))
     if last - first < 2:
@@ -102,7 +102,7 @@ def alpha_req(vectors: np.ndarray) -> float:
 
 
 def _norms(backbone: TokenBackbone, corpus: Corpus, rows: np.ndarray, scorer: Scorer) -> Iterator[Score]:
-    """Artefacts that registers mend (arXiv 2309.16588): few patch tokens of far greater norm than others, before the
+    """Artifacts that registers mend (arXiv 2309.16588): few patch tokens of far greater norm than others, before the
     final norm."""
     images = [torch.as_tensor(np.array(backbone.preprocess(read_image(corpus, int(row))))) for row in rows]
     norms = torch.cat(

@@ -116,7 +116,7 @@ def _largest(
 
 
 class _Layers:
-    """Linear layers on standardised patch tokens, trained by cross-entropy with the shares of classes in a patch."""
+    """Linear layers on standardized patch tokens, trained by cross-entropy with the shares of classes in a patch."""
 
     def __init__(self, task: Segmentation, tokens: PatchTokenGrids, shares: np.ndarray, seed: int) -> None:
         self.task, self.tokens, self.shares, self.seed = task, tokens, shares, seed
@@ -130,22 +130,22 @@ class _Layers:
         width, classes = self.tokens.tokens.shape[-1], self.shares.shape[2]
         layers = [torch.nn.Linear(width, classes).to(self.device) for _ in rates]
         groups = [{"params": each.parameters(), "lr": rate} for each, rate in zip(layers, rates, strict=True)]
-        optimiser = torch.optim.AdamW(groups, weight_decay=self.task.weight_decay)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.task.steps)
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.task.weight_decay)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.task.steps)
         chance = make_rng(self.seed, "segmentation")
         with progress(title, self.task.steps) as advance:
             for _ in range(self.task.steps):
                 batch = chance.choice(images, min(self.task.batch, len(images)), replace=False)
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 sum((self._loss(layer, batch) for layer in layers), torch.zeros((), device=self.device)).backward()
-                optimiser.step()
+                optimizer.step()
                 schedule.step()
                 advance()
         return layers
 
     def _loss(self, layer: torch.nn.Linear, images: np.ndarray) -> Tensor:
         truth = torch.from_numpy(self.shares[images].astype(np.float32)).flatten(0, 1).to(self.device)
-        logits = layer(self._standardised(self.tokens.flat(images)))
+        logits = layer(self._standardized(self.tokens.flat(images)))
         return -(truth * logits.log_softmax(-1)).sum() / truth.sum().clamp_min(1)
 
     @torch.no_grad()
@@ -155,9 +155,9 @@ class _Layers:
 
     @torch.no_grad()
     def logits(self, layer: torch.nn.Linear, rows: np.ndarray) -> Tensor:
-        return layer(self._standardised(rows)).cpu()
+        return layer(self._standardized(rows)).cpu()
 
-    def _standardised(self, rows: np.ndarray) -> Tensor:
+    def _standardized(self, rows: np.ndarray) -> Tensor:
         return (torch.from_numpy(rows).to(self.device) - self.mean) / self.std
 
 

@@ -23,8 +23,8 @@ def draw_backbone_pictures(model: EvalModel, context: EvalContext) -> dict[str, 
     if isinstance(model.backbone, VitCheckpointBackbone):
         pictures["attention"] = attention_maps(model.backbone, corpus, min(count, 5))
     if len(corpus) >= _LEAST:
-        labelled = not corpus.table["label"].null_count
-        names = context.class_names(name) if labelled else []
-        labels = corpus.labels if labelled else None
+        labeled = not corpus.table["label"].null_count
+        names = context.class_names(name) if labeled else []
+        labels = corpus.labels if labeled else None
         pictures["map"] = embedding_map(model.vectors(corpus), labels, names, context.settings.seed)
     return pictures

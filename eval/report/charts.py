@@ -37,8 +37,8 @@ def plot_scores(rows: Sequence[Mapping[str, Any]]) -> bytes:
     axes = figure.add_subplot(1, 1, 1)
     for row in rows:
         place = protocols.index(row["protocol"]) * (len(models) + 1) + models.index(row["model"])
-        colour = _SERIES[models.index(row["model"]) % len(_SERIES)]
-        axes.bar(place, 100 * row["value"], color=colour, width=0.86)
+        color = _SERIES[models.index(row["model"]) % len(_SERIES)]
+        axes.bar(place, 100 * row["value"], color=color, width=0.86)
         if row["low"] is not None:
             interval = [[100 * (row["value"] - row["low"])], [100 * (row["high"] - row["value"])]]
             axes.errorbar(place, 100 * row["value"], yerr=interval, color=INK, capsize=2, linewidth=1)
@@ -169,7 +169,7 @@ def plot_confusion(labels: NDArray[Any], found: NDArray[Any], names: Sequence[st
 
 
 def scatter_classes(places: NDArray[Any], labels: NDArray[Any] | None, names: Sequence[str]) -> bytes:
-    """Points `[n, 2]` coloured by class."""
+    """Points `[n, 2]` colored by class."""
     from matplotlib import colormaps
 
     figure = _figure(6.4, 4.8)
@@ -177,11 +177,11 @@ def scatter_classes(places: NDArray[Any], labels: NDArray[Any] | None, names: Se
     if labels is None:
         axes.scatter(places[:, 0], places[:, 1], s=5, color=ACCENT, linewidths=0)
     else:
-        colours = colormaps["tab20"]
+        colors = colormaps["tab20"]
         for number in sorted(set(labels.tolist())):
             name = names[number].replace("$", r"\$")[:18] if len(names) <= 20 else None
             some = places[labels == number]
-            axes.scatter(some[:, 0], some[:, 1], s=6, color=colours(number % 20), linewidths=0, label=name)
+            axes.scatter(some[:, 0], some[:, 1], s=6, color=colors(number % 20), linewidths=0, label=name)
         if len(names) <= 20:
             axes.legend(fontsize=7, frameon=False, markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_axis_off()

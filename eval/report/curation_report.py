@@ -61,7 +61,7 @@ def _report_step(step: dict[str, Any]) -> StepReport:
 
 
 _DETAILS = (
-    *("components", "largest", "groups_split_off", "neighbours", "collisions", "missing", "clusters", "drawn"),
+    *("components", "largest", "groups_split_off", "neighbors", "collisions", "missing", "clusters", "drawn"),
     *("clusters_with_seeds", "clusters_below_quota", "entries", "entries_found", "entries_above", "no_metadata_match"),
 )
 

@@ -14,11 +14,11 @@ from eval.report.templating import PAGE, render_template
 from infra.artifacts.artifact import Artifact
 
 _NOTES = {
-    "pca": "Images above the first three principal components of their patch tokens, all taken together, as colours: "
-    "patches of one colour are alike to the backbone.",
+    "pca": "Images above the first three principal components of their patch tokens, all taken together, as colors: "
+    "patches of one color are alike to the backbone.",
     "attention": "Where the class token looks in the last block, one column a head.",
-    "map": "Images near where their vectors are, coloured by class.",
-    "neighbours": "Test images in blue frames before their nearest training images: green has the same class.",
+    "map": "Images near where their vectors are, colored by class.",
+    "neighbors": "Test images in blue frames before their nearest training images: green has the same class.",
     "confusion": "Share of each true class taken for each class.",
     "curve": "What chose the setting that is reported.",
     "corruptions": "Error, in percent, over severities.",

@@ -57,7 +57,7 @@ class Shelf:
     def picture_of_row(self, url: str, row: int, caption: str, mark: str) -> Picture:
         (image,) = read_images(self.corpus(url), [row])
         if isinstance(image, BadImage):
-            image = Image.new("RGB", (_SIDE, _SIDE), "lightgrey")
+            image = Image.new("RGB", (_SIDE, _SIDE), "lightgray")
         return Picture(thumbnail(image), caption, mark, self.corpus(url).key(row))
 
     def _row(self, url: str, key: str) -> int:

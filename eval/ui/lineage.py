@@ -38,13 +38,13 @@ class LineageDrawing:
     height: int
 
 
-def draw_lineage(artifact: Artifact, catalogue: Catalog) -> LineageDrawing:
+def draw_lineage(artifact: Artifact, catalog: Catalog) -> LineageDrawing:
     """Everything that an artifact was made from, and what was made from it directly."""
     shown = ancestors([artifact.as_ref()])
-    for child in catalogue.children_of(artifact.id):
+    for child in catalog.children_of(artifact.id):
         inputs = {role: source.id for role, source in child.manifest.inputs.items()}
         shown.append(Ancestor(child.manifest.stage, child.manifest.kind, child.id, child.url, inputs, {}, None))
-    known = {each.id for each in catalogue.artifacts()}
+    known = {each.id for each in catalog.artifacts()}
     ids = {each.id for each in shown}
     parents = {each.id: list(dict.fromkeys(id for id in each.inputs.values() if id in ids)) for each in shown}
     layers = _layers(parents)

@@ -25,9 +25,9 @@ _MOST_SHARDS = 500
 _INTERNAL = ("freeze", "teach")  # stages whose artifacts only spare others work
 
 
-def index(catalogue: Catalog, asked: Mapping[str, str]) -> dict[str, Any]:
+def index(catalog: Catalog, asked: Mapping[str, str]) -> dict[str, Any]:
     """Runs with their scores, and all artifacts, those that were asked for."""
-    everything = catalogue.artifacts()
+    everything = catalog.artifacts()
     found = [each for each in everything if _wanted(each, asked)]
     hidden = 0
     if not any(asked.get(name) for name in ("q", "kind", "all")):
@@ -35,15 +35,15 @@ def index(catalogue: Catalog, asked: Mapping[str, str]) -> dict[str, Any]:
         hidden, found = len(found) - len(listed), listed
     first = _number(asked.get("from"))
     return {
-        "root": catalogue.root,
-        "runs": [_run(each, catalogue) for each in everything if each.manifest.stage == "report"],
-        "artifacts": [_row(each, catalogue) for each in found[first : first + _ROWS]],
+        "root": catalog.root,
+        "runs": [_run(each, catalog) for each in everything if each.manifest.stage == "report"],
+        "artifacts": [_row(each, catalog) for each in found[first : first + _ROWS]],
         "count": len(found),
         "hidden": hidden,
         "kinds": sorted({each.manifest.kind for each in everything}),
         "asked": dict(asked),
         "more": _more(asked, first + _ROWS, len(found)),
-        "unreadable": catalogue.unreadable(),
+        "unreadable": catalog.unreadable(),
     }
 
 
@@ -53,19 +53,19 @@ def _wanted(artifact: Artifact, asked: Mapping[str, str]) -> bool:
     return asked.get("kind", "") in ("", made.kind) and all(word in text for word in asked.get("q", "").lower().split())
 
 
-def _run(report: Artifact, catalogue: Catalog) -> dict[str, Any]:
+def _run(report: Artifact, catalog: Catalog) -> dict[str, Any]:
     """A run by its report: a row for each backbone that it evaluated, beside its baselines."""
     scored: dict[str, dict[str, Score]] = {}
     for name, source in report.manifest.inputs.items():
-        artifact = catalogue.get(source.id) if name.startswith("evaluate-") else None
+        artifact = catalog.get(source.id) if name.startswith("evaluate-") else None
         if artifact is not None:
-            scored[backbone_name(name)] = _scores(catalogue.headlines(artifact))
+            scored[backbone_name(name)] = _scores(catalog.headlines(artifact))
     protocols = list(dict.fromkeys(protocol for told in scored.values() for protocol in told))
     return {
         "id": report.id,
         "title": report.manifest.config.get("title", "run"),
         "created": _time(report),
-        "place": _place(report, catalogue),
+        "place": _place(report, catalog),
         "protocols": protocols,
         "scored": scored,
     }
@@ -95,19 +95,19 @@ def _shown(row: Mapping[str, Any]) -> str:
     return f"{100 * row['value']:.1f} %" if row["is_fraction"] else f"{row['value']:.4g}"
 
 
-def _row(artifact: Artifact, catalogue: Catalog) -> dict[str, Any]:
+def _row(artifact: Artifact, catalog: Catalog) -> dict[str, Any]:
     made = artifact.manifest
-    place, words_ = _place(artifact, catalogue), describe_artifact(artifact)
+    place, words_ = _place(artifact, catalog), describe_artifact(artifact)
     facts = {"id": artifact.id, "stage": made.stage, "kind": made.kind, "created": _time(artifact), "place": place}
     return facts | {"words": words_, "bytes": format_count(size_of(artifact)), "has_page": has_page(artifact)}
 
 
-def artifact(catalogue: Catalog, artifact: Artifact) -> dict[str, Any]:
+def artifact(catalog: Catalog, artifact: Artifact) -> dict[str, Any]:
     """One artifact: its numbers, its settings, its files, and the drawing of its lineage."""
     made = artifact.manifest
     pictures = [file.path for file in made.files if file.path.endswith(".png")]
     return {
-        "each": _row(artifact, catalogue),
+        "each": _row(artifact, catalog),
         "url": artifact.url,
         "numbers": list(flatten(made.metrics).items()),
         "config": made.config,
@@ -115,8 +115,8 @@ def artifact(catalogue: Catalog, artifact: Artifact) -> dict[str, Any]:
         "pictures": pictures,
         "shards": _shards(artifact),
         "inputs": dict(made.inputs),
-        "known": {each.id for each in catalogue.artifacts()},
-        "lineage": draw_lineage(artifact, catalogue),
+        "known": {each.id for each in catalog.artifacts()},
+        "lineage": draw_lineage(artifact, catalog),
         "box": {"width": WIDTH, "height": HEIGHT},
         "card": artifact.read_bytes("README.md").decode() if made.kind == "backbone" else None,
         "searchable": made.stage == "embed",
@@ -131,33 +131,33 @@ def _shards(artifact: Artifact) -> list[dict[str, Any]]:
     return [{**each, "bytes": format_count(each["bytes"])} for each in told]
 
 
-def comparison(catalogue: Catalog, chosen: Sequence[Artifact]) -> dict[str, Any]:
+def comparison(catalog: Catalog, chosen: Sequence[Artifact]) -> dict[str, Any]:
     """Artifacts side by side: numbers of all, and the settings in which they differ."""
-    numbers = [_numbers(each, catalogue) for each in chosen]
-    settings = [_settings(each, catalogue) for each in chosen]
+    numbers = [_numbers(each, catalog) for each in chosen]
+    settings = [_settings(each, catalog) for each in chosen]
     inputs = [{role: source.id[:12] for role, source in each.manifest.inputs.items()} for each in chosen]
     return {
-        "chosen": [_row(each, catalogue) for each in chosen],
+        "chosen": [_row(each, catalog) for each in chosen],
         "numbers": _side_by_side(numbers),
         "settings": [row for row in _side_by_side(settings) if row["differ"]],
         "inputs": [row for row in _side_by_side(inputs) if row["differ"]],
     }
 
 
-def _numbers(artifact: Artifact, catalogue: Catalog) -> dict[str, Any]:
+def _numbers(artifact: Artifact, catalog: Catalog) -> dict[str, Any]:
     """Of a run the scores of all its backbones."""
     if artifact.manifest.stage != "report":
         return flatten(artifact.metrics)
-    scored = _run(artifact, catalogue)["scored"]
+    scored = _run(artifact, catalog)["scored"]
     return flatten({name: {protocol: each.value for protocol, each in told.items()} for name, told in scored.items()})
 
 
-def _settings(artifact: Artifact, catalogue: Catalog) -> dict[str, Any]:
+def _settings(artifact: Artifact, catalog: Catalog) -> dict[str, Any]:
     """Of a run those of all its stages."""
     own = artifact.manifest
     if own.stage != "report":
         return flatten(own.config)
-    stages = {role: catalogue.get(source.id) for role, source in own.inputs.items()}
+    stages = {role: catalog.get(source.id) for role, source in own.inputs.items()}
     return flatten({role: each.manifest.config for role, each in stages.items() if each is not None})
 
 
@@ -251,8 +251,8 @@ def format_count(count: int) -> str:
     return f"{size:.1f} TB"
 
 
-def _place(artifact: Artifact, catalogue: Catalog) -> str:
-    return artifact.url.removeprefix(catalogue.root.rstrip("/")).lstrip("/") or "."
+def _place(artifact: Artifact, catalog: Catalog) -> str:
+    return artifact.url.removeprefix(catalog.root.rstrip("/")).lstrip("/") or "."
 
 
 def _time(artifact: Artifact) -> str:

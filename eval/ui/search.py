@@ -148,11 +148,11 @@ class Searcher:
 
 
 def thumbnails(corpus: Corpus, rows: Sequence[int], side: int) -> list[bytes]:
-    """Images of a corpus at most `side` pixels wide and high, as WebP; grey where one cannot be read."""
+    """Images of a corpus at most `side` pixels wide and high, as WebP; gray where one cannot be read."""
     found = []
     for image in read_images(corpus, rows):
         if isinstance(image, BadImage):
-            image = Image.new("RGB", (side, side), "lightgrey")
+            image = Image.new("RGB", (side, side), "lightgray")
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         image.save(buffer, "WEBP", quality=85)

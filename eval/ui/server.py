@@ -55,21 +55,21 @@ class UiServer:
     """Answers to requests about the artifacts under a root."""
 
     def __init__(self, root: str) -> None:
-        self.catalogue = Catalog(root)
+        self.catalog = Catalog(root)
         self._corpus = functools.lru_cache(16)(lambda id: Corpus.from_artifact(self._known(id, "corpus")))
         self._searcher = functools.lru_cache(4)(lambda id: Searcher(self._known(id, "embeddings")))
 
     def index(self, request: Request) -> Response:
-        return _page("ui_index", **pages.index(self.catalogue, dict(request.query_params)))
+        return _page("ui_index", **pages.index(self.catalog, dict(request.query_params)))
 
     def artifact(self, request: Request) -> Response:
-        return _page("ui_artifact", **pages.artifact(self.catalogue, self._asked(request)))
+        return _page("ui_artifact", **pages.artifact(self.catalog, self._asked(request)))
 
     def compare(self, request: Request) -> Response:
         chosen = [self._known(id) for id in request.query_params.getlist("id")]
         if len(chosen) < 2:
             raise HTTPException(400, "choose two artifacts or more to compare them")
-        return _page("ui_compare", **pages.comparison(self.catalogue, chosen))
+        return _page("ui_compare", **pages.comparison(self.catalog, chosen))
 
     def file(self, request: Request) -> Response:
         """A file that a manifest names, and only such a one."""
@@ -103,7 +103,7 @@ class UiServer:
 
     def search(self, request: Request, image: bytes | None = None) -> Response:
         asked = dict(request.query_params)
-        searchable = [each for each in self.catalogue.artifacts() if each.manifest.stage == "embed"]
+        searchable = [each for each in self.catalog.artifacts() if each.manifest.stage == "embed"]
         if not searchable:
             raise HTTPException(404, "no embeddings under this root; run fovea embed")
         id = asked.get("in", max(searchable, key=lambda each: each.metrics["images"]).id)
@@ -116,10 +116,10 @@ class UiServer:
         return self._known(request.path_params["id"], *kinds)
 
     def _known(self, id: str, *kinds: str) -> Artifact:
-        artifact = self.catalogue.find(id)
+        artifact = self.catalog.find(id)
         if artifact is None or (kinds and artifact.manifest.kind not in kinds):
             raise HTTPException(
-                404, f"{id}: no {' or '.join(kinds) or 'artifact'} of this id under {self.catalogue.root}"
+                404, f"{id}: no {' or '.join(kinds) or 'artifact'} of this id under {self.catalog.root}"
             )
         return artifact
 

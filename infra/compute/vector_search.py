@@ -13,7 +13,7 @@ _POINTS = 64  # training vectors a cell
 _CELL = 512  # vectors a cell, about
 _PROBES = 32
 _CODE = 4  # dimensions that share a byte
-_MOST_ON_GPU = 2048  # neighbours
+_MOST_ON_GPU = 2048  # neighbors
 _GPU_BYTES = 1 << 30
 
 
@@ -48,7 +48,7 @@ def num_gpus() -> int:
 
 
 class IvfPqIndex:
-    """Inverted lists of product-quantised vectors (Jégou et al., 2011), on the GPU if there is one.
+    """Inverted lists of product-quantized vectors (Jégou et al., 2011), on the GPU if there is one.
 
     Args:
         sample: float16 `[m, dim]` to learn cells and codes from, in random order.

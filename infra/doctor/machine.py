@@ -91,7 +91,7 @@ def reached(url: str) -> Iterator[Finding]:
     if found.status != "fail":
         if not filesystem.is_local(url):
             yield guarded("claims", lambda: _claims(url, probe), "use another storage")
-        yield guarded("clock", lambda: _skew(probe), "synchronise this machine's clock (chrony, systemd-timesyncd)")
+        yield guarded("clock", lambda: _skew(probe), "synchronize this machine's clock (chrony, systemd-timesyncd)")
         filesystem.remove(probe)
 
 
@@ -122,7 +122,7 @@ def _skew(probe: str) -> Finding:
     skew = filesystem.mtime(probe) - now
     late = max(abs(skew) - 5.0, 0.0)  # writing and reading took some of it
     told = f"the storage's is {abs(skew):.1f} s {'ahead' if skew > 0 else 'behind'}, the test included"
-    return ok("clock", told) if late <= _SKEW else warn("clock", told, "synchronise this machine's clock")
+    return ok("clock", told) if late <= _SKEW else warn("clock", told, "synchronize this machine's clock")
 
 
 def slurm() -> Finding:

@@ -45,7 +45,7 @@ class OpenClipBackbone:
         self.side = max(as_pair(visual.image_size))
         self.patch = max(as_pair(getattr(visual, "patch_size", 32)))  # ResNets shrink by 32
         self.any_size = False
-        self._normalise = Normalizer(visual.image_mean or IMAGENET_MEAN, visual.image_std or IMAGENET_STD)
+        self._normalize = Normalizer(visual.image_mean or IMAGENET_MEAN, visual.image_std or IMAGENET_STD)
 
     def preprocess(self, image: Image.Image) -> Tensor:
         return self._preprocess(trim_aspect(image))
@@ -55,7 +55,7 @@ class OpenClipBackbone:
         return self.model.encode_image(batch.to(default_device())).float().cpu()
 
     def get_normalized_layers(self, images: Tensor) -> Tensor:
-        return self._normalise(images)
+        return self._normalize(images)
 
     @torch.inference_mode()
     def layers(self, batch: Tensor, blocks: int, norm: bool = True) -> tuple[Tensor, list[Tokens]]:

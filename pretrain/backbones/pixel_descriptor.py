@@ -11,11 +11,11 @@ from pretrain.backbones.config import (
     PixelDescriptorConfig,
 )
 
-_FLOOR = 1e-3  # below it a vector is rounding noise: an image of one colour is like nothing
+_FLOOR = 1e-3  # below it a vector is rounding noise: an image of one color is like nothing
 
 
 class PixelDescriptor:
-    """Low-frequency cosine coefficients of a thumbnail, centred at mid-grey and weighted by frequency."""
+    """Low-frequency cosine coefficients of a thumbnail, centered at mid-gray and weighted by frequency."""
 
     def __init__(self, config: PixelDescriptorConfig) -> None:
         from scipy.fft import dct
@@ -25,7 +25,7 @@ class PixelDescriptor:
         self.transform = torch.from_numpy(dct(np.eye(config.side), axis=0, norm="ortho")[:kept]).float()
         rank = torch.arange(kept, dtype=torch.float32)
         radius = (rank[:, None] ** 2 + rank[None, :] ** 2).sqrt()
-        self.weights = radius**config.whiten  # 0**0 is 1: without whitening the mean colour counts, with it not
+        self.weights = radius**config.whiten  # 0**0 is 1: without whitening the mean color counts, with it not
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         return np.asarray(image.resize((self.side, self.side), Image.Resampling.BOX))

@@ -13,7 +13,7 @@ _MOST_ASPECT = 16
 
 
 class Normalizer:
-    """Images, uint8 `[n, H, W, 3]`, to normalised ones, float32 `[n, 3, H, W]`."""
+    """Images, uint8 `[n, H, W, 3]`, to normalized ones, float32 `[n, 3, H, W]`."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self._mean, self._std = (torch.tensor(each).view(1, 3, 1, 1) for each in (mean, std))

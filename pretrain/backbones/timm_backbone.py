@@ -34,7 +34,7 @@ class TimmBackbone:
         data = timm.data.resolve_model_data_config(model)
         self.model = model.requires_grad_(False).eval().to(default_device())
         self._preprocess: Any = timm.data.create_transform(**data)
-        self._normalise = Normalizer(data["mean"], data["std"])
+        self._normalize = Normalizer(data["mean"], data["std"])
         self.side = max(data["input_size"][1:])
         self.patch = int(getattr(model, "feature_info", [{"reduction": 32}])[-1]["reduction"])
         self.any_size = bool(getattr(model, "dynamic_img_size", not hasattr(model, "patch_embed")))
@@ -47,7 +47,7 @@ class TimmBackbone:
         return self.model(batch.to(default_device())).float().cpu()
 
     def get_normalized_layers(self, images: Tensor) -> Tensor:
-        return self._normalise(images)
+        return self._normalize(images)
 
     @torch.inference_mode()
     def layers(self, batch: Tensor, blocks: int, norm: bool = True) -> tuple[Tensor, list[Tokens]]:

@@ -72,5 +72,5 @@ class TorchHubBackbone(ModuleBackbone):
     @torch.inference_mode()
     def layers(self, batch: Tensor, blocks: int, norm: bool = True) -> tuple[Tensor, list[Tokens]]:
         options = {"reshape": True, "return_class_token": True, "norm": norm}
-        found = self.layered.get_intermediate_layers(self._normalise(batch).to(default_device()), blocks, **options)
+        found = self.layered.get_intermediate_layers(self._normalize(batch).to(default_device()), blocks, **options)
         return self.features(batch), [split_tokens(grid, token[:, None]) for grid, token in found]

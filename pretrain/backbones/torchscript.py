@@ -35,18 +35,18 @@ def load_torchscript(config: TorchScriptBackboneConfig) -> ModuleBackbone:
 
 
 class ModuleBackbone:
-    """What a module makes of normalised images."""
+    """What a module makes of normalized images."""
 
     def __init__(
         self, module: Callable[[Tensor], Tensor], config: TorchScriptBackboneConfig | TorchHubBackboneConfig
     ) -> None:
         self.module = module
         self.side = config.input_size
-        self._normalise = Normalizer(config.mean, config.std)
+        self._normalize = Normalizer(config.mean, config.std)
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         return center_crop(image, self.side)
 
     @torch.inference_mode()
     def features(self, batch: Tensor) -> Tensor:
-        return self.module(self._normalise(batch).to(default_device())).float().cpu()
+        return self.module(self._normalize(batch).to(default_device())).float().cpu()

@@ -50,7 +50,7 @@ class TransformersBackbone:
         self.side = int(self.preprocess(Image.new("RGB", (256, 256))).shape[-1])
         self.patch = int(getattr(settings, "patch_size", 32))
         self.any_size = bool(self._sized) or settings.model_type.startswith(("dinov2", "dinov3", "convnext", "resnet"))
-        self._normalise = Normalizer(
+        self._normalize = Normalizer(
             getattr(self._processor, "image_mean", None) or IMAGENET_MEAN,
             getattr(self._processor, "image_std", None) or IMAGENET_STD,
         )
@@ -67,7 +67,7 @@ class TransformersBackbone:
         return (found.last_hidden_state[:, 0] if pooled is None else pooled).flatten(1).float().cpu()
 
     def get_normalized_layers(self, images: Tensor) -> Tensor:
-        return self._normalise(images)
+        return self._normalize(images)
 
     @torch.inference_mode()
     def layers(self, batch: Tensor, blocks: int, norm: bool = True) -> tuple[Tensor, list[Tokens]]:

@@ -51,7 +51,7 @@ class CheckpointDescription(Config):
     model: ModelConfig
     """The backbone."""
     views: Views
-    """How its images were cut and normalised."""
+    """How its images were cut and normalized."""
     seed: int
     """Seed of its initial weights."""
     objectives: list[ObjectiveConfig] = Field(default_factory=list)

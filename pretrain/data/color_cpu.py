@@ -16,8 +16,8 @@ from pretrain.data.color_gpu import (
     CHANNEL_ORDERS,
     CHANNELS,
     CONTRAST,
+    GRAY,
     GRAY_WEIGHTS,
-    GREY,
     HUE,
     INVERT,
     SATURATION,
@@ -42,7 +42,7 @@ def adjust_color(crop: np.ndarray, parameters: np.ndarray) -> np.ndarray:
         uint8 `[h, w, 3]`; the crop itself where nothing is to be done.
     """
     crop = _jitter(crop, parameters)
-    if parameters[GREY]:
+    if parameters[GRAY]:
         crop = cv2.cvtColor(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     if parameters[BLUR]:
         size = min(BLUR_SIZE, 2 * min(crop.shape[:2]) - 1)
@@ -67,8 +67,8 @@ def _jitter(crop: np.ndarray, parameters: np.ndarray) -> np.ndarray:
         mean = float(np.dot(GRAY_WEIGHTS, cv2.mean(crop)[:3]))
         crop = cv2.LUT(crop, _table(_VALUES * contrast + mean * (1 - contrast)))
     if saturation != 1:
-        grey = cv2.cvtColor(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-        crop = cv2.addWeighted(crop, saturation, grey, 1 - saturation, 0)
+        gray = cv2.cvtColor(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+        crop = cv2.addWeighted(crop, saturation, gray, 1 - saturation, 0)
     if hue != 0:
         hsv = cv2.cvtColor(crop, cv2.COLOR_RGB2HSV_FULL)
         hsv[..., 0] += np.uint8(round(hue * 256) % 256)  # 256 steps are the whole circle, so overflow is the turn

@@ -14,7 +14,7 @@ from torch import Tensor
 from pretrain.data.config import Photometric
 
 # Columns of a parameter table.
-BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, BLUR, SOLARIZE, INVERT, CHANNELS = range(9)
+BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, BLUR, SOLARIZE, INVERT, CHANNELS = range(9)
 _NEUTRAL = np.array([1, 1, 1, 0, 0, 0, 0, 0, 0], dtype=np.float32)
 CHANNEL_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 BLUR_SIZE = 9  # pixels of the kernel's side, as in DINOv2
@@ -35,7 +35,7 @@ def sample_parameters(spec: Photometric, rng: np.random.Generator, inverted_blur
         strength = np.array([spec.brightness, spec.contrast, spec.saturation])
         values[:3] = rng.uniform(np.maximum(0, 1 - strength), 1 + strength)
         values[HUE] = rng.uniform(-spec.hue, spec.hue)
-    values[GREY] = chance[1] < spec.grayscale_prob
+    values[GRAY] = chance[1] < spec.grayscale_prob
     values[BLUR] = rng.uniform(0.1, 2.0) if chance[2] < blur else 0
     values[SOLARIZE] = chance[3] < spec.solarize_prob
     values[INVERT] = chance[4] < spec.invert_prob
@@ -54,7 +54,7 @@ def apply(images: Tensor, parameters: Tensor) -> Tensor:
         A new tensor of the same shape and range.
     """
     images = _jitter(images, parameters)
-    images = _where(images, parameters[:, GREY] > 0, lambda x, _: _to_gray(x).expand_as(x))
+    images = _where(images, parameters[:, GRAY] > 0, lambda x, _: _to_gray(x).expand_as(x))
     images = _where(images, parameters[:, BLUR] > 0, lambda x, rows: _blur(x, parameters[rows, BLUR]))
     images = _where(images, parameters[:, SOLARIZE] > 0, lambda x, _: torch.where(x >= 128 / 255, 1 - x, x))
     images = _where(images, parameters[:, INVERT] > 0, lambda x, _: 1 - x)

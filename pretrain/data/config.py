@@ -13,10 +13,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Photometric(Config):
-    """How strongly one kind of crop is recoloured. Probabilities are per image."""
+    """How strongly one kind of crop is recolored. Probabilities are per image."""
 
     jitter_prob: float = Field(0.8, ge=0, le=1)
-    """Probability of colour jitter."""
+    """Probability of color jitter."""
     brightness: float = Field(0.4, ge=0)
     """Brightness is scaled by a factor in 1 ± this."""
     contrast: float = Field(0.4, ge=0)
@@ -26,7 +26,7 @@ class Photometric(Config):
     hue: float = Field(0.1, ge=0, le=0.5)
     """Hue is turned by up to this share of the circle."""
     grayscale_prob: float = Field(0.2, ge=0, le=1)
-    """Probability of a grey image."""
+    """Probability of a gray image."""
     blur_prob: float = Field(0.0, ge=0, le=1)
     """Probability of a Gaussian blur with sigma 0.1 to 2 pixels."""
     solarize_prob: float = Field(0.0, ge=0, le=1)
@@ -34,7 +34,7 @@ class Photometric(Config):
     invert_prob: float = Field(0.0, ge=0, le=1)
     """Probability of a negative."""
     channel_shuffle_prob: float = Field(0.0, ge=0, le=1)
-    """Probability of a random order of the colour channels."""
+    """Probability of a random order of the color channels."""
 
 
 class Crops(Config):
@@ -45,11 +45,11 @@ class Crops(Config):
     scale: tuple[float, float] = (0.32, 1.0)
     """Least and largest share of the image's area."""
     photometric: list[Photometric] = Field(default_factory=lambda: [Photometric()], min_length=1)
-    """Recolouring of each crop; where there are fewer of these than crops, the last one serves the rest."""
+    """Recoloring of each crop; where there are fewer of these than crops, the last one serves the rest."""
 
 
 class Views(Config):
-    """Multi-crop views (SwAV, arXiv 2006.09882; scales and colours of DINOv2, arXiv 2304.07193)."""
+    """Multi-crop views (SwAV, arXiv 2006.09882; scales and colors of DINOv2, arXiv 2304.07193)."""
 
     global_crops: Crops = Crops(photometric=[Photometric(blur_prob=1.0), Photometric(blur_prob=0.1, solarize_prob=0.2)])
     """The global crops."""
@@ -60,11 +60,11 @@ class Views(Config):
     num_local_crops: int = Field(8, ge=0)
     """Local crops an image."""
     gram_crop_size: int | None = Field(None, ge=8)
-    """Side in pixels of further global crops, cut alike but not recoloured: what Gram anchoring's teacher sees."""
+    """Side in pixels of further global crops, cut alike but not recolored: what Gram anchoring's teacher sees."""
     inverted_blur: bool = False
     """Blur with one minus the probability, as DINOv2 and DINOv3 do unawares (dinov3 issue 286)."""
     color_augment_on: Literal["workers", "device"] = "workers"
-    """Where crops are recoloured: by the loader's processes in 8 bits, as Pillow would, or on the training device in
+    """Where crops are recolored: by the loader's processes in 8 bits, as Pillow would, or on the training device in
     floating point, which spares the CPU where there are few cores to a GPU."""
     hflip_prob: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip, drawn for each crop."""

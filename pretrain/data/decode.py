@@ -160,12 +160,12 @@ def decode_rgb(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS, depth: DepthSe
 def decode(image: EncodedImage, shrink: int = 1, gray: bool = False, depth: DepthSettings = AS_DECLARED) -> Image.Image:
     """An opened image as 8-bit RGB, upright.
 
-    Grey, palette, CMYK and deeper images are converted; transparency is laid on white.
+    Gray, palette, CMYK and deeper images are converted; transparency is laid on white.
 
     Args:
         shrink: by what factor it may come out smaller. JPEGs then do, by 2, 4 or 8, for a fraction of the work; other
             formats come whole.
-        grey: as 8-bit grey instead; of a JPEG color is then not even decoded.
+        gray: as 8-bit gray instead; of a JPEG color is then not even decoded.
         depth: what samples of more than 8 bits mean, where the file does not declare it.
 
     Raises:
@@ -216,11 +216,11 @@ def _flatten(image: Image.Image, data: bytes, depth: DepthSettings) -> Image.Ima
 
 def _flatten_gray(image: Image.Image, depth: DepthSettings) -> Image.Image:
     values = np.asarray(image)
-    grey = sample_depth.gray_to_8_bits(values, image, depth)
+    gray = sample_depth.gray_to_8_bits(values, image, depth)
     key = image.info.get("transparency")
     if isinstance(key, int):
-        grey = np.where(values == key, np.uint8(255), grey)
-    return Image.fromarray(grey)
+        gray = np.where(values == key, np.uint8(255), gray)
+    return Image.fromarray(gray)
 
 
 def _compose_on_white(layer: Image.Image) -> Image.Image:

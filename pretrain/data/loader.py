@@ -38,7 +38,7 @@ class Batch:
     global_crops: Tensor
     """uint8 `[G*B, 3, H, W]`"""
     global_photometric: Tensor
-    """float32 `[G*B, 9]`: how they are still to be recoloured; no rows where the loader has done it"""
+    """float32 `[G*B, 9]`: how they are still to be recolored; no rows where the loader has done it"""
     local_crops: Tensor
     """uint8 `[L*B, 3, h, w]`"""
     local_photometric: Tensor
@@ -90,7 +90,7 @@ class ViewDataset(Dataset[Batch | UserError]):
         seed: int,
         sampling: Sampling | None = None,
         tokenize: Callable[[Sequence[str]], Tensor] | None = None,
-        labelled: bool = False,
+        labeled: bool = False,
         repeats: int = 0,
     ) -> None:
         self.samples = samples
@@ -99,7 +99,7 @@ class ViewDataset(Dataset[Batch | UserError]):
         self.masks = masks
         self.seed = seed
         self.tokenize = tokenize
-        self.labelled = labelled
+        self.labeled = labeled
         self.repeats = repeats
 
     def __getitem__(self, positions: np.ndarray) -> Batch | UserError:
@@ -188,7 +188,7 @@ class ViewDataset(Dataset[Batch | UserError]):
         return self.tokenize([self.samples.caption(int(row)) for row in rows])
 
     def _labels(self, rows: np.ndarray) -> Tensor:
-        labels = [self.samples.label(int(row)) for row in rows] if self.labelled else []
+        labels = [self.samples.label(int(row)) for row in rows] if self.labeled else []
         return torch.tensor(labels, dtype=torch.int64)
 
     def _masks(self, positions: np.ndarray) -> np.ndarray:

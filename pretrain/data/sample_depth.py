@@ -42,7 +42,7 @@ def is_deep_gray(image: Image.Image) -> bool:
 
 
 def gray_to_8_bits(values: np.ndarray, header: Image.Image, settings: DepthSettings) -> np.ndarray:
-    """Grey samples of any depth as uint8 of the same shape.
+    """Gray samples of any depth as uint8 of the same shape.
 
     Args:
         values: `[H, W]`.
@@ -53,8 +53,8 @@ def gray_to_8_bits(values: np.ndarray, header: Image.Image, settings: DepthSetti
     """
     low, high = settings.span() or _declared_span(values, header)
     scaled = (np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low) - low) * (255 / (high - low))
-    grey = np.rint(scaled.clip(0, 255)).astype(np.uint8)
-    return 255 - grey if _is_inverted(header) else grey
+    gray = np.rint(scaled.clip(0, 255)).astype(np.uint8)
+    return 255 - gray if _is_inverted(header) else gray
 
 
 def _declared_span(values: np.ndarray, header: Image.Image) -> tuple[float, float]:

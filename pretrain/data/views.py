@@ -1,4 +1,4 @@
-"""Views of one image: crops cut on the CPU, recoloured there or with the parameters for the device."""
+"""Views of one image: crops cut on the CPU, recolored there or with the parameters for the device."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Crop:
     flipped: bool
     """Flipped horizontally"""
     photometric: np.ndarray
-    """float32 `[9]`: how it is recoloured"""
+    """float32 `[9]`: how it is recolored"""
 
 
 def sample_crops(size: tuple[int, int], crops: Crops, count: int, views: Views, rng: np.random.Generator) -> list[Crop]:
@@ -70,9 +70,9 @@ class CropSet:
     pixels: np.ndarray
     """uint8 `[count, size, size, 3]`"""
     photometric: np.ndarray
-    """float32 `[count, 9]`: how the training device has to recolour them; no rows where that is done"""
+    """float32 `[count, 9]`: how the training device has to recolor them; no rows where that is done"""
     gram_pixels: np.ndarray
-    """uint8 `[count, plain size, plain size, 3]`: the same boxes, never recoloured; none where no size is asked for"""
+    """uint8 `[count, plain size, plain size, 3]`: the same boxes, never recolored; none where no size is asked for"""
 
 
 def extract_crops(
@@ -89,7 +89,7 @@ def extract_crops(
         image: uint8 `[h, w, 3]`, perhaps smaller than it was.
         whole: its width and height before, in which the boxes are.
         size: side of the crops in pixels.
-        plain: side of further crops that are not recoloured.
+        plain: side of further crops that are not recolored.
     """
     in_place = views.color_augment_on == "workers"
     pixels = np.empty((len(crops), size, size, 3), dtype=np.uint8)

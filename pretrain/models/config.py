@@ -166,7 +166,7 @@ class HeadConfig(Config):
     hidden_dim: int = Field(2048, ge=1)
     """Width of the two hidden layers."""
     bottleneck_dim: int = Field(256, ge=1)
-    """Width of the normalised vector before the prototypes."""
+    """Width of the normalized vector before the prototypes."""
     num_prototypes: int = Field(65536, ge=2)
     """Number of prototypes, K."""
     weight_norm: bool = True

@@ -12,7 +12,7 @@ from pretrain.models.config import HeadConfig
 
 
 class DINOHead(nn.Module):
-    """MLP, L2 normalisation, then weight-normalised prototypes (arXiv 2104.14294, section 3.1)."""
+    """MLP, L2 normalization, then weight-normalized prototypes (arXiv 2104.14294, section 3.1)."""
 
     def __init__(self, dim: int, config: HeadConfig) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class DINOHead(nn.Module):
         self.last_layer = prototypes
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[n, dim]` to logits `[n, prototypes]`, each in -1 to 1 at initialisation."""
+        """`[n, dim]` to logits `[n, prototypes]`, each in -1 to 1 at initialization."""
         return self.last_layer(F.normalize(self.mlp(x), dim=-1, eps=1e-6))
 
 

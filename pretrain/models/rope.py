@@ -42,7 +42,7 @@ class AxialRope(nn.Module):
         return angles.cos(), angles.sin()
 
     def _coordinates(self, height: int, width: int) -> Tensor:
-        """Centres of patches in -1 to 1, `[height * width, 2]`."""
+        """Centers of patches in -1 to 1, `[height * width, 2]`."""
         axes = [(torch.arange(n, device=self.periods.device) + 0.5) / n * 2 - 1 for n in (height, width)]
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
 

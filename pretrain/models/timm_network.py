@@ -57,7 +57,7 @@ class TimmNetwork(nn.Module):
     @execution.setter
     def execution(self, value: Execution) -> None:
         self._execution = value
-        # Computed again, batch normalisation would count a batch twice.
+        # Computed again, batch normalization would count a batch twice.
         counting = any(isinstance(each, _BatchNorm) for each in self.network.modules())
         if value.checkpointing != "none" and not counting:
             self.network.set_grad_checkpointing(True)

@@ -59,11 +59,11 @@ class Outputs:
     student: Network
     teachers: TeacherOutputs
     images: Tensor
-    """Global crops `[G * B, 3, H, W]`, recoloured and normalised."""
+    """Global crops `[G * B, 3, H, W]`, recolored and normalized."""
     local_images: Tensor | None
     """Local crops, likewise."""
     gram_images: Tensor | None
-    """The global crops larger and not recoloured, normalised."""
+    """The global crops larger and not recolored, normalized."""
     masks: Tensor | None
     """bool `[G * B, patches]`: what of the global crops the student does not see."""
     collect_metrics: bool = False
@@ -114,7 +114,7 @@ class Objective(nn.Module):
     """A loss. It knows neither the engine nor the other objectives.
 
     Attributes:
-        weight: factor of its terms in the sum that is optimised.
+        weight: factor of its terms in the sum that is optimized.
     """
 
     def __init__(self, weight: float) -> None:
@@ -130,7 +130,7 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def begin_step(self, step: int, teacher: nn.Module | None) -> Iterator[tuple[nn.Module, nn.Module]]:
-        """Called before each optimiser step, from 0 on, on every rank.
+        """Called before each optimizer step, from 0 on, on every rank.
 
         Returns:
             (source, copy) modules: what is to be copied before the step, and where to.

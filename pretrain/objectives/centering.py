@@ -35,7 +35,7 @@ def sinkhorn_knopp(logits: Tensor, temperature: float) -> Tensor:
 
 
 class TeacherTargets(nn.Module):
-    """Targets from teacher logits, by Sinkhorn-Knopp or by a centred softmax (arXiv 2104.14294, section 3.1).
+    """Targets from teacher logits, by Sinkhorn-Knopp or by a centered softmax (arXiv 2104.14294, section 3.1).
 
     The center moves once a step, however many micro-batches that has: towards the mean of all their logits.
     """

@@ -50,7 +50,7 @@ class KoleoConfig(Config):
     weight: float = Field(0.1, ge=0)
     """Factor of the loss."""
     distributed: bool = False
-    """Look for nearest neighbours among the crops of all ranks (DINOv3), not of each by itself."""
+    """Look for nearest neighbors among the crops of all ranks (DINOv3), not of each by itself."""
     half_precision: bool = False
     """In bf16 training compute in bf16 too, as DINOv2 does in fp16; distances can then be zero."""
 

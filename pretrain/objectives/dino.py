@@ -1,4 +1,4 @@
-"""DINO (arXiv 2104.14294), with DINOv2's normalisation: agreement of class tokens between crops."""
+"""DINO (arXiv 2104.14294), with DINOv2's normalization: agreement of class tokens between crops."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ from pretrain.objectives.config import KoleoConfig
 
 
 def koleo(x: Tensor, distributed: bool = False) -> Tensor:
-    """Minus the mean log distance to the nearest neighbour, of vectors `[n, dim]` set to unit length.
+    """Minus the mean log distance to the nearest neighbor, of vectors `[n, dim]` set to unit length.
 
-    With `distributed`, neighbours come from all ranks, each of which holds n vectors; gradients reach them.
+    With `distributed`, neighbors come from all ranks, each of which holds n vectors; gradients reach them.
     """
     x = F.normalize(x, dim=-1, eps=1e-8)
     everywhere, first = (all_gather_with_grad(x), first_gathered_row(len(x))) if distributed else (x, 0)

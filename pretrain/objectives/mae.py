@@ -21,7 +21,7 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 
 
 def normalized(pixels: Tensor) -> Tensor:
-    """Each patch with mean 0 and variance 1 (section 4.1, normalised pixels)."""
+    """Each patch with mean 0 and variance 1 (section 4.1, normalized pixels)."""
     return (pixels - pixels.mean(-1, keepdim=True)) / (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
 
 

@@ -12,7 +12,7 @@ from pretrain.objectives.mae import patchify
 
 
 class Simmim(Objective):
-    """Mean absolute error of the normalised pixels under the masks of the global crops (section 3.3)."""
+    """Mean absolute error of the normalized pixels under the masks of the global crops (section 3.3)."""
 
     def __init__(
         self, config: SimmimConfig, student: VisionTransformerConfig, teacher: VisionTransformerConfig

@@ -175,12 +175,12 @@ def make_batch(settings: PretrainSettings, images: int) -> Batch:
     def crops(count: int, size: int) -> Tensor:
         return torch.empty((count if size else 0, 3, size, size), dtype=torch.uint8)
 
-    uncoloured = torch.empty(0, len(neutral_parameters()))  # recolouring multiplies no matrices
+    uncolored = torch.empty(0, len(neutral_parameters()))  # recoloring multiplies no matrices
     return Batch(
         global_crops=crops(large, views.global_crops.size),
-        global_photometric=uncoloured,
+        global_photometric=uncolored,
         local_crops=crops(small, views.local_crops.size if small else 0),
-        local_photometric=uncoloured,
+        local_photometric=uncolored,
         masks=torch.empty(masks.shape, dtype=torch.bool),
         gram_crops=crops(large, plain),
         texts=torch.empty((images, context), dtype=torch.int64),

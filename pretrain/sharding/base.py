@@ -23,7 +23,7 @@ Pairs = Iterable[tuple[nn.Module, nn.Module]]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What came of an optimiser step."""
+    """What came of an optimizer step."""
 
     applied: bool
     """Whether the parameters moved; they do not where the gradient is no finite number on some rank."""
@@ -47,10 +47,10 @@ class Backend(Protocol):
         """Add the gradients of one micro-batch; the loss is divided by the number of micro-batches here."""
 
     def step(self) -> StepResult | None:
-        """Call after every micro-batch; the optimiser moves after the last one of a step. None before."""
+        """Call after every micro-batch; the optimizer moves after the last one of a step. None before."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The optimiser's groups."""
+        """The optimizer's groups."""
 
     def ema_update(self, pairs: Pairs, momentum: float) -> None:
         """Move modules towards others: average = momentum * average + (1 - momentum) * source, in float32."""
@@ -59,14 +59,14 @@ class Backend(Protocol):
         """A parameter, whole and in float32."""
 
     def moment(self, parameter: nn.Parameter, which: Moment) -> Tensor | None:
-        """One of the optimiser's moments of a parameter, whole; None where it has had no gradient yet."""
+        """One of the optimizer's moments of a parameter, whole; None where it has had no gradient yet."""
 
     def set_param(self, parameter: nn.Parameter, value: Tensor, moment: Moment | None = None) -> None:
         """Set what `full_param` or `moment` gives."""
 
     @property
     def optimizer_steps(self) -> int:
-        """Steps the optimiser has made."""
+        """Steps the optimizer has made."""
 
     def expect_moments(self, parameters: Sequence[nn.Parameter], optimizer_steps: int) -> None:
         """Make room for the moments of some parameters, as they are after so many steps."""

@@ -28,7 +28,7 @@ def build(
     """
     device = device_of_rank()
     module.to(device)
-    # On a CPU, where an offloaded optimiser steps, the fused kernel is the one that goes through memory once.
+    # On a CPU, where an offloaded optimizer steps, the fused kernel is the one that goes through memory once.
     kernel = {"foreach": True} if sharding.offload_optimizer == "none" else {"fused": True}
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps, **kernel)
     if sharding.backend == "torch":

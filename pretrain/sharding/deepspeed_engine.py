@@ -3,8 +3,8 @@
 Parameters are float32 everywhere (autocast makes matrix products bf16), so the teacher, which is frozen and part of the
 same module, is sharded with the student at stage 3, and its moving average is taken shard by shard.
 
-An offloaded optimiser's gradients are out of reach between the backward pass and the step: DeepSpeed keeps the norm of
-each parameter's piece, and they are clipped as torch's optimiser gets them.
+An offloaded optimizer's gradients are out of reach between the backward pass and the step: DeepSpeed keeps the norm of
+each parameter's piece, and they are clipped as torch's optimizer gets them.
 """
 
 from __future__ import annotations
@@ -129,13 +129,13 @@ class DeepSpeedBackend:
         return found
 
     def _scale(self, adamw: torch.optim.Optimizer, *_: Any) -> None:
-        """Clip the gradients of an offloaded optimiser that is about to step."""
+        """Clip the gradients of an offloaded optimizer that is about to step."""
         for group in adamw.param_groups:
             for tensor in group["params"]:
                 tensor.grad.mul_(self._factors[group[CLIP_GROUP]])
 
     def _group(self, number: int) -> int:
-        """The parameter group of a tensor that the wrapped optimiser sees."""
+        """The parameter group of a tensor that the wrapped optimizer sees."""
         return self.engine.optimizer.sub_group_to_group_id[number] if self.stage == 3 else number
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -194,7 +194,7 @@ class DeepSpeedBackend:
         else:
             parameter.data.copy_(value)
         if parameter.requires_grad and self.stage > 0:
-            safe_set_full_fp32_param(parameter, value)  # the optimiser's own copy
+            safe_set_full_fp32_param(parameter, value)  # the optimizer's own copy
 
     @property
     def _adamw(self) -> torch.optim.Optimizer:
@@ -208,7 +208,7 @@ class DeepSpeedBackend:
         self._adamw.state.clear()
         if self._optimizer_in_files:
             self.engine.optimizer.optimizer_swapper.purge_state()
-        for number, tensor in enumerate(self._optimised(parameters)):
+        for number, tensor in enumerate(self._optimized(parameters)):
             with self._state_in_memory(number):
                 self._adamw.state[tensor] = adamw_state(tensor, optimizer_steps)
         self._linked = False
@@ -216,7 +216,7 @@ class DeepSpeedBackend:
 
     @contextmanager
     def _state_in_memory(self, number: int) -> Iterator[None]:
-        """Read a tensor that the wrapped optimiser sees where it is in a file; write it and its state there again."""
+        """Read a tensor that the wrapped optimizer sees where it is in a file; write it and its state there again."""
         optimizer = self.engine.optimizer
         swapped = self._optimizer_in_files and optimizer._swappable_optimizer_subgroup(number)
         if swapped:
@@ -225,8 +225,8 @@ class DeepSpeedBackend:
         if swapped:
             optimizer._optimizer_states_and_gradient_swap_out(number)
 
-    def _optimised(self, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:
-        """The tensors that the wrapped optimiser sees: parameters, or this rank's part of many of them in one."""
+    def _optimized(self, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:
+        """The tensors that the wrapped optimizer sees: parameters, or this rank's part of many of them in one."""
         optimizer = self.engine.optimizer
         if self.stage == 0:
             return parameters
@@ -273,6 +273,6 @@ def import_deepspeed(device: torch.device) -> Any:
 
     logger.setLevel(logging.WARNING)
     if device.type == "cpu":
-        # Building this op takes minutes and serves only tensor parallelism.
+        # Building this op takes minutes and serves only tensor parallelizm.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -93,6 +93,6 @@ def gradients(groups: list[dict[str, Any]]) -> dict[str, list[Tensor]]:
 
 
 def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
-    """Steps that a torch optimiser has made."""
+    """Steps that a torch optimizer has made."""
     states = optimizer.state.values()
     return max((int(state["step"]) for state in states if "step" in state), default=0)

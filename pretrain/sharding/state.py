@@ -35,7 +35,7 @@ class RankState:
 
 
 def collect(backend: Backend) -> RankState:
-    """This rank's part of parameters, buffers and the optimiser's moments; called on all ranks."""
+    """This rank's part of parameters, buffers and the optimizer's moments; called on all ranks."""
     rank, world_size = rank_and_world_size()
     mine: dict[str, Tensor] = {}
     owners: dict[str, int] = {}

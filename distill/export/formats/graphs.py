@@ -18,7 +18,7 @@ _MOST = 1024  # patches a side
 
 
 def write_onnx(backbone: Network, views: Views, directory: Path) -> None:
-    """Write `model.onnx`: `pixels [n, 3, height, width]`, normalised, to `features [n, dim]`."""
+    """Write `model.onnx`: `pixels [n, 3, height, width]`, normalized, to `features [n, dim]`."""
     names: dict[str, Any] = {"input_names": ["pixels"], "output_names": ["features"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -32,7 +32,7 @@ class Format:
     check: str | None
     """Script in distill/export/verify_scripts; None where no code but Fovea's reads it here."""
     features: Callable[[PublishSource, Tensor], np.ndarray] = PublishSource.features
-    """What the script is to give of normalised images."""
+    """What the script is to give of normalized images."""
     words: tuple[str, ...] = ()
     """What else the script is given."""
 

@@ -17,7 +17,7 @@ from pretrain.objectives.image_text import ImageText
 
 @dataclass(frozen=True)
 class PublishSource:
-    """A released backbone, how its images are normalised, and the towers that bring it and texts together."""
+    """A released backbone, how its images are normalized, and the towers that bring it and texts together."""
 
     backbone: Network
     views: Views
@@ -40,5 +40,5 @@ class PublishSource:
 
     @torch.inference_mode()
     def features(self, pixels: Tensor) -> np.ndarray:
-        """Class tokens of normalised images `[n, 3, side, side]`, float32 `[n, dim]`."""
+        """Class tokens of normalized images `[n, 3, side, side]`, float32 `[n, dim]`."""
         return self.backbone([pixels])[0].class_token.numpy()

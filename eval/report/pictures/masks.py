@@ -25,7 +25,7 @@ def mask_sheet(corpus: Corpus, shown: Sequence[tuple[int, np.ndarray, np.ndarray
 
 
 def _colorize(classes: np.ndarray) -> Image.Image:
-    """A colour for each class, the same in every picture; 0 and 255 are pale."""
+    """A color for each class, the same in every picture; 0 and 255 are pale."""
     number = np.arange(256)
     palette = np.stack([(number * step) % 200 + 30 for step in (67, 113, 199)], 1).astype(np.uint8)
     palette[0], palette[255] = (238, 241, 243), (205, 210, 214)

@@ -19,18 +19,18 @@ _HEADS = 6
 
 
 def patch_pca(backbone: TokenBackbone, corpus: Corpus, count: int) -> bytes:
-    """Images above the first principal components of their patch tokens, as colours (after DINOv2, figure 1).
+    """Images above the first principal components of their patch tokens, as colors (after DINOv2, figure 1).
 
-    Images are spread over the corpus and shown at twice the backbone's side where it can, for a finer grid. The colours
+    Images are spread over the corpus and shown at twice the backbone's side where it can, for a finer grid. The colors
     are the first three components of all their patches together.
     """
     crops = _crops(backbone, corpus, count)
     tokens = dense_labels.patch_tokens(backbone, crops).numpy()
-    colours = principal_colors(tokens.reshape(-1, tokens.shape[-1])).reshape(*tokens.shape[:3], 3)
+    colors = principal_colors(tokens.reshape(-1, tokens.shape[-1])).reshape(*tokens.shape[:3], 3)
     lines = []
     for start in range(0, len(crops), _COLUMNS):
         some = slice(start, start + _COLUMNS)
-        lines += [[tile(each) for each in crops[some]], [tile(each, smooth=False) for each in colours[some]]]
+        lines += [[tile(each) for each in crops[some]], [tile(each, smooth=False) for each in colors[some]]]
     return sheet(lines)
 
 
@@ -40,7 +40,7 @@ def _crops(backbone: TokenBackbone, corpus: Corpus, count: int) -> np.ndarray:
 
 
 def principal_colors(tokens: np.ndarray) -> np.ndarray:
-    """Colours of patches `[n, dim]`, uint8 `[n, 3]`: their first three principal components, from dark to bright."""
+    """Colors of patches `[n, dim]`, uint8 `[n, 3]`: their first three principal components, from dark to bright."""
     values = _components(tokens, 3)
     low, high = np.percentile(values, [2, 98], axis=0)
     return (np.clip((values - low) / np.maximum(high - low, 1e-9), 0, 1) * 255).astype(np.uint8)
@@ -48,12 +48,12 @@ def principal_colors(tokens: np.ndarray) -> np.ndarray:
 
 def _components(tokens: np.ndarray, count: int) -> np.ndarray:
     """The first principal components of `[n, dim]`, `[n, count]`; of fewer dimensions the rest is 0."""
-    centred = tokens.astype(np.float64) - tokens.mean(0)
-    values, directions = np.linalg.eigh(centred.T @ centred)
+    centered = tokens.astype(np.float64) - tokens.mean(0)
+    values, directions = np.linalg.eigh(centered.T @ centered)
     chosen = directions[:, np.argsort(-values)[:count]]
     chosen = chosen * np.where(chosen.sum(0) < 0, -1, 1)  # a component's sign is arbitrary: fix it
     found = np.zeros((len(tokens), count))
-    found[:, : chosen.shape[1]] = centred @ chosen
+    found[:, : chosen.shape[1]] = centered @ chosen
     return found
 
 
@@ -69,9 +69,9 @@ def attention_maps(backbone: VitCheckpointBackbone, corpus: Corpus, count: int) 
 
 
 def _heat(values: np.ndarray) -> Image.Image:
-    """Weights `[h, w]` as colours from dark to bright."""
+    """Weights `[h, w]` as colors from dark to bright."""
     from matplotlib import colormaps
 
     scaled = (values - values.min()) / max(float(np.ptp(values)), 1e-12)
-    colours = (colormaps["inferno"](scaled)[..., :3] * 255).astype(np.uint8)
-    return Image.fromarray(colours).resize((TILE, TILE), Image.Resampling.NEAREST)
+    colors = (colormaps["inferno"](scaled)[..., :3] * 255).astype(np.uint8)
+    return Image.fromarray(colors).resize((TILE, TILE), Image.Resampling.NEAREST)

@@ -14,7 +14,7 @@ def embedding_map(vectors: np.ndarray, labels: np.ndarray | None, names: list[st
 
     Args:
         vectors: unit vectors `[n, dim]`; of many an even choice is shown.
-        labels: classes `[n]`, by which points are coloured, or None.
+        labels: classes `[n]`, by which points are colored, or None.
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE

@@ -13,7 +13,7 @@ _GAP = 4
 
 
 def tile(image: Image.Image | np.ndarray, border: str | None = None, smooth: bool = True) -> Image.Image:
-    """A square tile of the middle of an image, with a coloured border or none."""
+    """A square tile of the middle of an image, with a colored border or none."""
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     how = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST

@@ -13,7 +13,7 @@ _SHOWN = 7
 RIGHT, WRONG, ASKED = "#5b8c5a", "#c2703d", "#2f6f8f"
 
 
-def neighbour_sheet(train: Corpus, test: Corpus, bank: np.ndarray, queries: np.ndarray, count: int) -> bytes:
+def neighbor_sheet(train: Corpus, test: Corpus, bank: np.ndarray, queries: np.ndarray, count: int) -> bytes:
     """Test images, each before its nearest training images: green frames have its class, orange ones another."""
     rows = spread(len(test), count)
     _, found = knn_search(queries[rows], bank, min(_SHOWN, len(bank)))
