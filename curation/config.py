@@ -81,14 +81,14 @@ class IngestSettings(Config):
 
 
 class IngestConfig(IngestSettings, Output):
-    """Images in, corpus out."""
+    """Index images as a corpus."""
 
     workers: int = Field(0, ge=0)
-    """Processes that read shards; 0: one a core."""
+    """Number of processes that read shards. 0: one for each core."""
 
     source: str = Field(min_length=1)
-    """A folder of images, of class folders or of tar shards, a glob of shards or a {000..999} range of them; here or at
-    any URL. What img2dataset wrote is such a folder."""
+    """URL of a folder of images, of class folders or of tar shards, of a glob of shards, or of a {000..999} range of
+    them. The output of img2dataset is such a folder."""
     out: str
     """URL of the corpus; {id} stands for its id."""
 
@@ -97,27 +97,27 @@ class OnRay(Config):
     """Where what can be done in parts is done."""
 
     ray: str | None = None
-    """Address (host:port, or auto) of a Ray cluster; null: here. Its machines have Fovea and see the same folders,
-    $FOVEA_CACHE among them where artifacts are in a bucket."""
+    """Address of a Ray cluster (host:port, or auto). null: this machine. The cluster's machines need Fovea and the same
+    folders, including $FOVEA_CACHE where artifacts are in a bucket."""
 
 
 class EmbedSettings(OnRay):
-    """What maps images to vectors."""
+    """Backbone and batch size of an embedding."""
 
     backbone: BackboneConfig = PixelDescriptorConfig()
-    """A pixel descriptor, a Fovea checkpoint or an open_clip model."""
+    """Backbone that maps images to vectors."""
     batch: int = Field(256, ge=1)
-    """Images a forward pass."""
+    """Images in a forward pass."""
 
 
 class EmbedConfig(EmbedSettings, Output):
-    """Corpus in, embeddings out."""
+    """Embed a corpus; writes embeddings."""
 
     corpus: str
-    """URL of the corpus."""
+    """URL of the corpus to embed."""
     previous: str | None = None
-    """URL of embeddings of an earlier state of the corpus by the same backbone: images still the same are not embedded
-    anew."""
+    """URL of embeddings of an earlier state of the corpus by the same backbone. Their vectors of unchanged images are
+    reused. null: none."""
     out: str
     """URL of the embeddings; {id} stands for their id."""
 
@@ -133,11 +133,11 @@ class CurateSettings(OnRay):
     """Steps, in order: exact, perceptual, metadata_filter, image_quality, exclude, near_duplicates, decontaminate,
     semdedup, retrieve, retrieve_clusters, balance, metaclip, score, random_sample, restore."""
     seed: int = Field(0, ge=0)
-    """Seed of everything random in them."""
+    """Seed of all random choices."""
     memory_gb: float = Field(4.0, gt=0)
-    """Memory to keep to; what does not fit in goes to disk. The verdicts do not depend on it."""
+    """Maximum memory in GiB; larger data goes to disk. The selection does not depend on it."""
     workers: int = Field(0, ge=0)
-    """Threads that compare vectors; 0: one a core. The verdicts do not depend on them."""
+    """Number of threads that compare vectors. 0: one for each core. The selection does not depend on it."""
 
 
 class CurateConfig(CurateSettings, Output):
@@ -150,7 +150,7 @@ class CurateConfig(CurateSettings, Output):
     corpus: str
     """URL of the corpus to choose from."""
     embeddings: str | None = None
-    """URL of its embeddings, for the steps that compare vectors."""
+    """URL of the corpus's embeddings, for steps that compare vectors. null: none."""
     eval_embeddings: list[str] = Field(default_factory=list)
     """URLs of the embeddings of evaluation sets, for `decontaminate`."""
     seed_embeddings: str | None = None

@@ -18,16 +18,16 @@ FormatName = Literal["timm", "torch_hub", "transformers", "open_clip", "onnx", "
 
 
 class StudentSettings(Config):
-    """One of the students that learn in one run."""
+    """One of the students that are trained in one run."""
 
     model: VisionTransformerConfig = VisionTransformerConfig()
-    """Its backbone; stochastic depth is off."""
+    """Backbone. Stochastic depth is off."""
     timm: TimmNetworkConfig | None = None
-    """A network of timm in place of `model`."""
+    """Network of timm instead of `model`. null: none."""
     lr: float = Field(1.0, gt=0)
-    """Factor of its learning rate."""
+    """Factor of the learning rate."""
     init_from: str | None = None
-    """URL of a checkpoint whose released backbone it starts from; null: from initial weights."""
+    """URL of a checkpoint whose released backbone initializes the student. null: random initialization."""
 
     @property
     def network(self) -> ModelConfig:
@@ -47,17 +47,18 @@ class DistillSettings(TrainingSettings):
     """Settings of a distillation."""
 
     students: dict[str, StudentSettings] = Field(default_factory=_default_students, min_length=1)
-    """Students by name, of any size, patch size and make. Each batch goes through the teachers once for all of them."""
+    """Students by name, of any size, patch size and architecture. Each batch passes the teachers once for all of them.
+    """
     objectives: list[DistillObjective] = Field(default_factory=_default_objectives, min_length=1)
-    """Losses; their weighted sum is optimized, for each student. The default is DINOv2's distillation."""
+    """Losses, optimized as their weighted sum for each student. The default is DINOv2's distillation."""
     teachers: dict[str, BackboneConfig] = Field(default_factory=dict)
-    """Frozen teachers without heads, by name, beside the teacher checkpoint, whose name is teacher."""
+    """Frozen teachers without heads, by name. The teacher checkpoint has the name teacher."""
     num_cached_views: int = Field(0, ge=0)
-    """Views of each image after which they come again, epoch by epoch, so that what the teachers say of them is
-    computed once and kept as an artifact; 0: all views are new, and the teachers run along. Kept are 2 bytes a number:
-    images x views x global crops x tokens x width."""
+    """Number of fixed views of each image. Their teacher features are stored once, so that later epochs and
+    distillations skip the teachers' forward pass; storage is 2 bytes × images × views × global crops × tokens × width.
+    0: every view is new."""
     views: Views | None = None
-    """Crops and augmentation; null: those that the teacher checkpoint was trained with."""
+    """Crops and augmentation. null: those of the teacher checkpoint."""
 
     @field_validator("students", "teachers")
     @classmethod
@@ -81,12 +82,13 @@ class DistillSettings(TrainingSettings):
 
 
 class DistillConfig(DistillSettings, Output):
-    """Teachers and corpora in; out a checkpoint, or with several students one for each, at its URL, - and its name."""
+    """Distill students from frozen teachers; writes a checkpoint, or with several students one for each, at `out`, -
+    and its name."""
 
     teacher_checkpoint: str | None = None
-    """URL of a pretraining checkpoint, with its heads, which teaches frozen; null: `teachers` alone do."""
+    """URL of a frozen pretraining checkpoint with its heads. null: only `teachers`."""
     corpora: list[str] = Field(min_length=1)
-    """URLs of the corpora to distill on, or of selections: of those, what they keep of their corpus."""
+    """URLs of the corpora to distill on. A selection stands for the images that it keeps of its corpus."""
     teacher_cache: str | None = None
     """URL of the folder in which `num_cached_views` stores teacher features, which other distillations can share. null:
     `teacher_cache` beside the checkpoint."""
@@ -95,20 +97,20 @@ class DistillConfig(DistillSettings, Output):
 
 
 class PublishSettings(Config):
-    """What a published backbone says of itself."""
+    """Name, license and formats of a published backbone."""
 
     name: str = Field("fovea-vit", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the model."""
     license: str = "other"
     """License of the weights, as a Hugging Face identifier."""
     description: str = ""
-    """A sentence or two for the top of the model card."""
+    """Text at the top of the model card."""
     formats: list[FormatName] | None = None
-    """What it is published as: timm's folder, torch.hub's, transformers', open_clip's (of a model trained with
-    captions), an ONNX graph, torch.export's, weights under the official names. transformers and onnx need the extra
-    `publish`. null: timm, torch_hub and official, as far as the backbone has them."""
+    """Formats: timm, torch_hub, transformers, open_clip (of a model trained with captions), onnx, torch_export and
+    official. transformers and onnx need the extra `publish`. null: timm, torch_hub and official, as far as the backbone
+    has them."""
     tolerance: float = Field(1e-5, gt=0)
-    """Largest difference of any feature between Fovea and each format; a larger one fails the publication."""
+    """Maximum difference of any feature between Fovea and a format; a larger one fails the publication."""
 
     @field_validator("formats")
     @classmethod
@@ -121,34 +123,34 @@ class PublishSettings(Config):
 
 
 class PublishConfig(PublishSettings, Output):
-    """Checkpoint and reports in, backbone out."""
+    """Publish a checkpoint's released backbone; writes a backbone."""
 
     checkpoint: str
     """URL of the checkpoint whose released backbone is published."""
     images: str
-    """URL of a corpus; features of its first images are compared between Fovea and each format."""
+    """URL of a corpus whose first images are used to compare features."""
     reports: list[str] = Field(default_factory=list)
     """URLs of evaluation reports for the model card."""
     hf_repo: str | None = Field(None, pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-    """OWNER/NAME of a repository of the Hugging Face Hub that it is uploaded to as well, with its id as a tag; the
-    token comes from HF_TOKEN or the Hub's own login."""
+    """Repository OWNER/NAME of the Hugging Face Hub to upload to, tagged by the backbone's id. The token comes from
+    HF_TOKEN or the Hub's login. null: no upload."""
     hf_private: bool = True
-    """A repository that is made for it is private."""
+    """Make a new repository private."""
     out: str
     """URL of the backbone; {id} stands for its id."""
 
 
 class ImportConfig(Output):
-    """Weights of others in, checkpoint out."""
+    """Import public weights; writes a checkpoint."""
 
     checkpoint: str
-    """Path of the weights on this machine: a state dict, or a training's teacher."""
+    """Path of the weights."""
     layout: Literal["official", "timm", "open_clip"] = "official"
-    """Whose names they have: the official DINOv2 or DINOv3 code's, timm's Vision Transformers', or open_clip's."""
+    """Names of the weights: official (DINOv2's or DINOv3's code), timm (its Vision Transformers) or open_clip."""
     name: str | None = None
-    """Of layout open_clip the model's name there, which tells all of `model`, `mean` and `std`."""
+    """Name of an open_clip model, which sets `model`, `mean` and `std`. Read with `layout: open_clip`."""
     model: VisionTransformerConfig = VisionTransformerConfig()
-    """The dimensions and parts it was trained with."""
+    """Dimensions and parts of the trained network."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Mean of each channel that is subtracted, values 0 to 1."""
     std: tuple[float, float, float] = IMAGENET_STD

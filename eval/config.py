@@ -33,12 +33,12 @@ def suite_tasks(name: str) -> list[Any]:
 
 
 class Gate(Config):
-    """How far scores may fall below an earlier report."""
+    """Maximum loss of score against an earlier report."""
 
     report: str
     """URL of the earlier report."""
     max_drop: float = Field(0.01, ge=0)
-    """How far the headline of each protocol may fall: 0 to 1 for shares, else in its unit."""
+    """Maximum drop of a headline score; a larger one fails the evaluation."""
     protocols: list[str] = Field(default_factory=list)
     """Names of the protocols that are looked at; none: all that both reports have, and whose headline is a share."""
 

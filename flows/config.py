@@ -29,19 +29,19 @@ def expand_variables(value: Any) -> Any:
 
 
 class Sources(Config):
-    """Where the images are: folders or tar shards at any URL; `${NAME}` is an environment variable."""
+    """Images of a pipeline: folders or tar shards at any URL. `${NAME}` stands for an environment variable."""
 
     pool: str
-    """The pool to curate and train on."""
+    """URL of the pool to curate and train on."""
     test: str
-    """The labeled evaluation set; the pool is decontaminated against it."""
+    """URL of the labeled test set. The pool is decontaminated against it."""
     train: str
-    """The labeled set that kNN and probe learn from."""
+    """URL of the labeled set that kNN and probes learn from."""
     seed: str | None = None
-    """The curated seed of retrieval; joins the pool in training."""
+    """URL of the curated seed of retrieval, which joins the pool in training. null: no retrieval."""
     evaluation: dict[str, str] = Field(default_factory=dict)
-    """Further datasets that tasks of `evaluate` name. The pool is not decontaminated against them, but leaks are
-    counted."""
+    """URLs of further datasets that tasks of `evaluate` name. Their leaks are counted, but the pool is not
+    decontaminated against them."""
 
     _expand = field_validator("pool", "test", "train", "seed", mode="before")(expand_variables)
 
@@ -59,37 +59,37 @@ class Sources(Config):
 
 
 class KnownLeaks(Config):
-    """A table of images of the pool that are known to be in the evaluation set."""
+    """Table of images of the pool that are known to be in the test set."""
 
     table: str
     """Path of a CSV file; `${NAME}` is an environment variable."""
     column: str
-    """Its column with the pool's keys."""
+    """Column with the pool's keys."""
 
     _expand = field_validator("table", mode="before")(expand_variables)
 
 
 class AblateConfig(Config):
-    """Does a curation help? Small backbones, trained alike on each choice of images."""
+    """Train small backbones alike on several selections and compare them."""
 
     root: str
-    """URL under which every artifact is written."""
+    """URL of the folder of all artifacts."""
     corpus: str
-    """URL of the corpus that was curated."""
+    """URL of the curated corpus."""
     selections: dict[str, str] = Field(min_length=1)
-    """Name of each choice and the URL of its selection over the corpus."""
+    """URLs of selections over the corpus, by name."""
     random: bool = True
-    """Train also on random images of the corpus, as many as the last selection keeps, others for each seed."""
+    """Train also on random images of the corpus, as many as the last selection keeps; each seed samples others."""
     seeds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
-    """Of the trainings on each choice; with fewer than three little can be told."""
+    """Seeds of the trainings on each selection. Fewer than three tell little."""
     train: str
-    """URL of the labeled corpus that kNN and probe learn from."""
+    """URL of the labeled training corpus of the protocols."""
     test: str
-    """URL of the labeled corpus that is scored."""
+    """URL of the labeled test corpus of the protocols."""
     pretrain: PretrainSettings = PretrainSettings()
-    """The small backbone: all choices get the same steps and batches, the seed apart."""
+    """Settings of the small backbone. Steps and batches are the same for all selections."""
     evaluate: EvaluateSettings = Field(default_factory=lambda: EvaluateSettings(baselines=False))
-    """Protocols."""
+    """Protocols of the comparison."""
 
     @model_validator(mode="after")
     def _names_and_seeds(self) -> AblateConfig:
@@ -101,25 +101,25 @@ class AblateConfig(Config):
 
 
 class CheckpointEvalSettings(EvaluateSettings):
-    """How the teachers of a running training are scored."""
+    """Evaluation of the teachers that a running training exports."""
 
     poll_seconds: float = Field(30.0, gt=0)
-    """Between looks for a new teacher."""
+    """Seconds between checks for a new teacher."""
     patience_hours: float = Field(24.0, gt=0)
-    """How long nothing may come before it is given up."""
+    """Hours without a new teacher after which the evaluation stops."""
 
 
 class CheckpointEvalConfig(CheckpointEvalSettings):
-    """A training that writes teachers (runtime.export_teacher_every), and what they are scored on."""
+    """Evaluate the teachers that a training exports (runtime.export_teacher_every)."""
 
     training: str
-    """URL of its checkpoint, which need not be there yet."""
+    """URL of the training's checkpoint, which need not exist yet."""
     datasets: dict[str, str] = Field(min_length=1)
     """Names that tasks use (train, test, ...) and URLs of their corpora."""
     leaks: dict[str, str] = Field(default_factory=dict)
     """For names of datasets the URL of a selection over each: what it drops was seen in training."""
     out: str | None = None
-    """URL below which reports are written; null: that of the training and `.reports`."""
+    """URL below which reports are written. null: the training's URL and `.reports`."""
 
 
 class CheckpointEvalPipelineSettings(CheckpointEvalSettings):
@@ -132,43 +132,43 @@ class CheckpointEvalPipelineSettings(CheckpointEvalSettings):
 
 
 class PipelineConfig(Config):
-    """From images to a published backbone."""
+    """A pipeline from images to a published backbone."""
 
     name: str = "pipeline"
     """Title of the report."""
     root: str
-    """URL under which every artifact of the run is written."""
+    """URL of the folder of all artifacts of the run."""
     synthetic: SyntheticSettings | None = None
-    """Make the synthetic corpus and run on it; or give `sources`."""
+    """Settings of a synthetic corpus, which replaces `sources`. null: none."""
     sources: Sources | None = None
-    """Images to run on."""
+    """Images of the run. null: `synthetic`."""
     incremental: bool = False
-    """The pool grows between runs under this root: only what is new is embedded and compared (`previous` of fovea embed
-    and fovea curate)."""
+    """Reuse vectors and comparisons of the previous run under this root, so that only new images are embedded and
+    compared."""
     known_leaks: KnownLeaks | None = None
-    """Ground truth of decontamination, if there is any."""
+    """Ground truth of the decontamination. null: none."""
     ingest: IngestSettings = IngestSettings()
-    """What counts as an image."""
+    """Settings of `fovea ingest`."""
     dedup_embedding: EmbedSettings = EmbedSettings()
-    """Embedding by which copies are found."""
+    """Embedding for the steps of `deduplicate`."""
     retrieval_embedding: EmbedSettings = EmbedSettings()
-    """Embedding by which images like the seed are found."""
+    """Embedding for the steps of `retrieve`."""
     deduplicate: CurateSettings = CurateSettings()
-    """Steps that compare copies."""
+    """Steps that find duplicates and leaks."""
     retrieve: CurateSettings = Field(default_factory=lambda: CurateSettings(steps=[Retrieve()]))
-    """Steps that compare with the seed; left out where there is no seed."""
+    """Steps that compare with the seed; skipped without a seed."""
     pretrain: PretrainSettings = PretrainSettings()
-    """The teacher."""
+    """Settings of the teacher's pretraining."""
     distill: DistillSettings = DistillSettings()
-    """The student."""
+    """Settings of the students' distillation."""
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
-    """Protocols for both."""
+    """Protocols for teacher and students."""
     checkpoint_eval: CheckpointEvalPipelineSettings | None = None
-    """Protocols for the teachers that are written while the pretraining goes on; null: they are not scored."""
+    """Protocols for the teachers that the pretraining exports. null: none."""
     publish: PublishSettings = PublishSettings()
-    """The published student."""
+    """Name, license and formats of the published students."""
     report: ReportSettings = ReportSettings()
-    """The page."""
+    """Title and galleries of the run's page."""
 
     def eval_dataset_names(self) -> list[str]:
         """Names of the further datasets."""
@@ -182,37 +182,39 @@ class PipelineConfig(Config):
 
 
 class DeploySettings(Config):
-    """How flows are registered with a Prefect server."""
+    """Registration of the flows with a Prefect server."""
 
     pipeline: str
-    """Path of the pipeline's YAML file, whose keys are the deployment's parameters; variables in it are the worker's.
-    """
+    """Path of the pipeline's YAML file; its keys become the deployment's parameters. Environment variables in it are
+    the worker's."""
     root: str | None = None
-    """URL under which artifacts are written, in place of the file's."""
+    """URL of the artifacts' folder instead of the file's. null: the file's."""
     name: str = Field("fovea", pattern=r"^[^/%&<>]+$")
     """Name of the deployments."""
     work_pool: str = "fovea"
-    """The work pool whose workers run them; made if it is not there."""
+    """Name of the work pool whose workers run the deployments. It is created if it does not exist."""
     work_pool_type: Literal["process", "docker", "kubernetes"] = "process"
-    """Of the pool. Trainings on SLURM are queued by a worker of type process on a login node (launcher slurm)."""
+    """Type of the work pool. Trainings on SLURM are queued by a worker of type process on a login node (launcher
+    slurm)."""
     cron: str | None = None
-    """When the pipeline runs by itself, as in "0 3 * * 1"; null: when it is told to."""
+    """Schedule of the pipeline, such as "0 3 * * 1". null: no schedule."""
     min_change: float | None = Field(None, gt=0, le=1)
-    """With it the schedule only curates, and the pipeline runs when this share of the selection differs from what was
-    last trained on."""
+    """Minimum changed share of the selection for a scheduled run. With it, the schedule runs the curation alone, and
+    the pipeline runs when the share is reached. null: the schedule runs the pipeline."""
     heartbeat_seconds: int = Field(60, ge=30)
-    """Seconds between a run's signs of life; where three are missing it is taken for dead and goes on elsewhere."""
+    """Seconds between a run's heartbeats. After three missing ones the run is marked crashed and retried."""
     notification_block: str | None = None
-    """Notification block that is told of failures and regressions, as TYPE/NAME: slack-webhook/ops."""
+    """Prefect block TYPE/NAME, such as slack-webhook/ops, that is notified of failures and regressions. null: none."""
     timezone: str = "UTC"
-    """Of the schedule."""
+    """Time zone of the schedule."""
     tags: list[str] = Field(default_factory=list)
     """Tags beside fovea."""
     base_job_template: str | None = None
-    """JSON file with the job template of a pool that is made; see infra/kubernetes/job-template.json."""
+    """Path of a JSON file with the job template of a created work pool; see infra/kubernetes/job-template.json. null:
+    Prefect's."""
     job_variables: dict[str, Any] = Field(default_factory=dict)
     """Overrides of the pool's job template: image, namespace, env and the like."""
     file: str = "prefect.yaml"
-    """Where the file is written."""
+    """Path of the prefect.yaml to write."""
     apply: bool = True
-    """Register with the server of PREFECT_API_URL; false: write the file alone."""
+    """Register with the server of PREFECT_API_URL. false: only write the file."""

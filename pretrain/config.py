@@ -32,65 +32,66 @@ class Optimizer(Config):
     """AdamW with a linear warmup and cosine schedules."""
 
     base_lr: float = Field(4e-3, gt=0)
-    """Peak learning rate at the reference batch; `lr_scaling` scales it to the global batch."""
+    """Peak learning rate at the reference batch size; `lr_scaling` scales it to the global batch size."""
     lr_reference_batch_size: int = Field(1024, ge=1)
-    """Global batch for which `base_lr` is meant."""
+    """Global batch size that `base_lr` refers to."""
     lr_scaling: Literal["sqrt", "linear", "none"] = "sqrt"
-    """How the peak depends on global batch / `lr_reference_batch_size`: on its square root (DINOv2), in proportion
-    (MAE), or not."""
+    """Dependence of the peak on global batch size / `lr_reference_batch_size`: square root (DINOv2), linear (MAE) or
+    none."""
     lr_schedule: Literal["cosine", "constant"] = "cosine"
-    """How the learning rate goes on after the warmup."""
+    """Course of the learning rate after the warmup."""
     min_lr: float = Field(1e-6, ge=0)
-    """Learning rate at the end of a cosine."""
+    """Learning rate at the end of the cosine."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps over which the learning rate rises from 0."""
+    """Number of steps over which the learning rate rises from 0. 0: no warmup."""
     weight_decay: tuple[float, float] = (0.04, 0.4)
-    """First and last weight decay; a cosine between. Biases, norms and LayerScale have none."""
+    """First and last weight decay, with a cosine between them. Biases, norms and LayerScale are not decayed."""
     weight_decay_tokens: bool = False
-    """Decay class, register and mask tokens and the position table too, as DINOv2 does."""
+    """Decay class, register and mask tokens and the position table, as DINOv2 does."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's moment factors."""
+    """AdamW's betas."""
     eps: float = Field(1e-8, gt=0)
-    """AdamW's guard of the division."""
+    """AdamW's epsilon."""
     grad_clip: float | None = Field(3.0, gt=0)
-    """Largest norm of a gradient; null: any."""
+    """Maximum norm of the gradient. null: no clipping."""
     grad_clip_scope: Literal["all", "parts"] = "all"
-    """Whose norm: the whole gradient's, or each of backbone and heads by itself, as DINOv2 does."""
+    """Norm that is clipped: of the whole gradient (all), or of backbone and each head separately (parts), as in DINOv2.
+    """
     layerwise_lr_decay: float = Field(1.0, gt=0, le=1)
-    """Factor of the learning rate from each block to the one before it."""
+    """Factor of the learning rate from each block to the block before it. 1: none."""
     patch_embed_lr_mult: float = Field(0.2, gt=0)
     """Factor of the learning rate of the patch embedding."""
     freeze_last_layer_steps: int = Field(0, ge=0)
-    """Steps in which the prototypes stay as they are."""
+    """Number of first steps in which the prototypes are frozen. 0: none."""
 
 
 class Teacher(Config):
     """The teacher: an exponential moving average of the student, in float32."""
 
     momentum: tuple[float, float] = (0.992, 1.0)
-    """First and last momentum; a cosine between."""
+    """First and last momentum, with a cosine between them."""
     temperature: tuple[float, float] = (0.04, 0.07)
     """First and last softmax temperature of the teacher."""
     temperature_warmup_steps: int = Field(0, ge=0)
-    """Steps over which the temperature rises."""
+    """Number of steps over which the temperature changes linearly. 0: it starts at its last value."""
 
 
 class Sharding(Config):
-    """How the training is spread over ranks."""
+    """Backend, ZeRO stage, precision and offloading."""
 
     backend: Literal["deepspeed", "torch"] = "deepspeed"
-    """deepspeed, or plain torch: one process, the oracle of tests."""
+    """Training backend: deepspeed, or torch (one process without sharding)."""
     zero_stage: int = Field(0, ge=0, le=3)
-    """DeepSpeed ZeRO stage: 1 shards the optimizer, 2 the gradients too, 3 the parameters and the teacher too."""
+    """DeepSpeed ZeRO stage: 1 shards the optimizer, 2 also the gradients, 3 also the parameters and the teacher."""
     precision: Precision = "fp32"
-    """Precision of matrix products; parameters, optimizer and teacher stay in float32."""
+    """Precision of matrix products. Parameters, optimizer and teacher stay in float32."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where the optimizer's moments, gradients and own weights are kept: on the GPU, or in memory or (stage 3) in
-    files of the machine; then the CPU steps."""
+    """Location of the optimizer's state: none (GPU), cpu (memory) or nvme (files; stage 3). With cpu and nvme, the CPU
+    runs the optimizer step."""
     offload_parameters: Literal["none", "cpu"] = "none"
-    """Where stage 3 keeps each rank's part of the parameters, the teacher's too."""
+    """Location of each rank's shard of parameters and teacher in stage 3: none (GPU) or cpu (memory)."""
     nvme_path: str | None = None
-    """Folder on a local disk for what goes to nvme, of this training alone; each rank has its own files there."""
+    """Folder on a local disk for `offload_optimizer: nvme`, used by this training alone."""
 
     @model_validator(mode="after")
     def _offload_fits(self) -> Sharding:
@@ -107,84 +108,87 @@ class Sharding(Config):
 
 
 class Probe(Config):
-    """kNN on the frozen teacher, now and then."""
+    """kNN on the frozen teacher at intervals."""
 
     train: str
-    """URL of the labeled corpus that votes."""
+    """URL of the labeled corpus of neighbors."""
     test: str
-    """URL of the labeled corpus that is classified."""
+    """URL of the labeled corpus to classify."""
     every: int = Field(1000, ge=1)
     """Steps between scores."""
     k: int = Field(20, ge=1)
-    """Neighbors that vote."""
+    """Number of neighbors."""
 
 
 class Guards(Config):
-    """What happens when losses go wrong. A step whose loss or gradient is no finite number is always skipped, on all
-    ranks, and teacher and centers stay as they were."""
+    """Limits for bad losses. A step with a loss or gradient that is not finite is skipped on all ranks; teacher and
+    centers do not change."""
 
     loss_spike_threshold: float | None = Field(20.0, gt=0)
-    """A loss this many mean deviations above the median of the last 200 steps is skipped too; null: never."""
+    """Number of mean deviations above the median of the last 200 steps from which a loss is skipped as a spike. null:
+    spikes are not skipped."""
     max_consecutive_skips: int = Field(20, ge=1)
-    """Skipped steps in a row after which the training goes back to its last checkpoint, and on with other samples."""
+    """Number of consecutive skipped steps after which the training rolls back to its last state and continues with
+    other samples."""
     max_rollbacks: int = Field(3, ge=0)
-    """Times it may go back before it stops."""
+    """Maximum number of rollbacks before the training stops."""
 
 
 class Collapse(Config):
-    """When what is learned counts as collapsed. Looked at now and then; a warning each time."""
+    """Monitor of collapse. It measures at intervals and warns below its thresholds."""
 
     every: int = Field(100, ge=0)
-    """Steps between looks; 0: never."""
+    """Steps between measurements. 0: never."""
     min_usage: float = Field(0.1, ge=0, le=1)
-    """Least entropy of the mean teacher target, as a share of the most it can be: below, few prototypes are used."""
+    """Minimum entropy of the mean teacher target as a share of its maximum. Below it, few prototypes are used."""
     min_kl: float = Field(1e-4, ge=0)
-    """Least mean divergence of the student from the targets, in nats: below, there is nothing left to learn."""
+    """Minimum mean divergence of the student from the targets, in nats. Below it, nothing is left to learn."""
     min_rank: float = Field(1.5, ge=1)
-    """Least effective rank (RankMe) of the class tokens of a batch."""
+    """Minimum effective rank (RankMe) of the class tokens of a batch."""
     stop_after: int | None = Field(None, ge=1)
-    """Alarming looks in a row after which the training stops; null: it goes on."""
+    """Number of consecutive alarms after which the training stops. null: it only warns."""
     probe: Probe | None = None
-    """A small labeled set on which the teacher is scored by its nearest neighbors while it trains."""
+    """Labeled corpora on which kNN scores the teacher during training. null: no probe."""
 
 
 class Retention(Config):
-    """Which saved states of a training stay when newer ones have come: the last few, and all young ones."""
+    """Retention of saved states: the last few, and all recent ones."""
 
     latest: int = Field(1, ge=1)
-    """The last states that are kept."""
+    """Number of last states to keep."""
     hours: float = Field(0.0, ge=0)
-    """Older ones are kept until this many hours after they were written."""
+    """Age in hours up to which older states are kept, too. 0: only the last ones."""
 
 
 class Runtime(Config):
-    """How a run is carried out: no part of what a checkpoint is known by, and free to change when it goes on."""
+    """Runtime settings. They do not change the checkpoint's id and may differ when a run resumes."""
 
     micro_batch_size: int | None = Field(None, ge=1)
-    """Images a rank and forward pass; what is missing to the global batch is accumulated. null: the global batch by the
-    number of ranks. Sinkhorn-Knopp balances the micro-batches of all ranks at once, KoLeo spreads each one's."""
+    """Images in a forward pass on one rank; gradients are accumulated up to the global batch size. null: the global
+    batch size divided by the number of ranks. Sinkhorn-Knopp balances the micro-batches of all ranks together; KoLeo
+    spreads each one's."""
 
     num_workers: int = Field(2, ge=0)
-    """Loader processes a rank; 0 loads in the training process."""
+    """Number of loader processes for each rank. 0 loads in the training process."""
     cache_gb: float = Field(0.0, ge=0)
-    """Parts of remote shards kept on a local disk, in GB, for all processes of a machine; 0: none, else 0.1 or more.
-    Used where it holds the whole corpora, or shards are read in windows."""
+    """Size in GB of a local disk cache for remote shards, shared by all processes of a machine. 0: no cache; otherwise
+    at least 0.1. It applies where it holds the whole corpora or `sampling.shuffle` is shard_window."""
     hang_timeout_s: float = Field(1200.0, gt=0)
-    """How long no rank may move on before the job ends and names the one that the others wait for."""
+    """Seconds without progress of any rank after which the job ends and names the rank that blocks the others."""
     max_bad_sample_fraction: float = Field(0.01, ge=0, le=1)
-    """Share of samples that may turn out unusable, each passed over for another one, before the run stops."""
+    """Maximum share of unusable samples. Each is replaced by another sample; above the share, the training stops."""
     checkpoint_every: int = Field(200, ge=1)
-    """Steps between states to resume from; they are written while the training goes on."""
+    """Steps between saved states. They are written while the training continues."""
     export_teacher_every: int = Field(0, ge=0)
-    """Steps between teachers (of a distillation: averages) that are written beside the checkpoint, as checkpoints of
-    their own that stay, for evaluation while the training goes on; 0: none."""
+    """Steps between exported teachers (in a distillation, averages). Each is a checkpoint beside the final one, for
+    evaluation during training. 0: none."""
     trackers: list[TrackerName] = Field(default_factory=list)
-    """Experiment trackers that get every step's telemetry, which the job's folder has anyway."""
+    """Experiment trackers that receive every step's metrics. The job's folder stores them in any case."""
     keep: Retention = Retention()
-    """Which of these states are kept until the training ends."""
+    """Retention of saved states during training."""
     activation_checkpointing: Checkpointing = "none"
-    """What the backward pass computes again to save memory: nothing, all but matrix products and attention, or whole
-    blocks."""
+    """Activations that the backward pass recomputes to save memory: none, all but matrix products and attention, or
+    whole blocks."""
     compile: bool = False
     """Compile each block with torch.compile."""
 
@@ -197,14 +201,14 @@ class Runtime(Config):
 
 
 class Schedule(Config):
-    """How long, on how much, from which seed."""
+    """Number of steps, global batch size and seed."""
 
     steps: int = Field(125_000, ge=1)
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     global_batch_size: int = Field(64, ge=1)
-    """The global batch: images a step, over all ranks."""
+    """Images in a step, over all ranks."""
     seed: int = Field(0, ge=0)
-    """Seed of weights, order, augmentation, masks and dropout."""
+    """Seed of weights, sample order, augmentation, masks and dropout."""
 
 
 class TrainingSettings(Config):
@@ -213,25 +217,25 @@ class TrainingSettings(Config):
     sampling: Sampling = Sampling()
     """Order of the samples."""
     schedule: Schedule = Schedule()
-    """Length and batch."""
+    """Number of steps, global batch size and seed."""
     optimizer: Optimizer = Optimizer()
     """Optimizer and its schedules."""
     teacher: Teacher = Teacher()
-    """Schedules of the teacher; in a distillation the momentum is that of the students' averages, which are released.
-    """
+    """Momentum and temperature of the teacher. In a distillation, the momentum is that of the students' averages, which
+    are released."""
     guards: Guards = Guards()
-    """What happens when losses go wrong."""
+    """Limits for skipped steps and rollbacks."""
     collapse: Collapse = Collapse()
-    """What counts as collapse."""
+    """Thresholds of the collapse monitor."""
     sharding: Sharding = Sharding()
-    """Ranks and precision."""
+    """Backend, ZeRO stage, precision and offloading."""
     runtime: Runtime = Runtime()
-    """Speed only."""
+    """Runtime settings. They do not change the checkpoint's id and may differ when a run resumes."""
     launcher: Launcher = "local"
-    """What starts the ranks: this process alone, or one of several that a launcher started; or torchrun, DeepSpeed's
-    launcher or SLURM."""
+    """Program that starts the ranks: local (this process, or one rank of an external launcher), torchrun, deepspeed or
+    slurm."""
     launch: Launch = Launch()
-    """Where the ranks run."""
+    """Machines, restarts and SLURM options."""
 
 
 class PretrainSettings(TrainingSettings):
@@ -240,7 +244,7 @@ class PretrainSettings(TrainingSettings):
     model: VisionTransformerConfig = VisionTransformerConfig()
     """The backbone."""
     objectives: list[ObjectiveConfig] = Field(default_factory=_default_objectives, min_length=1)
-    """Losses; their weighted sum is optimized. The default is DINOv2's."""
+    """Losses, optimized as their weighted sum. The default is DINOv2's: dino, ibot and koleo."""
     views: Views = Views()
     """Crops and augmentation."""
 
@@ -273,32 +277,32 @@ class PretrainSettings(TrainingSettings):
 
 
 class PretrainConfig(PretrainSettings, Output):
-    """Corpora in, teacher checkpoint out."""
+    """Pretrain a teacher on corpora; writes a checkpoint."""
 
     corpora: list[str] = Field(min_length=1)
-    """URLs of the corpora to train on, or of selections: of those, what they keep of their corpus."""
+    """URLs of the corpora to train on. A selection stands for the images that it keeps of its corpus."""
     init_from: str | None = None
-    """URL of a pretraining checkpoint to start from, weights and heads; image and crop sizes may differ (a
-    high-resolution phase)."""
+    """URL of a pretraining checkpoint whose weights and heads initialize the training. Image and crop sizes may differ,
+    as in a high-resolution phase. null: random initialization."""
     out: str
     """URL of the checkpoint; {id} stands for its id."""
 
 
 class PlanConfig(PretrainSettings):
-    """A recipe, and the machines it is planned for."""
+    """A recipe and the machines to estimate it for."""
 
     gpus: int = Field(ge=1)
-    """How many GPUs, over all machines."""
+    """Number of GPUs over all machines."""
     gpu: str = "h100"
-    """Which: a100-40gb, a100, h100-pcie, h100, h200, b200, l40s, l4, a10g, rtx4090 or rtx3090."""
+    """GPU model: a100-40gb, a100, h100-pcie, h100, h200, b200, l40s, l4, a10g, rtx4090 or rtx3090."""
     gib: float | None = Field(None, gt=0)
-    """Memory of one in GiB; null: what its data sheet says."""
+    """Memory of one GPU in GiB. null: the data sheet's value."""
     tflops: float | None = Field(None, gt=0)
-    """Dense peak of one in TFLOP/s at the recipe's precision; null: what its data sheet says."""
+    """Dense peak of one GPU in TFLOP/s at the recipe's precision. null: the data sheet's value."""
     mfu: float = Field(0.4, gt=0, le=1)
-    """Share of the peak that is expected; `fovea pretrain` shows what a training reaches."""
+    """Expected share of the peak (MFU). `fovea pretrain` shows the measured one."""
     price: float | None = Field(None, gt=0)
-    """What a GPU costs an hour, in any currency; null: no cost is given."""
+    """Price of one GPU for an hour, in any currency. null: no cost is printed."""
     corpora: list[str] = Field(default_factory=list)
     """Not read."""
     init_from: str | None = None

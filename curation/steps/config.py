@@ -12,44 +12,46 @@ from pretrain.backbones.config import OpenClipBackboneConfig
 
 
 class Exact(Config):
-    """Drop images whose bytes another image has."""
+    """Drop images whose bytes equal those of another image."""
 
     kind: Literal["exact"] = "exact"
 
 
 class Perceptual(Config):
-    """Drop all but the largest of images that look the same at a glance: whose perceptual hashes hang together."""
+    """Drop all but the largest of images that are connected by similar perceptual hashes."""
 
     kind: Literal["perceptual"] = "perceptual"
     hash: Literal["dct", "pca"] = "dct"
-    """dct: the signs of low frequencies; pca: on which side of the mean an image lies along principal components."""
+    """Hash: dct (signs of low frequencies) or pca (side of the mean along principal components)."""
     radius: int = Field(4, ge=0, le=31)
-    """Bits of 64 in which two hashes may differ; the work grows quickly beyond 7."""
+    """Maximum number of differing bits of 64. The work grows quickly above 7."""
     min_entropy: float = Field(3.0, ge=0, le=8)
-    """Bits of the gray values below which an image has too little on it for its hash to mean anything."""
+    """Minimum entropy of the gray values in bits; the hash of an image below it means little."""
 
 
 class ImageQuality(Config):
-    """Drop images with next to nothing on them."""
+    """Drop blank and blurred images."""
 
     kind: Literal["image_quality"] = "image_quality"
     min_entropy: float = Field(1.0, ge=0, le=8)
-    """Bits of the gray values: 0 for one color."""
+    """Minimum entropy of the gray values in bits; 0 for a single color."""
     min_sharpness: float = Field(0.0, ge=0)
-    """Standard deviation of the Laplacian in gray values of 0 to 255; below about 3 an image is blurred."""
+    """Minimum standard deviation of the Laplacian of gray values 0 to 255. Images below about 3 are blurred. 0: no
+    limit."""
 
 
 class CellSettings(Config):
-    """Which vectors are compared where comparing all would take too long."""
+    """Cells of an inverted file, which limit the comparisons of a join."""
 
     num_cells: int = Field(0, ge=0)
-    """Clusters within which vectors are compared; 0: two square roots of their number, or one for 20,000 and fewer."""
+    """Number of k-means cells; vectors are compared within them. 0: two square roots of the number of vectors, or a
+    single cell for 20,000 and fewer."""
     nprobe: int = Field(8, ge=1)
-    """Clusters that a vector visits at most. More find more and take longer."""
+    """Maximum number of cells searched per vector. Higher values raise recall and run time."""
     margin: float = Field(0.07, ge=0, le=2)
-    """It visits those whose centroid is at most this much less similar than the nearest."""
+    """Maximum difference to the similarity of the nearest centroid; cells beyond it are not searched."""
     recall_audit_images: int = Field(1000, ge=0)
-    """Random vectors that are compared with all others to measure what was missed; 0 measures nothing."""
+    """Number of random vectors that are compared with all others to measure recall. 0: no audit."""
 
 
 class NearDuplicates(CellSettings):
@@ -57,22 +59,22 @@ class NearDuplicates(CellSettings):
 
     kind: Literal["near_duplicates"] = "near_duplicates"
     threshold: float | None = Field(None, gt=0, le=1)
-    """Cosine similarity from which two images are joined. null: what was measured for the backbone of the embeddings; a
-    backbone without a measurement needs a value."""
+    """Cosine similarity from which two images are connected. null: the measured value of the embeddings' backbone; a
+    backbone without one needs a value."""
     representative: Literal["resolution", "bytes", "first_key", "field"] = "resolution"
-    """Which image of a component stays: the one with most pixels, the largest file, the one whose key comes first, or
-    the one that a field of the images' .json files prefers. Of equal ones a color image stays before a gray one, then
-    the larger file, then the first key."""
+    """Image of a component that is kept: the one with most pixels (resolution), the largest file (bytes), the first key
+    (first_key), or the one that `field` prefers. Ties go to color over gray images, then to the larger file, then to
+    the first key."""
     field: str | None = None
-    """The field, for `field`: the highest number stays."""
+    """Field of the images' .json files for `representative: field`; the highest number wins. null: none."""
     prefer: list[str] = Field(default_factory=list)
-    """Values of the field in order of preference, licenses say; others come after them."""
+    """Values of `field` in order of preference, such as licenses. Other values come last."""
     min_similarity_to_representative: float = Field(-1.0, ge=-1, le=1)
-    """Members less similar than this to the image that stays are no copies of it: they form groups of their own. It
-    undoes chains, where each image is like the next and the last is unlike the first. -1 leaves components whole."""
+    """Minimum similarity of a member to the kept image; members below it form groups of their own, which breaks chains
+    of similar images. -1 keeps components whole."""
     allow_chains: bool = False
-    """Accept a component of 50 images or more of which most are unlike the image that stays. false: stop, for the
-    threshold is too low for the backbone. Not read where `min_similarity_to_representative` undoes chains."""
+    """Accept a component of 50 or more images that are mostly unlike the kept image. false stops there, because the
+    threshold is too low for the backbone. Not read with `min_similarity_to_representative`."""
 
     @model_validator(mode="after")
     def _has_field(self) -> NearDuplicates:
@@ -84,76 +86,78 @@ class NearDuplicates(CellSettings):
 
 
 class Decontaminate(CellSettings):
-    """Drop images too much like one of an evaluation set (DINOv2, appendix A)."""
+    """Drop images that are near-duplicates of an evaluation set's (DINOv2, appendix A)."""
 
     kind: Literal["decontaminate"] = "decontaminate"
     threshold: float | None = Field(None, gt=0, le=1)
-    """Cosine similarity from which an image counts as a leak. null: what was measured for the backbone of the
-    embeddings; a backbone without a measurement needs a value."""
+    """Cosine similarity from which an image is a leak. null: the measured value of the embeddings' backbone; a backbone
+    without one needs a value."""
     drop: Literal["hits", "components"] = "hits"
-    """hits: images that are like an evaluation image. components: also all that hang together with them by pairs of at
-    least the threshold. The paper can be read both ways, and both are counted."""
+    """Images to drop: those similar to an evaluation image (hits), or whole components that contain one (components).
+    The paper can be read both ways; the report counts both."""
     count_components: bool = True
-    """Count the components also where only hits are dropped; it takes a join of the whole corpus."""
+    """Count components even where only hits are dropped; this takes a join of the whole corpus."""
 
 
 class Retrieve(Config):
-    """Keep only what is near a curated seed: the nearest images of each seed image (DINOv2, section 3)."""
+    """Keep only the nearest images of each image of a curated seed (DINOv2, section 3)."""
 
     kind: Literal["retrieve"] = "retrieve"
     k: int = Field(4, ge=1)
-    """Nearest images kept for each seed image."""
+    """Number of nearest images to keep for each seed image."""
     min_similarity: float = Field(-1.0, ge=-1, le=1)
-    """Neighbors less similar than this are not kept."""
+    """Minimum similarity of the images to keep."""
     without_replacement: bool = False
-    """Give each seed image neighbors of its own: what a more similar seed image has taken is replaced by the next."""
+    """Replace an image that a more similar seed image has taken by the next nearest, so that each seed image has images
+    of its own."""
     index: Literal["auto", "exact", "ivfpq"] = "auto"
-    """exact compares every seed image with every image; ivfpq finds candidates in a compressed FAISS index and compares
-    those exactly, where there are 10,000 images or more; auto: exact up to 4e11 comparisons of one dimension."""
+    """Search: exact compares every seed image with every image; ivfpq finds candidates in a FAISS index and compares
+    those exactly (10,000 images or more); auto is exact up to 4e11 comparisons of one dimension."""
     recall_audit_images: int = Field(200, ge=0)
-    """Seed images whose neighbors in the index are checked against the exact ones."""
+    """Number of seed images whose neighbors are compared with an exact search to measure recall."""
 
 
 class RetrieveClusters(Config):
-    """Keep only what lies in clusters of the corpus that the curated seed falls into (DINOv2, section 3)."""
+    """Keep only images of the clusters that contain curated seed images (DINOv2, section 3)."""
 
     kind: Literal["retrieve_clusters"] = "retrieve_clusters"
     clusters: int = Field(1000, ge=1)
-    """Clusters of the corpus; DINOv2 has 100,000."""
+    """Number of clusters; DINOv2 has 100,000."""
     min_seeds: int = Field(4, ge=1)
-    """Seed images from which a cluster counts."""
+    """Minimum number of seed images of a cluster."""
     quota: int = Field(10_000, ge=1)
-    """Images kept of each such cluster, the nearest to its centroid."""
+    """Maximum number of images to keep of each cluster, nearest to its centroid first."""
     most: int = Field(1_000_000, ge=1)
-    """Images kept in all; clusters with most seed images come first."""
+    """Maximum number of images to keep; clusters with most seed images come first."""
 
 
 class SemDeDup(Config):
-    """Drop images too similar to one of the same cluster (SemDeDup, arXiv 2303.09540)."""
+    """Drop images that are too similar to another image of the same cluster (SemDeDup, arXiv 2303.09540)."""
 
     kind: Literal["semdedup"] = "semdedup"
     clusters: int = Field(0, ge=0)
-    """Clusters; 0: one for each 1,000 images."""
+    """Number of clusters. 0: one for each 1,000 images."""
     eps: float = Field(0.05, ge=0, le=2)
-    """Images more similar than 1 - eps to one before them are dropped: more eps, fewer images."""
+    """Images more similar than 1 - eps to an earlier image of their cluster are dropped. Higher values drop more."""
     keep: Literal["hard", "easy"] = "hard"
-    """Which comes first: the one farther from the centroid, or the nearer."""
+    """Images that come first: those far from the centroid (hard) or near it (easy)."""
 
 
 class Balance(Config):
-    """Draw images evenly over concepts by hierarchical k-means (Vo et al., arXiv 2405.15613; DINOv3)."""
+    """Sample images evenly over concepts by hierarchical k-means (Vo et al., arXiv 2405.15613; DINOv3)."""
 
     kind: Literal["balance"] = "balance"
     levels: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [1000, 100], min_length=1)
-    """Clusters of each level, from the finest; DINOv3 has 200 M, 8 M, 800 k, 100 k and 25 k."""
+    """Number of clusters of each level, finest first; DINOv3 has 200 M, 8 M, 800 k, 100 k and 25 k."""
     target: int = Field(100_000, ge=1)
-    """Images to draw."""
+    """Number of images to sample."""
     num_resampling_steps: int = Field(10, ge=0)
-    """Times that each level's clustering is made anew on the members nearest to its centroids, which evens it out."""
+    """Number of times that each level is clustered again on the members nearest to its centroids, which evens it out.
+    """
     sample_size: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
-    """Members of a cluster that a resampling takes, for each level; none: half the clusters' mean size."""
+    """Members of a cluster that a resampling step takes, for each level. Empty: half the clusters' mean size."""
     max_repeats: int = Field(1, ge=1)
-    """How often one image may be drawn; beyond 1 its weight says how often it was."""
+    """Maximum number of times that an image is sampled; its weight counts them."""
 
     @model_validator(mode="after")
     def _levels_fall(self) -> Balance:
@@ -167,61 +171,62 @@ class Balance(Config):
 
 
 class RandomSample(Config):
-    """Keep random images: what a curation has to beat."""
+    """Keep random images, the baseline of a curation."""
 
     kind: Literal["random_sample"] = "random_sample"
     count: int = Field(100_000, ge=1)
-    """Images to keep, or all there are if that is less."""
+    """Number of images to keep; all of them if there are fewer."""
 
 
 class MetadataFilter(Config):
-    """Drop images by what the index knows of them."""
+    """Drop images by side, aspect ratio and caption."""
 
     kind: Literal["metadata_filter"] = "metadata_filter"
     min_side: int = Field(0, ge=0)
-    """Pixels of the shorter side; DataComp's basic filter has 200."""
+    """Minimum shorter side in pixels; DataComp's basic filter has 200. 0: no limit."""
     max_aspect: float | None = Field(None, ge=1)
-    """Longer side over shorter; DataComp's basic filter has 3."""
+    """Maximum ratio of the longer to the shorter side; DataComp's basic filter has 3. null: no limit."""
     min_words: int = Field(0, ge=0)
-    """Words of the caption; DataComp's basic filter has 3. Images without a caption have none."""
+    """Minimum number of words of the caption; DataComp's basic filter has 3. Images without a caption have 0."""
     min_characters: int = Field(0, ge=0)
-    """Characters of the caption; DataComp's basic filter has 6."""
+    """Minimum number of characters of the caption; DataComp's basic filter has 6."""
 
 
 class FieldScorer(Config):
-    """A number that each image's .json file has, as img2dataset and LAION write them."""
+    """Score by a number in each image's .json file, as img2dataset and LAION write it."""
 
     kind: Literal["field"] = "field"
     field: str
-    """Its name."""
+    """Name of the field."""
 
 
 class TableScorer(Config):
-    """Scores made elsewhere."""
+    """Score by a table of scores."""
 
     kind: Literal["table"] = "table"
     table: str
     """URL of a parquet file with a column `key`."""
     column: str = "score"
-    """Its column with the scores."""
+    """Column of the scores."""
 
 
 class HeadScorer(Config):
-    """Linear layers on the corpus's embeddings, as aesthetic and NSFW predictors on CLIP are given out."""
+    """Score by linear layers on the corpus's embeddings, such as aesthetic and NSFW predictors on CLIP."""
 
     kind: Literal["head"] = "head"
     checkpoint: str
     """Path of the layers' weights."""
     activation: Literal["none", "relu"] = "none"
-    """Between the layers."""
+    """Activation between the layers."""
     output: Literal["identity", "sigmoid", "softmax"] = "identity"
-    """What is done to the last layer's output."""
+    """Function of the last layer's output."""
     unit: int = Field(0, ge=0)
-    """Which of its outputs is the score."""
+    """Index of the output that is the score."""
 
 
 class CaptionScorer(Config):
-    """Cosine similarity of image and caption by an open_clip model, by which the corpus must be embedded."""
+    """Score by the cosine similarity of image and caption in an open_clip model; the corpus's embeddings must be of
+    that model."""
 
     kind: Literal["caption"] = "caption"
     model: OpenClipBackboneConfig
@@ -229,15 +234,16 @@ class CaptionScorer(Config):
 
 
 class PluginScorer(Config):
-    """Your own code: called with the checkpoint it gives a function of a list of images (Pillow, RGB) to numbers."""
+    """Score by your own function, which maps a list of images (Pillow, RGB) to numbers. It is made by calling `name`
+    with `checkpoint`."""
 
     kind: Literal["plugin"] = "plugin"
     name: str
     """`package.module:name`, importable here."""
     checkpoint: str | None = None
-    """File that it is called with."""
+    """Path that the function is made with. null: none."""
     version: str = "1"
-    """Of your code: change it when that gives other numbers, or an earlier selection will be taken for this one."""
+    """Version of your code. Change it when the scores change; otherwise an earlier selection is reused."""
 
 
 ScorerConfig = Annotated[
@@ -250,15 +256,15 @@ class Score(Config):
 
     kind: Literal["score"] = "score"
     scorer: ScorerConfig
-    """What gives the number. Images without one are dropped."""
+    """Scorer. Images without a score are dropped."""
     name: str = "score"
-    """What the ledger calls it: images are dropped for low_NAME, high_NAME or no_NAME."""
+    """Name of the score in the selection's reasons: low_NAME, high_NAME and no_NAME."""
     min: float | None = None
-    """Lowest score kept."""
+    """Minimum score to keep. null: no limit."""
     max: float | None = None
-    """Highest score kept."""
+    """Maximum score to keep. null: no limit."""
     top: float | None = Field(None, gt=0, le=1)
-    """Share of the images with the highest scores that is kept; DataComp keeps 0.3 by CLIP score."""
+    """Share of the images with the highest scores to keep; DataComp keeps 0.3 by CLIP score. null: no limit."""
 
     @model_validator(mode="after")
     def _some_bound(self) -> Score:
@@ -270,25 +276,25 @@ class Score(Config):
 
 
 class Metaclip(Config):
-    """Keep images by lot so that no word's captions outnumber the others (MetaCLIP, arXiv 2309.16671)."""
+    """Keep random images so that no metadata entry dominates the captions (MetaCLIP, arXiv 2309.16671)."""
 
     kind: Literal["metaclip"] = "metaclip"
     entries: str
-    """File with one word or phrase a line."""
+    """Path of a file with one word or phrase a line."""
     most: int = Field(20_000, ge=1)
-    """Captions with an entry from which on images with it are thinned out; MetaCLIP has 20,000 for 400 M pairs."""
+    """Number of captions with an entry above which its images are thinned out; MetaCLIP has 20,000 for 400 M pairs."""
 
 
 class Exclude(Config):
-    """Drop images that are listed, whatever they look like: for those who opted out, or a source that must go."""
+    """Drop listed images, such as opt-outs or a withdrawn source."""
 
     kind: Literal["exclude"] = "exclude"
     keys: str | None = None
-    """File with one key a line."""
+    """Path of a file with one key a line. null: none."""
     hashes: str | None = None
-    """File with one SHA-256 of an image's bytes a line."""
+    """Path of a file with one SHA-256 of an image's bytes a line. null: none."""
     prefix: str | None = None
-    """Keys that begin so: a source."""
+    """Prefix of the keys to drop, such as a source. null: none."""
 
     @model_validator(mode="after")
     def _something(self) -> Exclude:
@@ -298,15 +304,15 @@ class Exclude(Config):
 
 
 class Restore(Config):
-    """Keep again what an earlier step dropped."""
+    """Keep images again that an earlier step dropped."""
 
     kind: Literal["restore"] = "restore"
     reason: str
-    """Why it was dropped: near_duplicate, leak, ..."""
+    """Reason of the images to restore, such as near_duplicate or leak."""
     below: float | None = None
-    """Only what has a lower score than this: was less similar to what it lost against, say."""
+    """Maximum score of the images to restore, such as the similarity to the representative. null: no limit."""
     keys: str | None = None
-    """Only keys of this file, one a line."""
+    """Path of a file with one key a line; only these are restored. null: all."""
 
 
 Step = Annotated[

@@ -11,51 +11,51 @@ from pretrain.objectives.config import TextTower
 
 
 class DinoIbotConfig(Config):
-    """The teacher's own losses, by its own heads: DINO, iBOT, KoLeo, with the settings that it was trained with."""
+    """The teacher's own losses with its heads and settings: DINO, iBOT and KoLeo."""
 
     kind: Literal["dino_ibot"] = "dino_ibot"
     weight: float = Field(1.0, ge=0)
     """Factor of the losses."""
     patches: Literal["sampled", "all"] = "sampled"
-    """Patch tokens that iBOT compares: as many as masks would hide, at their places, or all. None is hidden."""
+    """Patch tokens that iBOT compares: those that masks would hide (sampled), or all. The student sees all of them."""
 
 
 class FeaturesConfig(Config):
-    """Class and patch tokens that, by a head for each teacher, are the teachers' (AM-RADIO, arXiv 2312.06709)."""
+    """Regression of the teachers' class and patch tokens through a head for each teacher (AM-RADIO, arXiv 2312.06709)."""
 
     kind: Literal["features"] = "features"
     weight: float = Field(1.0, ge=0)
     """Factor of the loss."""
     teachers: list[str] = Field(default_factory=list)
-    """Names of the teachers that are compared with; none: all."""
+    """Names of the teachers to match. Empty: all."""
     cosine: float = Field(0.9, ge=0)
-    """Share of the cosine distance in the loss of patch tokens. Class tokens have no other."""
+    """Weight of the cosine distance of patch tokens. The loss of class tokens is the cosine distance alone."""
     smooth_l1: float = Field(0.1, ge=0)
-    """Share of the smooth L1 distance."""
+    """Weight of the smooth L1 distance of patch tokens."""
     class_weight: float = Field(1.0, ge=0)
     """Factor of the class token's loss."""
     patch_weight: float = Field(1.0, ge=0)
     """Factor of the patch tokens' loss."""
     hidden_dim: int = Field(0, ge=0)
-    """Width of the hidden layer of each head; 0: as wide as the teacher."""
+    """Width of the hidden layer of each head. 0: the teacher's width."""
     standardize_images: int = Field(512, ge=0)
-    """Give each channel of a teacher mean 0 and variance 1, by what it says of this many images before the training
-    begins, so that no teacher and no channel is louder than others; 0: leave them as they are."""
+    """Number of images from which mean and variance of each teacher channel are estimated before training; channels are
+    then standardized. 0: no standardization."""
 
 
 class GramDistillConfig(Config):
-    """Likeness of an image's patch tokens to each other that is the teacher's (Gram matrices of cosines)."""
+    """Match of the cosine similarities between an image's patch tokens (Gram matrices)."""
 
     kind: Literal["gram_distill"] = "gram_distill"
     weight: float = Field(1.0, ge=0)
     """Factor of the loss."""
     teachers: list[str] = Field(default_factory=list)
-    """Names of the teachers that are compared with; none: all."""
+    """Names of the teachers to match. Empty: all."""
 
 
 class ClipDistillConfig(Config):
-    """Images and captions told apart as an open_clip model does: CLIP's contrast, and cross-entropy to the teacher's
-    distributions over the batch (open_clip's DistillClipLoss)."""
+    """CLIP's contrastive loss, and cross-entropy to an open_clip teacher's distributions over the batch (open_clip's
+    DistillClipLoss)."""
 
     kind: Literal["clip_distill"] = "clip_distill"
     weight: float = Field(1.0, ge=0)
@@ -63,13 +63,13 @@ class ClipDistillConfig(Config):
     teacher: str
     """Name of the teacher, of kind open_clip."""
     contrastive_weight: float = Field(1.0, ge=0)
-    """Share of CLIP's own loss."""
+    """Weight of CLIP's contrastive loss."""
     embed_dim: int = Field(512, ge=1)
     """Width of the shared space."""
     text: TextTower = TextTower()
-    """The text tower that is trained."""
+    """Text tower to train."""
     scale: float = Field(14.285714, gt=0)
-    """First factor of the cosines, the inverse of the temperature; learned, at most 100."""
+    """Initial factor of the cosines, the inverse of the temperature. It is learned and at most 100."""
 
 
 class DeitConfig(Config):
@@ -82,15 +82,15 @@ class DeitConfig(Config):
     weight: float = Field(1.0, ge=0)
     """Factor of the loss."""
     classifier: str
-    """Name in timm of the network that teaches; its classes are the corpora's."""
+    """Name of the teaching classifier in timm; its classes are the corpora's."""
     checkpoint: str
-    """Path of its weights on this machine, classifier included."""
+    """Path of the classifier's weights."""
     mode: Literal["hard", "soft"] = "hard"
-    """The distillation token learns the teacher's likeliest class, or all of its distribution."""
+    """Target of the distillation token: the teacher's most likely class (hard) or its distribution (soft)."""
     distillation_weight: float = Field(0.5, ge=0, le=1)
-    """Share of the teacher's part in the loss; the labels have the rest."""
+    """Weight of the teacher's part of the loss; the labels have the rest."""
     temperature: float = Field(3.0, gt=0)
-    """Softmax temperature of teacher and student where `mode` is soft."""
+    """Softmax temperature of teacher and student in `mode: soft`."""
 
 
 DistillObjective = Annotated[

@@ -17,7 +17,7 @@ class Task(Config):
     """What all protocols share."""
 
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._()+-]{0,59}$")
-    """Name in the report: letters, digits, blanks and ._()+-; null: its kind."""
+    """Name in the report: letters, digits, blanks and ._()+-. null: the kind."""
 
     @property
     def protocol(self) -> str:
@@ -39,33 +39,33 @@ class ClassificationTask(Task):
     test: str = "test"
     """Name of the labeled dataset that is scored."""
     ood_datasets: list[OodDataset] = Field(default_factory=list)
-    """Further sets that the same classifier is scored on: robustness."""
+    """Further datasets that the same classifier is scored on (robustness)."""
 
     def optional_datasets(self) -> list[str]:
         return [each.dataset for each in self.ood_datasets]
 
 
 class OodDataset(Config):
-    """A set of the same classes, of some of them, or of others that can be read as them: ImageNet-V2, -A, -R, -Sketch,
+    """A dataset of the same classes, some of them, or classes that map to them: ImageNet-V2, -A, -R, -Sketch,
     ObjectNet."""
 
     dataset: str
     """Name of the labeled dataset."""
     classes: str | None = None
-    """YAML or JSON file: for each of its classes the class, or list of classes, of the training set that it is; classes
-    that are left out are not scored. null: classes of the same names."""
+    """Path of a YAML or JSON file that maps each class to a class, or a list of classes, of the training set; classes
+    left out are not scored. null: classes of the same names."""
     restrict: bool = True
-    """Choose only among classes that the set can have."""
+    """Predict only classes that the dataset can contain."""
 
 
 class LearnedTask(ClassificationTask):
     """What protocols share that learn from labeled images."""
 
     train: str = "train"
-    """Name of the labeled dataset that is learned from."""
+    """Name of the labeled training dataset."""
     select_on: SelectOn = "validation"
-    """How settings are chosen: by a part of the training set, which says nothing of the test set; or, as published, the
-    best on the test set that is reported, a little too good to be true."""
+    """Data that chooses the settings: validation (a part of the training set) or test (the reported test set, as papers
+    do; the score is then optimistic)."""
 
     def num_candidates(self) -> int:
         """How many settings it chooses among."""
@@ -77,13 +77,13 @@ class Knn(LearnedTask):
 
     kind: Literal["knn"] = "knn"
     k: list[PositiveInt] = Field(default_factory=lambda: [10, 20, 100, 200], min_length=1)
-    """Numbers of neighbors that vote; the chosen one is the score, all are reported."""
+    """Numbers of neighbors. The score is that of the chosen one; all are reported."""
     temperature: float = Field(0.07, gt=0)
-    """A vote weighs exp(cosine / this)."""
+    """Temperature of the votes, exp(cosine / temperature)."""
     per_class: list[PositiveInt] = Field(default_factory=list)
-    """Score also with this many training images a class."""
+    """Numbers of training images per class to score with, too. Empty: none."""
     num_draws: int = Field(5, ge=1)
-    """Draws of them; means over draws are reported."""
+    """Number of draws for `per_class`; their mean is reported."""
 
     def num_candidates(self) -> int:
         return len(self.k)
@@ -94,22 +94,22 @@ class Linear(LearnedTask):
 
     kind: Literal["linear"] = "linear"
     learning_rates: list[PositiveFloat] = Field(default_factory=lambda: list(_LEARNING_RATES), min_length=1)
-    """Base learning rates, for a batch of 256."""
+    """Base learning rates for a batch of 256."""
     blocks: list[PositiveInt] = Field(default_factory=lambda: [1, 4], min_length=1)
-    """Of how many last blocks the class tokens are taken."""
+    """Numbers of last blocks whose class tokens are concatenated."""
     average_pool: list[bool] = Field(default_factory=lambda: [False, True], min_length=1)
-    """With or without the mean of the last block's patch tokens."""
+    """Append the mean of the last block's patch tokens, or not."""
     epochs: int = Field(10, ge=1)
-    """Passes over the training features."""
+    """Number of passes over the training features."""
     min_steps: int = Field(1000, ge=1)
-    """Steps at least, however few features there are."""
+    """Minimum number of steps."""
     batch: int = Field(128, ge=1)
-    """Features a step."""
+    """Features in a step."""
     views: int = Field(1, ge=1)
-    """Of each training image: the first is its center, as in the test set, further ones are random crops, flipped or
-    not. DINOv2 takes a new crop each time."""
+    """Number of views of each training image: the center crop, then random crops, flipped or not. DINOv2 takes a new
+    crop each time."""
     validation_fraction: float = Field(0.1, gt=0, lt=1)
-    """Share of the training images that chooses."""
+    """Share of the training images that chooses the settings."""
 
     def num_candidates(self) -> int:
         return len(self.learning_rates) * len(self.blocks) * len(self.average_pool)
@@ -120,13 +120,13 @@ class Logistic(LearnedTask):
 
     kind: Literal["logistic"] = "logistic"
     C: list[PositiveFloat] = Field(default_factory=lambda: [0.01, 0.1, 1.0, 10.0, 100.0], min_length=1)
-    """Inverse regularization strengths C; DINOv2 takes 45 from 1e-6 to 1e5."""
+    """Inverse regularization strengths; DINOv2 takes 45 from 1e-6 to 1e5."""
     standardize: bool = True
-    """Bring every dimension to mean 0 and deviation 1, which DINOv2 does not."""
+    """Scale every dimension to mean 0 and deviation 1; DINOv2 does not."""
     validation_fraction: float = Field(0.1, gt=0, lt=1)
-    """Share of the training images that chooses."""
+    """Share of the training images that chooses the settings."""
     max_iterations: int = Field(1000, ge=1)
-    """Of the optimizer, at most."""
+    """Maximum number of the optimizer's iterations."""
 
     def num_candidates(self) -> int:
         return len(self.C)
@@ -137,13 +137,13 @@ class FewShot(ClassificationTask):
 
     kind: Literal["few_shot"] = "few_shot"
     train: str = "train"
-    """Name of the labeled dataset that is drawn from."""
+    """Name of the labeled training dataset."""
     shots: list[PositiveInt] = Field(default_factory=lambda: [1, 5, 10], min_length=1)
-    """Images a class."""
+    """Numbers of images per class."""
     num_draws: int = Field(5, ge=2)
-    """Of each number; their mean is reported, with Student's t interval."""
+    """Number of draws for each of `shots`; their mean is reported with Student's t interval."""
     C: float = Field(100.0, gt=0)
-    """Inverse regularization strength C, on vectors of unit length."""
+    """Inverse regularization strength, on vectors of unit length."""
 
 
 class FineTune(LearnedTask):
@@ -151,17 +151,17 @@ class FineTune(LearnedTask):
 
     kind: Literal["fine_tune"] = "fine_tune"
     blocks: int = Field(1, ge=0)
-    """Last blocks that are trained."""
+    """Number of last blocks to train."""
     learning_rates: list[PositiveFloat] = Field(default_factory=lambda: [1e-4, 5e-4], min_length=1)
-    """Of AdamW."""
+    """Learning rates of AdamW."""
     weight_decay: float = Field(0.05, ge=0)
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     epochs: int = Field(10, ge=1)
-    """Passes over the training images."""
+    """Number of passes over the training images."""
     batch: int = Field(64, ge=1)
-    """Images a step."""
+    """Images in a step."""
     validation_fraction: float = Field(0.1, gt=0, lt=1)
-    """Share of the training images that chooses."""
+    """Share of the training images that chooses the learning rate."""
 
     def num_candidates(self) -> int:
         return len(self.learning_rates)
@@ -174,7 +174,7 @@ class ZeroShot(ClassificationTask):
     prompts: str = "plain"
     """Prompt templates: a name in eval/prompts, or the path of a text file with one template a line, `{}` the class."""
     class_names: str | None = None
-    """YAML or JSON file with the classes' names as one would say them, a mapping or a list; null: the dataset's own."""
+    """Path of a YAML or JSON file of class names, a mapping or a list. null: the dataset's names."""
 
 
 class ImageText(Task):
@@ -184,9 +184,9 @@ class ImageText(Task):
     test: str = "test"
     """Name of the captioned dataset."""
     recall_at: list[PositiveInt] = Field(default_factory=lambda: [1, 5, 10], min_length=1)
-    """How many of the first answers count."""
+    """Ranks k of recall at k."""
     captions_per_line: bool = True
-    """Each line of a caption is a caption of its own, as in COCO."""
+    """Count each line of a caption as a caption, as in COCO."""
 
 
 class DenseTask(Task):
@@ -197,16 +197,17 @@ class DenseTask(Task):
     test: str = "test"
     """Name of the dataset that is scored."""
     grid: int = Field(32, ge=1)
-    """Patches along each side of the square that images are brought to; a backbone of one size keeps to its own."""
+    """Number of patches along each side of the square that images are resized to. A backbone of one size keeps its own.
+    """
 
 
 class SegmentationSettings(DenseTask):
     """What linear and kNN segmentation share."""
 
     annotation_suffix: str = "seg.png"
-    """Extension of the mask beside each image: one class number a pixel."""
+    """Extension of the mask beside each image, with one class number for each pixel."""
     ignore: list[int] = Field(default_factory=lambda: [255])
-    """Numbers that are neither learned nor scored."""
+    """Class numbers that are neither trained on nor scored."""
 
 
 class Segmentation(SegmentationSettings):
@@ -214,27 +215,27 @@ class Segmentation(SegmentationSettings):
 
     kind: Literal["segmentation"] = "segmentation"
     learning_rates: list[PositiveFloat] = Field(default_factory=lambda: [1e-3, 1e-2], min_length=1)
-    """Of AdamW; trained together, chosen by a part of the training images."""
+    """Learning rates of AdamW; `validation_fraction` chooses among them."""
     weight_decay: float = Field(1e-3, ge=0)
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     steps: int = Field(2000, ge=1)
-    """Steps of the training."""
+    """Number of training steps."""
     batch: int = Field(16, ge=1)
-    """Images a step."""
+    """Images in a step."""
     validation_fraction: float = Field(0.2, gt=0, lt=1)
-    """Share of the training images that chooses."""
+    """Share of the training images that chooses the learning rate."""
 
 
 class KnnSegmentation(SegmentationSettings):
-    """Each patch gets the weighted vote of the most similar patches of the training images."""
+    """kNN on patch tokens: weighted votes of the most similar patches of the training images."""
 
     kind: Literal["knn_segmentation"] = "knn_segmentation"
     k: int = Field(20, ge=1)
-    """Patches that vote."""
+    """Number of neighbors."""
     temperature: float = Field(0.07, gt=0)
-    """A vote weighs exp(cosine / this)."""
+    """Temperature of the votes, exp(cosine / temperature)."""
     bank_size: int = Field(200_000, ge=1)
-    """Patches of the training images that are kept, drawn at random."""
+    """Maximum number of training patches, sampled at random."""
 
 
 class Depth(DenseTask):
@@ -242,56 +243,57 @@ class Depth(DenseTask):
 
     kind: Literal["depth"] = "depth"
     annotation_suffix: str = "depth.png"
-    """Extension of the map beside each image: 16-bit PNG; 0 where nothing is known."""
+    """Extension of the depth map beside each image: a 16-bit PNG, 0 where the depth is unknown."""
     scale: float = Field(0.001, gt=0)
-    """Meters that 1 stands for."""
+    """Meters per unit of the map."""
     nearest: float = Field(0.001, gt=0)
-    """Least depth, in meters."""
+    """Minimum depth in meters."""
     farthest: float = Field(10.0, gt=0)
-    """Greatest depth, in meters; what is farther is not scored."""
+    """Maximum depth in meters; farther pixels are not scored."""
     bins: int = Field(256, ge=2)
-    """Between them, evenly."""
+    """Number of evenly spaced bins between them."""
     learning_rate: float = Field(1e-3, gt=0)
-    """Of AdamW."""
+    """Learning rate of AdamW."""
     steps: int = Field(2000, ge=1)
-    """Steps of the training."""
+    """Number of training steps."""
     batch: int = Field(16, ge=1)
-    """Images a step."""
+    """Images in a step."""
 
 
 class VideoSegmentation(Task):
-    """A video's first mask carried through it by patch likeness (DINO, section 4.2.2; DAVIS 2017: J and F)."""
+    """Propagation of a video's first mask by patch similarity (DINO, section 4.2.2; DAVIS 2017: J and F)."""
 
     kind: Literal["video_segmentation"] = "video_segmentation"
     test: str = "test"
-    """Name of the dataset: frames in the order of their keys, a folder a video, a mask of object numbers each."""
+    """Name of the dataset: frames in the order of their keys, a folder for each video, each frame with a mask of object
+    numbers."""
     annotation_suffix: str = "seg.png"
-    """Extension of the mask."""
+    """Extension of the mask beside each frame."""
     grid: int = Field(30, ge=1)
-    """Patches along the shorter side of frames."""
+    """Number of patches along the shorter side of a frame."""
     num_context_frames: int = Field(7, ge=1)
-    """Frames before, apart from the first, that are looked at."""
+    """Number of previous frames to propagate from, beside the first."""
     num_neighbors: int = Field(5, ge=1)
-    """Patches that say what a patch is."""
+    """Number of nearest patches to propagate from."""
     radius: int = Field(12, ge=1)
-    """Patches that a thing may have moved since a frame."""
+    """Maximum motion between frames in patches."""
     temperature: float = Field(0.1, gt=0)
-    """A patch weighs exp(cosine / this)."""
+    """Temperature of the weights, exp(cosine / temperature)."""
 
 
 class Correspondence(Task):
-    """Where a point of one image lies in another, by the most similar patch token (SPair-71k: PCK)."""
+    """Match of keypoints between images by the most similar patch token (SPair-71k: PCK)."""
 
     kind: Literal["correspondence"] = "correspondence"
     test: str = "test"
-    """Name of the dataset with both images."""
+    """Name of the dataset that contains both images of each pair."""
     pairs: str
-    """JSON file: a list of {source, target, source_points, target_points, size}: keys, points [x, y] in pixels of the
-    images, and the larger side of the thing's box in the target."""
+    """Path of a JSON file: a list of {source, target, source_points, target_points, size}: keys, points [x, y] in
+    pixels, and the larger side of the object's box in the target."""
     alpha: float = Field(0.1, gt=0)
-    """A point is right when it lies within this share of `size`."""
+    """Share of `size` within which a point is correct."""
     grid: int = Field(32, ge=1)
-    """Patches along each side of the square that images are brought to."""
+    """Number of patches along each side of the square that images are resized to."""
 
 
 class Retrieval(Task):
@@ -299,16 +301,16 @@ class Retrieval(Task):
 
     kind: Literal["retrieval"] = "retrieval"
     test: str = "test"
-    """Name of the dataset that is searched."""
+    """Name of the dataset to search."""
     queries: str = "queries"
     """Name of the dataset of queries."""
     ground_truth: str
-    """JSON file: for each query's key {easy, hard, junk}: lists of keys, and `box` [left, top, right, bottom] that the
-    query is cut to."""
+    """Path of a JSON file: for each query's key {easy, hard, junk}, lists of keys, and `box` [left, top, right, bottom]
+    that the query is cropped to."""
 
 
 class CopyDetection(Task):
-    """Copies among images that are none: micro average precision over all pairs (DISC21, arXiv 2106.09672)."""
+    """Detection of copies among distractors: micro average precision over all pairs (DISC21, arXiv 2106.09672)."""
 
     kind: Literal["copy_detection"] = "copy_detection"
     test: str = "test"
@@ -316,29 +318,29 @@ class CopyDetection(Task):
     queries: str = "queries"
     """Name of the dataset of queries."""
     ground_truth: str
-    """JSON file: for each query that is a copy, by key, the keys of its originals."""
+    """Path of a JSON file: for each query that is a copy, the keys of its originals."""
     num_candidates: int = Field(10, ge=1)
     """References a query that are ranked."""
 
 
 class Corruptions(Task):
-    """Accuracy on images damaged in the ways of ImageNet-C (arXiv 1903.12261), on the fly, by a kNN classifier."""
+    """kNN accuracy on images with ImageNet-C's corruptions (arXiv 1903.12261), made on the fly."""
 
     kind: Literal["corruptions"] = "corruptions"
     train: str = "train"
-    """Name of the labeled dataset that votes."""
+    """Name of the labeled dataset of neighbors."""
     test: str = "test"
-    """Name of the labeled dataset that is damaged."""
+    """Name of the labeled dataset to corrupt."""
     corruptions: list[str] = Field(default_factory=list)
-    """Names of the corruptions; none: all."""
+    """Names of the corruptions. Empty: all."""
     severities: list[int] = Field(default_factory=lambda: [1, 3, 5], min_length=1)
-    """1 to 5."""
+    """Severities, 1 to 5."""
     images: int = Field(1000, ge=1)
-    """Test images, evenly spread, at most."""
+    """Maximum number of test images, evenly spaced."""
     k: int = Field(20, ge=1)
-    """Neighbors that vote."""
+    """Number of neighbors."""
     temperature: float = Field(0.07, gt=0)
-    """A vote weighs exp(cosine / this)."""
+    """Temperature of the votes, exp(cosine / temperature)."""
 
     @model_validator(mode="after")
     def _severe(self) -> Corruptions:
@@ -348,7 +350,7 @@ class Corruptions(Task):
 
 
 class Typographic(Task):
-    """Zero-shot accuracy when the name of another class is written on each image."""
+    """Zero-shot accuracy on images with the name of another class written on them."""
 
     kind: Literal["typographic"] = "typographic"
     test: str = "test"
@@ -356,19 +358,19 @@ class Typographic(Task):
     prompts: str = "plain"
     """Prompt templates: a name in eval/prompts, or the path of a text file with one template a line, `{}` the class."""
     class_names: str | None = None
-    """YAML or JSON file with the classes' names as one would say them, a mapping or a list; null: the dataset's own."""
+    """Path of a YAML or JSON file of class names, a mapping or a list. null: the dataset's names."""
 
 
 class Representation(Task):
-    """Whether representations use their space: RankMe, LiDAR, alpha-ReQ, norms of patch tokens, use of prototypes."""
+    """Use of the feature space: RankMe, LiDAR, alpha-ReQ, norms of patch tokens, use of prototypes."""
 
     kind: Literal["representation"] = "representation"
     test: str = "test"
     """Name of the dataset."""
     images: int = Field(2000, ge=2)
-    """Images, evenly spread, at most."""
+    """Maximum number of images, evenly spaced."""
     views: int = Field(10, ge=2)
-    """Random crops of each of a tenth of them, for LiDAR."""
+    """Number of random crops of each image of a tenth of them, for LiDAR."""
 
 
 ClassificationTask.model_rebuild()

@@ -14,55 +14,55 @@ Launcher = Literal["local", "torchrun", "deepspeed", "slurm"]
 
 
 class Slurm(Config):
-    """What is asked of SLURM beside nodes and tasks."""
+    """Resources and options of a SLURM job."""
 
     partition: str | None = None
-    """The partition; null: the cluster's default."""
+    """Partition. null: the cluster's default."""
     account: str | None = None
-    """Who is charged."""
+    """Account that is charged. null: the user's default."""
     qos: str | None = None
-    """Quality of service."""
+    """Quality of service. null: the cluster's default."""
     time: str | None = None
-    """Time limit, as SLURM writes it: 12:00:00, 2-00:00:00; null: the partition's."""
+    """Time limit in SLURM's form, such as 12:00:00 or 2-00:00:00. null: the partition's limit."""
     gpus_per_node: int | None = Field(None, ge=1)
-    """GPUs a node; null: none is asked for."""
+    """Number of GPUs on each node. null: requests none."""
     signal_before_s: int = Field(180, ge=60)
-    """Seconds before the time limit at which the state is saved and the job queued again; SLURM may be a minute
-    late."""
+    """Seconds before the time limit at which the job saves its state and is requeued. SLURM may send the signal a
+    minute late."""
     array_jobs: int = Field(1, ge=1)
-    """Jobs that follow one another as an array, each going on where the last one ended, where requeueing is not
-    allowed."""
+    """Number of jobs of an array that run one after another, each resuming the previous one, for clusters that do not
+    allow requeueing."""
     sbatch_args: list[str] = Field(default_factory=list)
     """Further options of sbatch, such as --exclude=n3; as a flag: --launch.slurm.sbatch-args=--exclude=n3."""
     setup: list[str] = Field(default_factory=list)
-    """Shell lines before the ranks start, such as module load cuda."""
+    """Shell lines that run before the ranks start, such as module load cuda."""
     wait: bool = True
-    """Stay and show the job's output until it ends; false (--launch.slurm.wait=false): return once it is queued."""
+    """Wait for the job and show its output. false returns once the job is queued."""
 
 
 class Launch(Config):
-    """Where ranks run. Of several machines, all must see the same --out and job folder."""
+    """Where and how the ranks of a training start."""
 
     nnodes: int = Field(1, ge=1)
-    """Machines."""
+    """Number of machines."""
     nproc_per_node: int | None = Field(None, ge=1)
-    """Ranks a machine; null: one a GPU, or one where there is none."""
+    """Number of ranks on each machine. null: one for each GPU, or one without a GPU."""
     rdzv_endpoint: str | None = None
-    """HOST:PORT of the first of several machines. Under torchrun the same command is run on each of them; DeepSpeed's
-    launcher finds it out by itself, if it may."""
+    """Address HOST:PORT of the first of several machines. With torchrun, run the same command on each machine.
+    DeepSpeed's launcher can find the address itself."""
     hostfile: str | None = None
-    """deepspeed on several machines: a file of lines "host slots=8", all reached by ssh."""
+    """Path of a DeepSpeed hostfile with a line "host slots=8" for each machine; all are reached by ssh."""
     max_restarts: int = Field(0, ge=0)
-    """How often ranks that ended without a word (killed, a machine lost, an error in CUDA or NCCL) are started again,
-    from the last saved state. What the training itself reports, such as a wrong setting, ends it at once."""
+    """Maximum number of restarts from the last saved state after ranks died without a message: killed, a lost machine,
+    a CUDA or NCCL error. Errors that the training reports, such as a wrong setting, end it at once."""
     concurrency_limit: str | None = None
-    """Name of a Prefect global concurrency limit, of which a training takes a slot for each of its ranks; see
-    docs/cluster.md. For machines whose GPUs no scheduler shares out."""
+    """Name of a Prefect global concurrency limit. A training takes one slot for each of its ranks, which shares out the
+    GPUs of machines without a scheduler; see docs/cluster.md. null: no limit."""
     job_dir: str | None = None
-    """Folder for the job's settings and every rank's log; null: beside --out, ending in .job; for a remote --out, in
-    $FOVEA_CACHE, which several machines must then share."""
+    """Folder for the job's settings and the log of every rank. null: beside `out`, ending in .job; for a remote `out`,
+    in $FOVEA_CACHE, which several machines must share."""
     slurm: Slurm = Slurm()
-    """What is asked of SLURM."""
+    """SLURM's resources and options."""
 
     def job_folder(self, work: Path) -> Path:
         """The job's folder, of a training that works in some local folder."""

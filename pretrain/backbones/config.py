@@ -22,10 +22,11 @@ class PixelDescriptorConfig(Config):
     frequencies: int = Field(8, ge=1)
     """Lowest frequencies kept in each direction, at most `side`."""
     whiten: float = Field(1.5, ge=0)
-    """Power of the frequency that coefficients are multiplied by: 1 evens out natural images, more looks at detail,
-    0 keeps plain pixels."""
+    """Exponent of the frequency that scales the coefficients. 0 keeps plain pixels, 1 evens out natural images, higher
+    values emphasize detail."""
     signs: bool = True
-    """Keep the coefficients' signs. Without them mirrored and negative images are alike: for likeness, not copies."""
+    """Keep the coefficients' signs. false makes mirrored and negative images equal, which suits retrieval but not
+    duplicates."""
 
 
 class CheckpointBackboneConfig(Config):
@@ -35,7 +36,7 @@ class CheckpointBackboneConfig(Config):
     url: str
     """URL of the checkpoint artifact."""
     untrained: bool = False
-    """Take the initial weights instead."""
+    """Use the initial weights instead of the trained ones."""
 
 
 class OfficialBackboneConfig(Config):
@@ -43,12 +44,11 @@ class OfficialBackboneConfig(Config):
 
     kind: Literal["official"] = "official"
     checkpoint: str
-    """Path of its weights on this machine, or a name to fetch them by: of timm `pretrained`, of open_clip a tag, of
-    transformers OWNER/NAME."""
+    """Path of the weights."""
     architecture: VisionTransformerConfig = VisionTransformerConfig()
-    """The dimensions and parts it was trained with."""
+    """Dimensions and parts of the trained network."""
     input_size: int = Field(224, ge=8)
-    """Side in pixels that images are brought to; a multiple of the patch size."""
+    """Side in pixels of the images; a multiple of the patch size."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Mean of each channel that is subtracted, values 0 to 1."""
     std: tuple[float, float, float] = IMAGENET_STD
@@ -60,10 +60,9 @@ class OpenClipBackboneConfig(Config):
 
     kind: Literal["open_clip"] = "open_clip"
     model: str
-    """The model's name in its library."""
+    """Name of the model in open_clip."""
     checkpoint: str
-    """Path of its weights on this machine, or a name to fetch them by: of timm `pretrained`, of open_clip a tag, of
-    transformers OWNER/NAME."""
+    """Path of the weights, or an open_clip tag to download them by."""
 
 
 class TimmBackboneConfig(Config):
@@ -71,10 +70,9 @@ class TimmBackboneConfig(Config):
 
     kind: Literal["timm"] = "timm"
     model: str
-    """The model's name in its library."""
+    """Name of the model in timm."""
     checkpoint: str
-    """Path of its weights on this machine, or a name to fetch them by: of timm `pretrained`, of open_clip a tag, of
-    transformers OWNER/NAME."""
+    """Path of the weights, or `pretrained` to download timm's."""
 
 
 class TransformersBackboneConfig(Config):
@@ -82,8 +80,7 @@ class TransformersBackboneConfig(Config):
 
     kind: Literal["transformers"] = "transformers"
     checkpoint: str
-    """Path of its weights on this machine, or a name to fetch them by: of timm `pretrained`, of open_clip a tag, of
-    transformers OWNER/NAME."""
+    """Path of the model's folder, or OWNER/NAME of a Hugging Face repository to download."""
 
 
 class TorchHubBackboneConfig(Config):
@@ -93,12 +90,11 @@ class TorchHubBackboneConfig(Config):
     repository: str
     """Path of the folder with hubconf.py."""
     model: str
-    """The model's name in its library."""
+    """Name of the entry point in hubconf.py."""
     checkpoint: str
-    """Path of its weights on this machine, or a name to fetch them by: of timm `pretrained`, of open_clip a tag, of
-    transformers OWNER/NAME."""
+    """Path of the weights."""
     input_size: int = Field(224, ge=8)
-    """Side in pixels that images are brought to; a multiple of the patch size."""
+    """Side in pixels of the images."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Mean of each channel that is subtracted, values 0 to 1."""
     std: tuple[float, float, float] = IMAGENET_STD
@@ -110,10 +106,9 @@ class TorchScriptBackboneConfig(Config):
 
     kind: Literal["torchscript"] = "torchscript"
     checkpoint: str
-    """Path of its weights on this machine, or a name to fetch them by: of timm `pretrained`, of open_clip a tag, of
-    transformers OWNER/NAME."""
+    """Path of the TorchScript module."""
     input_size: int = Field(224, ge=8)
-    """Side in pixels that images are brought to; a multiple of the patch size."""
+    """Side in pixels of the images."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Mean of each channel that is subtracted, values 0 to 1."""
     std: tuple[float, float, float] = IMAGENET_STD

@@ -18,13 +18,13 @@ class Photometric(Config):
     jitter_prob: float = Field(0.8, ge=0, le=1)
     """Probability of color jitter."""
     brightness: float = Field(0.4, ge=0)
-    """Brightness is scaled by a factor in 1 ± this."""
+    """Maximum relative change of brightness: the factor lies in 1 ± this."""
     contrast: float = Field(0.4, ge=0)
-    """Contrast is scaled by a factor in 1 ± this."""
+    """Maximum relative change of contrast: the factor lies in 1 ± this."""
     saturation: float = Field(0.2, ge=0)
-    """Saturation is scaled by a factor in 1 ± this."""
+    """Maximum relative change of saturation: the factor lies in 1 ± this."""
     hue: float = Field(0.1, ge=0, le=0.5)
-    """Hue is turned by up to this share of the circle."""
+    """Maximum turn of the hue as a share of the circle."""
     grayscale_prob: float = Field(0.2, ge=0, le=1)
     """Probability of a gray image."""
     blur_prob: float = Field(0.0, ge=0, le=1)
@@ -43,9 +43,9 @@ class Crops(Config):
     size: int = Field(224, ge=8)
     """Side in pixels after resizing; a multiple of the patch size."""
     scale: tuple[float, float] = (0.32, 1.0)
-    """Least and largest share of the image's area."""
+    """Minimum and maximum share of the image's area."""
     photometric: list[Photometric] = Field(default_factory=lambda: [Photometric()], min_length=1)
-    """Recoloring of each crop; where there are fewer of these than crops, the last one serves the rest."""
+    """Color augmentation of each crop. The last entry serves all further crops."""
 
 
 class Views(Config):
@@ -54,30 +54,32 @@ class Views(Config):
     global_crops: Crops = Crops(photometric=[Photometric(blur_prob=1.0), Photometric(blur_prob=0.1, solarize_prob=0.2)])
     """The global crops."""
     num_global_crops: int = Field(2, ge=1, le=2)
-    """Global crops an image. Self-distillation compares two; MAE, CLIP and SigLIP need one."""
+    """Number of global crops of an image. Self-distillation needs two; MAE, CLIP and SigLIP need one."""
     local_crops: Crops = Crops(size=96, scale=(0.05, 0.32), photometric=[Photometric(blur_prob=0.5)])
     """The local crops."""
     num_local_crops: int = Field(8, ge=0)
-    """Local crops an image."""
+    """Number of local crops of an image. 0: none."""
     gram_crop_size: int | None = Field(None, ge=8)
-    """Side in pixels of further global crops, cut alike but not recolored: what Gram anchoring's teacher sees."""
+    """Side in pixels of additional global crops without color augmentation, which Gram anchoring's teacher reads. null:
+    none."""
     inverted_blur: bool = False
-    """Blur with one minus the probability, as DINOv2 and DINOv3 do unawares (dinov3 issue 286)."""
+    """Blur with one minus the probability, a bug of DINOv2 and DINOv3 (dinov3 issue 286)."""
     color_augment_on: Literal["workers", "device"] = "workers"
-    """Where crops are recolored: by the loader's processes in 8 bits, as Pillow would, or on the training device in
-    floating point, which spares the CPU where there are few cores to a GPU."""
+    """Place of the color augmentation: workers (the loader's processes, 8 bits, as Pillow) or device (the training
+    device, floating point, which spares CPU cores)."""
     hflip_prob: float = Field(0.5, ge=0, le=1)
-    """Probability of a horizontal flip, drawn for each crop."""
+    """Probability of a horizontal flip of each crop."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Mean of each channel that is subtracted, values 0 to 1."""
     std: tuple[float, float, float] = IMAGENET_STD
     """Standard deviation of each channel that is divided by."""
     mask_probability: float = Field(0.5, ge=0, le=1)
-    """Share of the global crops whose patch tokens are masked for the student."""
+    """Share of the global crops that are masked for the student."""
     mask_ratio: tuple[float, float] = (0.1, 0.5)
-    """Least and largest share of masked patch tokens in such a crop."""
+    """Minimum and maximum share of masked patches in a masked crop."""
     mask_sampler: Literal["dinov3", "dinov2"] = "dinov3"
-    """dinov3: blocks, then single patches up to the exact number. dinov2: blocks alone, which may fall short."""
+    """Mask sampler: dinov3 draws blocks, then single patches up to the exact number; dinov2 draws blocks alone and may
+    fall short."""
     mask_shift: bool = False
     """Shift masks around the image's edges (DINOv3)."""
 
@@ -90,13 +92,13 @@ class Views(Config):
 
 
 class Sampling(Config):
-    """In which order samples are read, and how often."""
+    """Order of the samples."""
 
     shuffle: Literal["global", "shard_window"] = "global"
     """global: samples of the whole corpus in random order, each read on its own, for local disks and object stores.
     shard_window: samples of a few shards at a time, in random order within them, so that a cache or a spinning disk
     reads each shard once an epoch."""
     window_shards: int = Field(64, ge=2)
-    """Shards of a window; batches are the better mixed the more there are."""
+    """Number of shards in a window. More shards mix the batches better."""
     weighted: bool = False
-    """See each sample as often as the selection's weights say, instead of once an epoch."""
+    """Repeat each sample by the selection's weight instead of once an epoch."""

@@ -36,23 +36,26 @@ SIZES: dict[Size, dict[str, Any]] = {
 
 
 class RopeConfig(Config):
-    """Axial rotary position embedding and its augmentation in training (DINOv3, arXiv 2508.10104, section 3.2)."""
+    """Axial rotary position embedding (DINOv3)."""
 
     base: float = Field(100.0, gt=1)
     """Longest period, in units of half the image's side."""
     shift: float = Field(0.0, ge=0)
-    """Coordinates, -1 to 1, are shifted by up to this, each axis by itself."""
+    """Maximum shift of the coordinates, which run from -1 to 1; drawn for each axis. null: none."""
     jitter: float = Field(1.0, ge=1)
-    """Coordinates are scaled by a log-uniform factor up to this or its inverse, each axis by itself."""
+    """Maximum factor of the coordinates, log-uniform between its inverse and itself; drawn for each axis. null: none.
+    """
     rescale: float = Field(1.0, ge=1)
-    """Coordinates are scaled by a log-uniform factor up to this or its inverse, both axes together."""
+    """Maximum factor of the coordinates, log-uniform between its inverse and itself; drawn for both axes together.
+    null: none."""
 
 
 class VisionTransformerConfig(Config):
     """Dimensions and parts of a Vision Transformer, of the DINOv2, DINOv3, DINO, MAE or CLIP family."""
 
     size: Size | None = None
-    """Takes width, depth, heads and feed-forward network of a published size; other keys win over it."""
+    """Name of a published size, which sets width, depth, heads and feed-forward network. Other keys override it. null:
+    the keys below alone."""
     embed_dim: int = Field(384, ge=8)
     """Width of the token vectors."""
     depth: int = Field(12, ge=1)
@@ -62,46 +65,48 @@ class VisionTransformerConfig(Config):
     patch_size: int = Field(16, ge=2)
     """Side of a patch in pixels."""
     image_size: int = Field(224, ge=8)
-    """Side in pixels for which the position embedding is made; it is interpolated for others."""
+    """Side in pixels that the position embedding is made for. It is interpolated for other sides."""
     num_register_tokens: int = Field(0, ge=0)
-    """Register tokens (arXiv 2309.16588)."""
+    """Number of register tokens (arXiv 2309.16588)."""
     pos_embed: Literal["learned", "sincos", "rope"] = "learned"
-    """Position of patches: a learned table, MAE's fixed sines and cosines, or DINOv3's axial rotation."""
+    """Position embedding: learned (a table), sincos (MAE's fixed one) or rope (DINOv3's axial rotation)."""
     interpolation: Interpolation = "antialias"
-    """How a position table is resized, bicubically: antialiased (timm; DINOv2 with registers), with DINOv2's offset of
-    0.1 patches (its models without registers), or plainly (transformers)."""
+    """Bicubic resizing of a position table: antialiased (timm; DINOv2 with registers), with DINOv2's offset of 0.1
+    patches (its models without registers), or plain (transformers)."""
     rope: RopeConfig = RopeConfig()
-    """Of `position: rope`."""
+    """Settings of `pos_embed: rope`."""
     ffn_layer: Literal["mlp", "swiglu"] = "mlp"
-    """Feed-forward network: two layers with a GELU, or a gated unit of two thirds the width (arXiv 2002.05202)."""
+    """Feed-forward network: mlp (two layers with a GELU) or swiglu (a gated unit of two thirds the width, arXiv
+    2002.05202)."""
     mlp_ratio: float = Field(4.0, gt=0)
-    """Hidden width of the feed-forward network as a multiple of `embed_dim`; SwiGLU takes two thirds of it."""
+    """Hidden width of the feed-forward network as a multiple of `embed_dim`. SwiGLU takes two thirds of it."""
     swiglu_multiple: int = Field(8, ge=1)
-    """SwiGLU's hidden width is rounded up to a multiple of this."""
+    """Multiple that SwiGLU's hidden width is rounded up to."""
     qkv_bias: bool = True
-    """Queries, keys and values have a bias."""
+    """Add a bias to queries, keys and values."""
     key_bias: bool = True
-    """Keys have a bias of their own. Without rotary positions it cancels in the softmax; large DINOv3 has none."""
+    """Add a bias to keys. Without rotary positions it cancels in the softmax; large DINOv3 models have none."""
     layer_scale_init: float | None = Field(1e-5, gt=0)
     """Initial value of LayerScale; null: no LayerScale."""
     activation: Activation = "gelu"
-    """Of the two-layer feed-forward network: GELU, or the sigmoid that OpenAI's CLIP has in its place."""
+    """Activation of `ffn_layer: mlp`: GELU, or the sigmoid approximation of OpenAI's CLIP."""
     pre_norm: bool = False
-    """All tokens are normed before the first block (CLIP)."""
+    """Normalize all tokens before the first block (CLIP)."""
     untie_cls_and_patch_norms: bool = False
-    """Class token and registers have a final norm of their own (DINOv3)."""
+    """Give class token and registers a final norm of their own (DINOv3)."""
     untie_global_and_local_cls_norm: bool = False
-    """Class token and registers of local crops have a final norm of their own in training (DINOv3)."""
+    """Give class token and registers of local crops a final norm of their own in training (DINOv3)."""
     norm_eps: float = Field(1e-6, gt=0)
     """LayerNorm's epsilon."""
     init: Literal["normal", "xavier"] = "normal"
-    """Initial weights: normal of `init_std`, cut at 2, or Xavier's uniform (MAE)."""
+    """Distribution of the initial weights: normal with `init_std`, truncated at 2, or Xavier's uniform (MAE)."""
     init_std: float = Field(0.02, gt=0)
-    """Standard deviation of the initial weights. 0.02 suits a width of 768 and more; about 1/sqrt(dim) narrow ones."""
+    """Standard deviation of the initial weights. 0.02 suits widths of 768 and more; about 1/sqrt(embed_dim) suits
+    narrow ones."""
     drop_path_rate: float = Field(0.0, ge=0, lt=1)
     """Share of each batch that skips a branch in training (stochastic depth)."""
     attention: Backend = "sdpa"
-    """Kernel: sdpa (PyTorch), xformers (CUDA) or reference (plain, for tests)."""
+    """Attention kernel: sdpa (PyTorch), xformers (CUDA) or reference (plain operations, for tests)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -146,10 +151,10 @@ class TimmNetworkConfig(Config):
     """A network of timm, without its classifier, with the initial weights that timm gives it."""
 
     name: str
-    """Its name in timm; timm.list_models() has them."""
+    """Name of the network in timm; timm.list_models() lists them."""
     image_size: int | None = Field(None, ge=8)
-    """Side in pixels at which it is evaluated and published. Crops of other sides are resized to it where it takes no
-    other. null: that of the global crops if it takes any side, else 224."""
+    """Side in pixels for evaluation and publication. A network of one size resizes crops of other sides to it. null:
+    the side of the global crops, or 224 for a network of one size."""
 
     @property
     def registers(self) -> int:
@@ -170,6 +175,6 @@ class HeadConfig(Config):
     num_prototypes: int = Field(65536, ge=2)
     """Number of prototypes, K."""
     weight_norm: bool = True
-    """Prototypes are a direction and a learned length (DINO, DINOv2), or plain weights (DINOv3)."""
+    """Parametrize prototypes by a direction and a learned length (DINO, DINOv2); false: by plain weights (DINOv3)."""
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of the initial weights of the hidden layers."""

@@ -20,7 +20,7 @@ class PrototypeConfig(Config):
     head: HeadConfig = HeadConfig()
     """The projection head."""
     centering: Centering = "sinkhorn"
-    """How the teacher's targets are balanced."""
+    """Method that balances the teacher's targets."""
     student_temperature: float = Field(0.1, gt=0)
     """Softmax temperature of the student."""
 
@@ -30,7 +30,7 @@ class DinoConfig(PrototypeConfig):
 
     kind: Literal["dino"] = "dino"
     local_weight: float = Field(1.0, ge=0)
-    """Factor of the local crops' share of the loss."""
+    """Share of the loss that local crops contribute."""
 
 
 class IbotConfig(PrototypeConfig):
@@ -38,9 +38,9 @@ class IbotConfig(PrototypeConfig):
 
     kind: Literal["ibot"] = "ibot"
     share_head: bool = False
-    """Use DINO's heads instead of own ones; `head` is then not read."""
+    """Share DINO's heads; `head` is then not read."""
     normalize_by: Literal["masked", "all"] = "masked"
-    """Divide by the number of masked crops; or of all global crops, masked or not, as DINOv2 does."""
+    """Divisor of the loss: the number of masked crops, or of all global crops, as in DINOv2."""
 
 
 class KoleoConfig(Config):
@@ -50,9 +50,9 @@ class KoleoConfig(Config):
     weight: float = Field(0.1, ge=0)
     """Factor of the loss."""
     distributed: bool = False
-    """Look for nearest neighbors among the crops of all ranks (DINOv3), not of each by itself."""
+    """Search nearest neighbors among the crops of all ranks (DINOv3) instead of each rank's own."""
     half_precision: bool = False
-    """In bf16 training compute in bf16 too, as DINOv2 does in fp16; distances can then be zero."""
+    """Compute in bf16 when the training does, as DINOv2 does in fp16. Distances can then be zero."""
 
 
 class GramConfig(Config):
@@ -62,11 +62,11 @@ class GramConfig(Config):
     weight: float = Field(2.0, ge=0)
     """Factor of the loss."""
     start_step: int = Field(0, ge=0)
-    """First step; the teacher of that moment becomes the anchor."""
+    """First step of the loss. The teacher at that step becomes the anchor."""
     update_every: int = Field(10_000, ge=1)
-    """Steps after which the present teacher becomes the anchor."""
+    """Steps after which the current teacher becomes the anchor."""
     max_updates: int = Field(3, ge=0)
-    """At most so many new anchors after the first."""
+    """Maximum number of anchor updates after the first anchor."""
 
 
 class MaeConfig(Config):
@@ -76,7 +76,7 @@ class MaeConfig(Config):
     weight: float = Field(1.0, ge=0)
     """Factor of the loss."""
     mask_ratio: float = Field(0.75, gt=0, lt=1)
-    """Share of hidden patches."""
+    """Share of masked patches."""
     embed_dim: int = Field(512, ge=8)
     """Width of the decoder."""
     depth: int = Field(8, ge=1)
@@ -84,7 +84,7 @@ class MaeConfig(Config):
     num_heads: int = Field(16, ge=1)
     """Attention heads of the decoder."""
     normalize_pixels: bool = True
-    """Targets have mean 0 and variance 1 in each patch."""
+    """Normalize the target pixels of each patch to mean 0 and variance 1."""
 
     @model_validator(mode="after")
     def _divides(self) -> MaeConfig:
@@ -105,7 +105,7 @@ class TextTower(Config):
     """open_clip's text transformer, behind its byte-pair tokenizer."""
 
     context: int = Field(77, ge=4)
-    """Tokens a caption; longer ones are cut."""
+    """Maximum number of tokens of a caption; longer captions are truncated."""
     width: int = Field(512, ge=8)
     """Width of the token vectors."""
     num_heads: int = Field(8, ge=1)
@@ -113,7 +113,7 @@ class TextTower(Config):
     layers: int = Field(12, ge=1)
     """Number of blocks."""
     activation: Activation = "gelu"
-    """Of the feed-forward networks: GELU, or the sigmoid that OpenAI's CLIP has in its place."""
+    """Activation of the feed-forward networks: GELU, or the sigmoid approximation of OpenAI's CLIP."""
 
     @model_validator(mode="after")
     def _divides(self) -> TextTower:
@@ -138,7 +138,7 @@ class ClipConfig(ImageTextConfig):
 
     kind: Literal["clip"] = "clip"
     scale: float = Field(14.285714, gt=0)
-    """First factor of the cosines, the inverse of the temperature; learned, at most 100."""
+    """Initial factor of the cosines, the inverse of the temperature. It is learned and at most 100."""
 
 
 class SiglipConfig(ImageTextConfig):
@@ -146,9 +146,9 @@ class SiglipConfig(ImageTextConfig):
 
     kind: Literal["siglip"] = "siglip"
     scale: float = Field(10.0, gt=0)
-    """First factor of the cosines; learned."""
+    """Initial factor of the cosines. It is learned."""
     bias: float = -10.0
-    """First value added to them; learned."""
+    """Initial bias of the scaled cosines. It is learned."""
 
 
 ObjectiveConfig = Annotated[
