@@ -21,7 +21,7 @@ class DinoIbotConfig(Config):
 
 
 class FeaturesConfig(Config):
-    """Regression of the teachers' class and patch tokens through a head for each teacher (AM-RADIO, arXiv 2312.06709)."""
+    """Regression of the teachers' class and patch tokens by a head for each teacher (AM-RADIO, arXiv 2312.06709)."""
 
     kind: Literal["features"] = "features"
     weight: float = Field(1.0, ge=0)

@@ -320,7 +320,7 @@ class CopyDetection(Task):
     ground_truth: str
     """Path of a JSON file: for each query that is a copy, the keys of its originals."""
     num_candidates: int = Field(10, ge=1)
-    """References a query that are ranked."""
+    """Number of references to rank for each query."""
 
 
 class Corruptions(Task):
