@@ -76,7 +76,7 @@ class IngestSettings(Config):
         if self.window is not None and self.window[1] <= self.window[0]:
             raise ValueError(f"window {list(self.window)}: the second value must be larger than the first")
         if self.window is not None and self.bit_depth is not None:
-            raise ValueError("window and bit_depth both say what is black and white; give one")
+            raise ValueError("window and bit_depth both set black and white; give one")
         return self
 
 

@@ -81,7 +81,7 @@ def _write(title: str, groups: Mapping[str, Sequence[Artifact]], directory: Path
 def headlines(report: Artifact) -> Headlines:
     """The first row of each protocol of the model."""
     if not any(file.path == "report.json" for file in report.manifest.files):
-        raise UserError(f"{report.url}: tells no scores; give reports of fovea eval")
+        raise UserError(f"{report.url}: has no scores; give reports of fovea eval")
     rows = select_headlines(report.read_json("report.json")["rows"])
     return {row["protocol"]: row for row in rows if row["model"] == _MODEL}
 

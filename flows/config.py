@@ -24,7 +24,7 @@ def expand_variables(value: Any) -> Any:
         return value
     for name in _VARIABLE.findall(value):
         if name not in os.environ:
-            raise ValueError(f"the environment variable {name} is not set; set it to where the data lies")
+            raise ValueError(f"the environment variable {name} is not set; set it to the data's location")
     return _VARIABLE.sub(lambda match: os.environ[match[1]], value)
 
 

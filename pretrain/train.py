@@ -79,7 +79,7 @@ def train(job: TrainJob, module: TrainModule) -> TrainResult:
     """
     settings = job.settings
     if settings.collapse.probe is not None and job.probe is None:
-        raise UserError("collapse.probe: nobody scores here; `fovea pretrain` does, or pass a probe to pretrain.run")
+        raise UserError("collapse.probe: needs a probe function; use `fovea pretrain`, or pass one to pretrain.run")
     module.precision = settings.sharding.precision
     execution = Execution(settings.runtime.activation_checkpointing, settings.runtime.compile)
     module.set_execution(execution)

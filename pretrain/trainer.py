@@ -121,7 +121,7 @@ class Trainer:
                         self._save(step)
                     if step < steps and self.stop_requested:
                         self.checkpoints.wait()
-                        raise PreemptedError(f"{self.title}: stopped after step {step}, as asked; run again to go on")
+                        raise PreemptedError(f"{self.title}: stopped after step {step}, as asked; run again to resume")
         seconds = time.monotonic() - started
         if first < steps:
             self._save(steps)

@@ -33,7 +33,7 @@ def main(told: Told) -> None:
     attempt = len((Path(told.folder) / f"rank-{rank}.txt").read_text().splitlines())
     print(f"rank {rank} was here", file=sys.stderr, flush=True)
     if told.end == "mistake":
-        raise UserError("corpora: nothing here; mend the path")
+        raise UserError("corpora: nothing here; fix the path")
     if told.end == "preempted" and attempt < told.attempts:
         raise PreemptedError("stopped after step 7, as asked")
     if told.end == "killed" and attempt < told.attempts:

@@ -99,7 +99,7 @@ def test_a_check_that_raises_has_failed() -> None:
 def test_the_command_prints_json_and_fails_where_something_does(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = [ok("gpu 0", "there"), Finding("storage", "fail", "gone [bold]", "mend it")]
+    found = [ok("gpu 0", "there"), Finding("storage", "fail", "gone [bold]", "fix it")]
     monkeypatch.setattr(page, "findings", lambda _: iter(found))
     with pytest.raises(SystemExit) as ended:
         main(["doctor", "--json"])

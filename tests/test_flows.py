@@ -151,7 +151,7 @@ def test_ctrl_c_in_a_terminal_ends_a_run_in_one_line(after: str, code: int, tmp_
     _, told = process.communicate(timeout=60)
     assert process.returncode == code, told
     assert "Traceback" not in told
-    assert re.search("fovea: (interrupted; run again to resume|pretrain: stopped .*; run again to go on)", told)
+    assert re.search("fovea: (interrupted; run again to resume|pretrain: stopped .*; run again to resume)", told)
 
 
 def checkpoint_folder(parent: Path) -> Path:
@@ -175,7 +175,7 @@ def test_an_unreachable_bucket_is_one_line(tmp_path: Path) -> None:
 
 def test_a_key_that_stands_twice_or_a_tab_is_named(tmp_path: Path) -> None:
     for text, named in {
-        "source: a\nout: b\nsource: c\n": "(line 3): not valid YAML: source stands twice; fix the syntax",
+        "source: a\nout: b\nsource: c\n": "(line 3): not valid YAML: source is given twice; fix the syntax",
         "source: a\n\tout: b\n": "(line 2): not valid YAML: found character '\\t'",
     }.items():
         (tmp_path / "i.yaml").write_text(text)

@@ -63,7 +63,7 @@ def test_a_hostfile_names_the_machines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("end", "error", "message"),
     [
-        ("mistake", UserError, "corpora: nothing here; mend the path"),
+        ("mistake", UserError, "corpora: nothing here; fix the path"),
         ("preempted", PreemptedError, "stopped after step 7, as asked"),
         ("crash", ChildProcessError, "ended with exit code 1"),
     ],
@@ -103,7 +103,7 @@ def test_who_is_asked_to_stop_asks_every_rank(launcher: str, number: signal.Sign
     parent, _ = started(tmp_path, launcher)
     parent.send_signal(number)
     said, _ = parent.communicate(timeout=20)  # the ranks would take longer by themselves
-    assert "stopped outside a training, as asked; run again to go on" in said
+    assert "stopped outside a training, as asked; run again to resume" in said
 
 
 def test_a_request_before_the_ranks_listen_is_not_lost(tmp_path: Path) -> None:

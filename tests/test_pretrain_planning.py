@@ -107,4 +107,4 @@ def test_the_plan_tells_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_gpu_nobody_knows_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("plan", "tiny_cpu", "--gpus", "1", "--gpu", "abacus") == 2
-    assert "gpu: abacus is not known; give one of a100-40gb" in capsys.readouterr().err
+    assert "gpu: abacus is unknown; give one of a100-40gb" in capsys.readouterr().err

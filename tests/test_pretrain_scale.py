@@ -231,7 +231,7 @@ def test_a_rank_that_hangs_ends_the_job_by_name(synthetic: SyntheticCorpora, tmp
     # Whichever rank's watch ends first says it, on its own log; all of them say it for the job.
     report = json.loads((tmp_path / "job" / "exit_status.json").read_text())
     assert report["code"] == EXIT_HANG
-    assert report["message"] == "rank 1 (step 3: forward) has not come along for 5 s; the others wait for it"
+    assert report["message"] == "rank 1 (step 3: forward) made no progress for 5 s; the other ranks are blocked"
     assert time.monotonic() - started < 90
 
 

@@ -145,7 +145,7 @@ def test_ctrl_c_twice_ends_with_the_code_of_a_saved_state(
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=120)
     assert process.returncode == 75, told
-    assert re.search(r"fovea: pretrain: stopped .*; run again to go on", told)
+    assert re.search(r"fovea: pretrain: stopped .*; run again to resume", told)
     assert launcher == "torchrun" or "Traceback" not in told  # torchrun shows one of its own
 
 

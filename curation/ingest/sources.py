@@ -285,12 +285,12 @@ def _shard_urls(url: str) -> dict[str, str]:
     if len(expanded) == 1 and "*" in url:
         expanded = filesystem.glob(url)
         if not expanded:
-            raise UserError(f"{url}: matches no file; mend the pattern")
+            raise UserError(f"{url}: matches no file; fix the pattern")
     if all(is_shard_name(each) for each in expanded):
         names = {PurePosixPath(each).name: each for each in expanded}
         if len(names) < len(expanded):
-            raise UserError(f"{url}: stands for several shards of one name; ingest their folder as a whole")
+            raise UserError(f"{url}: names several shards of one name; ingest their folder as a whole")
         return names
     if len(expanded) > 1:
-        raise UserError(f"{url}: stands for files that are not tar shards; give {', '.join(SUFFIXES)} files")
+        raise UserError(f"{url}: names files that are not tar shards; give {', '.join(SUFFIXES)} files")
     return {}

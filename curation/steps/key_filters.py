@@ -59,7 +59,7 @@ def _read_hashes(path: str) -> list[str]:
     lines = [line.strip().lower() for line in read_lines(path)]
     bad = next((line for line in lines if not _HASH.fullmatch(line)), None)
     if bad is not None:
-        raise UserError(f"{path}: {bad[:80]}: not a SHA-256 of 64 hexadecimal digits; mend the line")
+        raise UserError(f"{path}: {bad[:80]}: not a SHA-256 of 64 hexadecimal digits; fix the line")
     return lines
 
 

@@ -65,7 +65,7 @@ def score_known_leaks(url: str, table: Path, column: str) -> dict[str, float]:
         UserError: the file or the column is missing, or none of its keys is in the selection.
     """
     if not table.is_file():
-        raise UserError(f"{table}: no such file; mend known_leaks.table")
+        raise UserError(f"{table}: no such file; fix known_leaks.table")
     with table.open(newline="") as file:
         reader = csv.DictReader(file)
         if column not in (reader.fieldnames or []):

@@ -52,7 +52,7 @@ def write_release(release: ReleaseInputs, inputs: Mapping[str, ArtifactRef], dir
         FORMATS[name].write(material, directory)
         found = max_difference(name, directory, material, pixels)
         if not found <= release.settings.tolerance:  # also where it is not a number
-            raise UserError(f"publish: {name}: features differ by {found:.1e}; raise tolerance only if you know why")
+            raise UserError(f"publish: {name}: features differ by {found:.1e}; raise tolerance only for a known reason")
         differences[name] = found
     told = [{"id": each.id, **each.read_json("report.json")} for each in release.reports]
     (directory / "eval.json").write_text(json.dumps(told, indent=1))

@@ -77,7 +77,7 @@ def distill(config: DistillConfig) -> Artifact:
 
 
 def _uncounted_settings() -> TrainModule:
-    raise UserError("the work of teachers without heads, or that are not asked, is not counted")
+    raise UserError("FLOPs of teachers without heads and of cached teachers are not counted")
 
 
 def _write_student(

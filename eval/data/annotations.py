@@ -50,4 +50,4 @@ def _parsed(path: str, parse: Callable[[str], Any]) -> Any:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the path of the file") from None
     except (ValueError, yaml.YAMLError):  # of JSON and of what is no UTF-8, and of YAML
-        raise UserError(f"{path}: cannot be read; mend its syntax") from None
+        raise UserError(f"{path}: cannot be read; fix its syntax") from None

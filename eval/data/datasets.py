@@ -182,5 +182,5 @@ def _read(pairs: list[tuple[str, Path, Path]]) -> Iterator[_Sample]:
         try:
             size = decode_rgb(data).size
         except ImageRejected as error:
-            raise UserError(f"{image}: {error.reason}; mend or remove it") from None
+            raise UserError(f"{image}: {error.reason}; fix or remove it") from None
         yield _Sample(key, {extension: data, PAIRED: beside.read_bytes()}, extension, size, None)

@@ -80,7 +80,7 @@ def read_map(corpus: Corpus, row: int, extension: str) -> np.ndarray:
     try:
         values = np.asarray(open_image(data).header)
     except (ImageRejected, OSError, ValueError, SyntaxError):  # of its header, or of its pixels
-        raise UserError(f"{corpus.artifact.url}: {member['name']} is no readable image; mend it") from None
+        raise UserError(f"{corpus.artifact.url}: {member['name']} is no readable image; fix it") from None
     if values.ndim != 2:
         raise UserError(f"{corpus.artifact.url}: {member['name']} has {values.shape[-1]} channels; a map has one")
     _require_same_view(corpus, row, entry, values.shape)

@@ -60,7 +60,7 @@ def _score_ood(
     labels = context.labels_of(other.dataset)
     scored: np.ndarray = np.asarray(meaning.any(1))[labels]
     if not scored.any():
-        raise UserError(f"datasets: {other.dataset} shows none of the classes that are known; give a class map")
+        raise UserError(f"datasets: {other.dataset} contains none of the known classes; give a class map")
     found = classify(context.corpus(other.dataset))
     if other.restrict:
         found = np.where(meaning.any(0), found, -np.inf)
@@ -74,13 +74,13 @@ def _read_class_map(other: OodDataset, context: EvalContext, names: list[str]) -
     theirs = context.class_names(other.dataset)
     given: Any = read_class_names(other.classes) if other.classes is not None else {name: name for name in names}
     if other.classes is not None and (unknown := sorted(set(given) - set(theirs))):
-        raise UserError(f"{other.classes}: {unknown[0]} is no class of {other.dataset}; mend the map")
+        raise UserError(f"{other.classes}: {unknown[0]} is no class of {other.dataset}; fix the map")
     place = {name: number for number, name in enumerate(names)}
     meaning = np.zeros((len(theirs), len(names)), dtype=bool)
     for row, name in enumerate(theirs):
         for each in _as_list(given.get(name, [])):
             if each not in place:
-                raise UserError(f"{other.classes}: {name}: {each} is no class of the training set; mend the map")
+                raise UserError(f"{other.classes}: {name}: {each} is no class of the training set; fix the map")
             meaning[row, place[each]] = True
     return meaning
 
@@ -105,7 +105,7 @@ def spoken_names(file: str | None, context: EvalContext, dataset: str) -> list[s
     given = read_class_names(file)
     if isinstance(given, list):
         if len(given) != len(own):
-            raise UserError(f"{file}: has {len(given)} names, but {dataset} has {len(own)} classes; mend the list")
+            raise UserError(f"{file}: has {len(given)} names, but {dataset} has {len(own)} classes; fix the list")
         return [str(each) for each in given]
     if missing := [name for name in own if name not in given]:
         raise UserError(f"{file}: has no name for the class {missing[0]}; add it")

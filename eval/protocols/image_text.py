@@ -52,7 +52,7 @@ def read_captions(corpus: Corpus, lines: bool) -> tuple[list[str], np.ndarray]:
     for row, caption in enumerate(corpus.captions.to_pylist()):
         found = [line.strip() for line in caption.splitlines() if line.strip()] if lines else [caption]
         if not found:
-            raise UserError(f"{corpus.artifact.url}: {corpus.key(row)} has an empty caption; mend it and ingest again")
+            raise UserError(f"{corpus.artifact.url}: {corpus.key(row)} has an empty caption; fix it and ingest again")
         texts += found
         owner += [row] * len(found)
     return texts, np.array(owner)

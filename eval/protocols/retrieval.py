@@ -158,7 +158,7 @@ def _rows(corpus: Corpus) -> dict[str, int]:
 
 def _row_of_key(key: str, rows: Mapping[str, int], file: str) -> bool:
     if key not in rows:
-        raise UserError(f"{file}: {key}: no image of the dataset has this key; mend the file")
+        raise UserError(f"{file}: {key}: no image of the dataset has this key; fix the file")
     return True
 
 

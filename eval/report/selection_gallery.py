@@ -155,7 +155,7 @@ class SelectionGallery:
         asked = order[: self.count][counts[order[: self.count]] > 0]
         there = np.unique(members["cluster"].to_numpy())
         unasked = _spread(there[counts[there] == 0], self.count)
-        note = "Seed images, the pool images nearest to the centroid, and the first that did not come in."
+        note = "Seed images, the pool images nearest to the centroid, and the first image beyond them."
         groups, others = ([self._cluster(int(each), members, seeds) for each in some] for some in (asked, unasked))
         return [
             Gallery("Clusters of the seed", note, groups),

@@ -79,7 +79,7 @@ class UiServer:
             raise HTTPException(404, f"{path}: not a file of this artifact")
         suffix = f".{path.rpartition('.')[2]}"
         if suffix not in _TYPES or entry.bytes > _LARGEST_PAGE:
-            raise HTTPException(404, f"{path}: nothing to look at; it lies at {artifact.url_of(path)}")
+            raise HTTPException(404, f"{path}: no page; its URL is {artifact.url_of(path)}")
         return Response(artifact.read_bytes(path), media_type=_TYPES[suffix])
 
     def images(self, request: Request) -> Response:

@@ -69,7 +69,7 @@ def _words(rest: list[str]) -> list[str]:
 
 
 def _stray_word_error(command: str, word: str) -> UserError:
-    return UserError(f"{word}: belongs to no flag; a file, recipe or model stands right behind fovea {command}")
+    return UserError(f"{word}: belongs to no flag; give a file, recipe or model right after fovea {command}")
 
 
 def _unknown_flag_error(command: str, flag: str, model: type[BaseModel]) -> UserError:

@@ -92,7 +92,7 @@ def _retry_crashed(settings: DeploySettings, deployments: Sequence[UUID]) -> Aut
         within=_ONCE,
     )
     action = ChangeFlowRunState(
-        state=StateType.SCHEDULED, name="AwaitingRetry", message="goes on from what is made", force=True
+        state=StateType.SCHEDULED, name="AwaitingRetry", message="resumes from finished stages", force=True
     )
     return AutomationCore(name=_name(settings, "retry-crashed"), trigger=trigger, actions=[action])
 

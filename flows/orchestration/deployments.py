@@ -64,7 +64,7 @@ def build_prefect_yaml(settings: DeploySettings) -> dict[str, Any]:
     curation = shared | {
         "name": settings.name,
         "entrypoint": "flows.scheduled_curation:run_scheduled_curation",
-        "description": "Ingest, embed, curate; tell the server if that changes what is trained on.",
+        "description": "Ingest, embed, curate; notify the server if the training images change.",
         "parameters": {"config": pipeline, "min_change": settings.min_change or 1.0},
         "concurrency_limit": 1,
     }
@@ -122,7 +122,7 @@ def apply(settings: DeploySettings, path: Path) -> None:
         UserError: no server is named, or it refuses.
     """
     if not PREFECT_API_URL.value():
-        raise UserError("deploy: PREFECT_API_URL is not set; run prefect server start and set it to what that tells")
+        raise UserError("deploy: PREFECT_API_URL is not set; run prefect server start and set it to the printed URL")
     with get_client(sync_client=True) as client:
         try:
             found = client.read_work_pool(settings.work_pool)

@@ -62,7 +62,7 @@ def find_finished(config: PipelineConfig) -> dict[str, Any] | None:
     except ArtifactMissingError:
         if run.urls:
             print_notice(
-                f"run: {len(run.urls)} artifacts exist below {config.root}; going on after {list(run.urls)[-1]}"
+                f"run: {len(run.urls)} artifacts exist below {config.root}; resuming after {list(run.urls)[-1]}"
             )
         return None
 

@@ -85,7 +85,7 @@ def _retry_locked(make: Callable[[], T]) -> T:
 
 def _train(room: Room, config: PretrainConfig | DistillConfig) -> str:
     if not config.launch.slurm.wait:
-        raise UserError("launch.slurm.wait: what comes after a training has to wait for it; leave it true")
+        raise UserError("launch.slurm.wait: later stages need the training's result; leave it true")
     return publish_stage_artifacts(room, open_artifact(_retry_locked(lambda: train_apart(room, config)), "checkpoint"))
 
 

@@ -164,7 +164,7 @@ def open_artifact(url: str, *kinds: Kind) -> Artifact:
     """
     artifact, wanted = find(url), " or ".join(kinds)
     if artifact is None:
-        raise UserError(f"{url}: no {wanted} here (no {MANIFEST}); run the stage that makes it, or mend the path")
+        raise UserError(f"{url}: no {wanted} here (no {MANIFEST}); run the stage that makes it, or fix the path")
     if artifact.manifest.kind not in kinds:
         raise UserError(
             f"{url}: is of kind {artifact.manifest.kind}, not {wanted}; give the URL of an artifact of kind {wanted}"
@@ -180,7 +180,7 @@ def open_ref(ref: ArtifactRef, *kinds: Kind) -> Artifact:
     """
     artifact = open_artifact(ref.url, *kinds)
     if artifact.id != ref.id:
-        raise UserError(f"{ref.url}: holds another {kinds[0]} than was used then; without that it cannot go on")
+        raise UserError(f"{ref.url}: holds another {kinds[0]} than the one used before; restore it")
     return artifact
 
 

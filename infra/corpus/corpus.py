@@ -221,7 +221,7 @@ class Corpus:
         found = self._read(places)
         for (shard, _, size), data in zip(places, found, strict=True):
             if len(data) != size:
-                raise UserError(f"{self.shard_url(shard)}: shorter than the index says; it changed, so ingest it again")
+                raise UserError(f"{self.shard_url(shard)}: shorter than its index; ingest it again")
         return found
 
     def _read(self, places: Sequence[tuple[int, int, int]]) -> list[bytes]:

@@ -24,7 +24,7 @@ def read_json_fields(corpus: Corpus, rows: np.ndarray, field: str) -> list[Any]:
     """
     found = read_json_values(corpus, rows, field)
     if len(found) and all(each is None for each in found):
-        raise UserError(f"field: {field}: no image's .json has it; mend the step's field")
+        raise UserError(f"field: {field}: no image's .json has it; fix the step's field")
     return found
 
 

@@ -86,7 +86,7 @@ def _room(name: str, find: Callable[[], Path]) -> Finding:
 def reached(url: str) -> Iterator[Finding]:
     """Whether a storage can be written, read and listed, how fast, and how far its clock is from ours."""
     probe = filesystem.join(url, f".fovea-doctor-{uuid.uuid4().hex}")
-    found = guarded("storage", lambda: _speed(url, probe), "mend the URL, the endpoint or the credentials")
+    found = guarded("storage", lambda: _speed(url, probe), "fix the URL, the endpoint or the credentials")
     yield found
     if found.status != "fail":
         if not filesystem.is_local(url):

@@ -130,4 +130,4 @@ def _end_with_parent() -> None:
 def _raise_preempted(number: int, frame: object) -> None:
     for each in (signal.SIGTERM, signal.SIGUSR1):  # once is enough
         signal.signal(each, signal.SIG_IGN)
-    raise PreemptedError("stopped outside a training, as asked; run again to go on")
+    raise PreemptedError("stopped outside a training, as asked; run again to resume")

@@ -77,7 +77,7 @@ def launch(
                 return
             except RankDiedError as error:
                 if signals:
-                    raise PreemptedError(f"{error} when asked to stop; run again to go on") from None
+                    raise PreemptedError(f"{error} when asked to stop; run again to resume") from None
                 if attempt == settings.max_restarts:
                     raise
                 callback.on_message(f"{error}; started again, {attempt + 1} of at most {settings.max_restarts} times")
@@ -88,7 +88,9 @@ def _pause(seconds: float, signals: Sequence[int]) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if signals:
-            raise PreemptedError("stopped between two attempts, as asked; run again to go on from the last saved state")
+            raise PreemptedError(
+                "stopped between two attempts, as asked; run again to resume from the last saved state"
+            )
         time.sleep(_POLL_SECONDS)
 
 

@@ -58,7 +58,7 @@ def run(module: str, folder: Path, settings: Launch, queued: str | None, callbac
     if (folder / ENDED).exists():
         return
     if seen.states == {"CANCELLED"}:
-        raise PreemptedError(f"SLURM job {job} was cancelled; run again to go on from its last saved state")
+        raise PreemptedError(f"SLURM job {job} was cancelled; run again to resume from its last saved state")
     if seen.failed:
         raise RankDiedError(f"SLURM job {job}: {', '.join(sorted(seen.states))}; see the logs in {folder}")
 

@@ -150,5 +150,7 @@ def run_command(command: Sequence[str], environment: Mapping[str, str] | None = 
             f"{command[0]}: not found; run this where SLURM's commands are, or choose another --launcher"
         ) from None
     if done.returncode:
-        raise UserError(f"{command[0]}: {' '.join(done.stderr.split())}; mend launch.slurm or ask the cluster's people")
+        raise UserError(
+            f"{command[0]}: {' '.join(done.stderr.split())}; fix launch.slurm or ask the cluster's administrators"
+        )
     return done.stdout

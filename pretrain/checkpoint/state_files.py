@@ -46,7 +46,7 @@ def list_complete_steps(url: str) -> set[int]:
 def interrupted_error(title: str, url: str) -> PreemptedError | None:
     """What a Ctrl-C means that does not wait for the end of a step; None without a whole state to resume from."""
     saved = list_complete_steps(url)
-    return PreemptedError(f"{title}: stopped at once; run again to go on after step {max(saved)}") if saved else None
+    return PreemptedError(f"{title}: stopped at once; run again to resume after step {max(saved)}") if saved else None
 
 
 def remove_remote(url: str) -> None:

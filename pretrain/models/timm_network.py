@@ -123,7 +123,7 @@ def build_timm(config: TimmNetworkConfig) -> tuple[Any, dict[str, Any]]:
         elif isinstance(module, DropPath):
             module.drop_prob = 0.0
     if not hasattr(network, "forward_intermediates"):
-        raise UserError(f"{config.name}: does not tell what its blocks say; take another network of timm")
+        raise UserError(f"{config.name}: gives no features of its blocks; choose another network of timm")
     return network, options
 
 

@@ -79,7 +79,7 @@ class Watchdog:
         who = ", ".join(f"rank {rank} ({what})" for rank, what in behind)
         if len(behind) == self.world_size:
             return f"no rank has moved for {self.seconds:g} s; all are at: {behind[0][1]}"
-        return f"{who} has not come along for {self.seconds:g} s; the others wait for it"
+        return f"{who} made no progress for {self.seconds:g} s; the other ranks are blocked"
 
 
 def _end_process(message: str) -> None:

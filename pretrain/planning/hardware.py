@@ -50,7 +50,7 @@ def gpu(name: str) -> Gpu:
         UserError: it is not in it.
     """
     if name.lower() not in GPUS:
-        raise UserError(f"gpu: {name} is not known; give one of {', '.join(GPUS)}, or gib and tflops")
+        raise UserError(f"gpu: {name} is unknown; give one of {', '.join(GPUS)}, or gib and tflops")
     return GPUS[name.lower()]
 
 
