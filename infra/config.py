@@ -64,7 +64,7 @@ class Output(Config):
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that is given twice is an error, as the specification has it: the first value would be lost."""
+    """A YAML loader that refuses duplicate keys, as the specification does: the first value would be lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set[str]()
@@ -77,7 +77,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """The content of a YAML document, in which no key is given twice.
+    """The content of a YAML document without duplicate keys.
 
     Raises:
         yaml.YAMLError: it is none.

@@ -172,7 +172,7 @@ def test_what_was_replaced_or_made_otherwise_is_not_gone_on_from(
     shutil.rmtree(before.corpus)
     assert state.curated(corpus, "b", first).artifact == done.artifact  # what is done needs nothing
     Path(corpus.corpus).rename(before.corpus)
-    with pytest.raises(UserError, match="holds another corpus than was used then"):
+    with pytest.raises(UserError, match="holds another corpus than the one used before"):
         state.curated(Pool(before.corpus, corpus.embeddings, corpus.keys), "c", first)
 
 

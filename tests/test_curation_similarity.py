@@ -15,11 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from scipy.stats import binomtest
 from sklearn.cluster import KMeans
 
 from curation.similarity import kmeans, kmeans_plus_plus
-from curation.similarity.audit import audit, wilson
+from curation.similarity.audit import audit
 from curation.similarity.cells import Cells
 from curation.similarity.exact import dots, round_to_float16, rounding_error, widen
 from curation.similarity.forest import Forest, _sort_descending
@@ -343,13 +342,6 @@ def test_zero_vectors_are_like_nothing_and_cost_nothing(tmp_path: Path) -> None:
     assert np.bincount(labels)[labels[::2]].max() == 1
     assert len(argmax_above(source, np.arange(3000), source, -1.0, ONE).rows) == 1500
     np.testing.assert_array_equal(assign_nearest(vectors, cells.centroids, ONE)[::2], 0)
-
-
-@given(st.integers(1, 500), st.data())
-def test_the_interval_is_wilsons(trials: int, data: st.DataObject) -> None:
-    hits = data.draw(st.integers(0, trials))
-    expected = binomtest(hits, trials).proportion_ci(0.95, method="wilson")
-    np.testing.assert_allclose(wilson(hits, trials), (expected.low, expected.high), atol=1e-6)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,6 @@ from curation.similarity.tiles import WorkerPool
 from infra.compute.sharded_array import ShardedArray
 
 _BLOCK = 1 << 13
-_Z = 1.959964  # of 95 %
 
 
 @dataclass(frozen=True)
@@ -35,20 +33,14 @@ class Recall:
 
 
 def proportion_ci(hits: int, trials: int) -> dict[str, float]:
-    """A measured share with its interval of 95 %, as the manifest tells it; 1 where there was nothing to be found."""
-    low, high = wilson(hits, trials)
-    named = {"value": hits / trials if trials else 1.0, "low": low, "high": high}
-    return {name: round(value, 5) for name, value in named.items()}
+    """A measured proportion with its 95 % interval (Wilson 1927); 1, with an interval of (0, 1), without trials."""
+    value, low, high = 1.0, 0.0, 1.0
+    if trials:
+        from scipy.stats import binomtest
 
-
-def wilson(hits: int, trials: int) -> tuple[float, float]:
-    """Score interval of 95 % for a share (Wilson 1927); (0, 1) where nothing was tried."""
-    if not trials:
-        return 0.0, 1.0
-    found, spread = hits / trials, _Z**2 / trials
-    middle = (found + spread / 2) / (1 + spread)
-    half = math.sqrt(found * (1 - found) * spread + spread**2 / 4) / (1 + spread)
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+        value = hits / trials
+        low, high = binomtest(hits, trials).proportion_ci(method="wilson")
+    return {name: round(float(number), 5) for name, number in (("value", value), ("low", low), ("high", high))}
 
 
 def audit(

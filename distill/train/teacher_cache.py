@@ -135,7 +135,7 @@ def _to_float16(tokens: Tensor, teacher: str) -> np.ndarray:
     halved = tokens.half().cpu()
     if not halved.isfinite().all():
         raise UserError(
-            f"num_cached_views: teacher {teacher} gives values that float16 cannot hold; set it to 0, or use another teacher"
+            f"num_cached_views: teacher {teacher} gives values beyond float16; set it to 0, or use another teacher"
         )
     return halved.numpy()
 

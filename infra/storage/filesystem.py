@@ -147,7 +147,10 @@ def retries_exhausted(url: str, error: Exception) -> UserError:
 
 
 def with_retries(url: str, operation: Callable[[], T]) -> T:
-    """The result of an operation on a remote file, tried again where that may help."""
+    """Run an operation on a remote file, and retry it after transient failures.
+
+    `range_reader` retries the missing pieces of a batch by the same rules, which a retry decorator cannot express.
+    """
     for attempt in range(ATTEMPTS):
         try:
             return operation()
