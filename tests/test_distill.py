@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 
 import distill
@@ -195,6 +196,7 @@ def published(synthetic: SyntheticCorpora, student: Checkpoint, tmp_path_factory
 
 LOAD = """
 import sys, json, numpy as np, timm, torch
+from huggingface_hub import ModelCard
 from PIL import Image
 model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
@@ -221,6 +223,7 @@ def test_the_model_cards_snippet_gives_our_features(
 
 SNIPPET = """
 import sys
+from huggingface_hub import ModelCard
 from PIL import Image
 image = Image.open(sys.argv[1]).convert("RGB")
 """
@@ -301,7 +304,10 @@ def test_a_segmenter_of_transformers_stands_on_it(student: Checkpoint, published
 
 def test_the_card_tells_numbers_lineage_and_license(published: Path) -> None:
     card = (published / "README.md").read_text()
-    assert card.startswith("---\nlicense: cc0-1.0\n")
+    metadata = ModelCard.load(published / "README.md").data
+    assert metadata.license == "cc0-1.0"
+    assert metadata.library_name == "timm"
+    assert {result.metric_name for result in metadata.eval_results or []} >= {"representation: RankMe"}
     assert "| knn | accuracy, k = " in card
     assert "| logistic | accuracy | untrained |" in card
     assert "| representation | RankMe | model |" in card

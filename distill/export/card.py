@@ -19,6 +19,7 @@ from pretrain.checkpoint.artifact import Checkpoint
 from pretrain.models.config import TimmNetworkConfig
 from pretrain.models.timm_network import Network
 
+_TASK = "image-feature-extraction"
 _LONGEST = 120  # characters
 _SPECIAL = "\\`*_[]|"  # of Markdown
 
@@ -45,6 +46,7 @@ def model_card(
     model = checkpoint.model
     vit = None if isinstance(model, TimmNetworkConfig) else model
     return environment.from_string(template).render(
+        metadata=_metadata(release, reports, differences),
         release=release,
         vit=vit,
         network=model.name if isinstance(model, TimmNetworkConfig) else None,
@@ -63,6 +65,34 @@ def model_card(
         differences=differences,
         transformers_class="" if vit is None else family(vit),
     )
+
+
+def _metadata(release: PublishSettings, reports: Sequence[Mapping[str, Any]], differences: Mapping[str, float]) -> str:
+    """The card's YAML for the Hub: license, library, tags, and the headline scores as `model-index`."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    rows = [row for report in reports for row in report["rows"] if row["model"] == "model"]
+    headlines = {row["protocol"]: row for row in reversed(rows)}  # the first row of each protocol
+    results = [
+        EvalResult(
+            task_type=_TASK,
+            dataset_type="custom",
+            dataset_name="evaluation set",
+            metric_type=row["metric"],
+            metric_name=f"{row['protocol']}: {row['metric']}",
+            metric_value=round(float(row["value"]), 5),
+        )
+        for row in reversed(headlines.values())
+    ]
+    data = ModelCardData(
+        license=release.license,
+        library_name=next((name for name in ("timm", "transformers") if name in differences), None),
+        pipeline_tag=_TASK,
+        tags=[_TASK, *(name for name in ("timm", "transformers", "open_clip", "onnx") if name in differences), "fovea"],
+        model_name=release.name if results else None,
+        eval_results=results or None,
+    )
+    return data.to_yaml()
 
 
 def _cell(text: str, longest: int = _LONGEST) -> str:

@@ -212,8 +212,8 @@ def require_unlocked(work: Path) -> None:
 def _lock(mark: IO[str], work: Path) -> None:
     """Lock a directory's record; loader processes of a killed training may hold it for some seconds more.
 
-    The lock is on the record itself, so that a process which holds it owns what it reads there. A lock file beside it, as
-    the package filelock makes, could be removed while another process waits for it.
+    The lock is on the record itself, so that a process which holds it owns what it reads there. A lock file beside it,
+    as the package filelock makes, could be removed while another process waits for it.
     """
     for attempt in range(_LOCK_SECONDS):
         try:
