@@ -359,9 +359,10 @@ def test_deit_learns_classes_from_labels_and_a_classifier(tmp_path: Path) -> Non
     other = {"student": {"model": {**VIT, "embed_dim": 32}, "init_from": str(tmp_path / "a")}}
     with pytest.raises(UserError, match="holds another backbone than the student's"):
         distill.run(settings(corpus, tmp_path / "c", **shared, students=other))
-    eps = {"student": {"model": {**student["model"], "norm_eps": 1e-5}, "init_from": str(tmp_path / "a")}}
-    with pytest.raises(UserError, match=r"was made with model\.norm_eps 1e-06, not 1e-05"):
-        distill.run(settings(corpus, tmp_path / "c", **shared, students=eps))
+    for key, value, told in (("norm_eps", 1e-5, "norm_eps 1e-06, not 1e-05"), ("num_heads", 4, "num_heads 2, not 4")):
+        changed = {"student": {"model": {**student["model"], key: value}, "init_from": str(tmp_path / "a")}}
+        with pytest.raises(UserError, match=f"was made with model.{told}"):
+            distill.run(settings(corpus, tmp_path / "c", **shared, students=changed))
     deit_gone = [{**deit, "checkpoint": str(tmp_path / "gone")}]
     with pytest.raises(UserError, match="gone: no such file"):
         distill.run(settings(corpus, tmp_path / "c", **shared | {"objectives": deit_gone}))

@@ -292,8 +292,8 @@ def test_help_shows_usage_what_is_required_and_the_defaults_that_hold(
 def test_help_has_defaults_of_instances(capsys: pytest.CaptureFixture[str]) -> None:
     main(["pretrain", "--help-all"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "--views.local-crops.scale FLOAT... Least and largest share of the image's area. [[0.05, 0.32]]" in text
-    assert "Peak learning rate at the reference batch" in text
+    assert "--views.local-crops.scale FLOAT... Minimum and maximum share of the image's area. [[0.05, 0.32]]" in text
+    assert "Peak learning rate at the reference batch size" in text
     assert help_pages.to_inline_yaml((0.1, None)) == "[0.1, null]"
 
 

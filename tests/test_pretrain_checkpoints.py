@@ -15,8 +15,10 @@ from torch import nn
 from infra.artifacts.artifact import open_artifact
 from infra.errors import UserError
 from infra.storage import filesystem
+from pretrain.checkpoint.artifact import _SETTINGS_NOT_IN_SHAPES
 from pretrain.checkpoint.manager import TRAINING, CheckpointManager, TrainState
 from pretrain.config import Retention
+from pretrain.models.config import TimmNetworkConfig, VisionTransformerConfig
 from pretrain.sharding import state
 from pretrain.sharding.single_process import SingleProcessBackend
 from tests.conftest import SyntheticCorpora
@@ -120,6 +122,7 @@ import os, sys
 from infra.launch.job import module_main
 from pretrain import run
 from pretrain.config import PretrainConfig
+from pretrain.checkpoint.artifact import _SETTINGS_NOT_IN_SHAPES
 from pretrain.checkpoint.manager import CheckpointManager
 
 commit = CheckpointManager.commit
@@ -161,3 +164,9 @@ def test_a_training_goes_on_from_a_store_on_another_machine(synthetic: Synthetic
     assert not filesystem.is_folder(f"{settings.out}/checkpoints")
     names = {file.path: file.sha256 for file in open_artifact(str(tmp_path / "whole"), "checkpoint").manifest.files}
     assert {file.path: file.sha256 for file in ended.manifest.files} == names
+
+
+def test_settings_that_shapes_do_not_show_are_keys_of_networks() -> None:
+    """A name that no network has would compare nothing."""
+    keys = set(VisionTransformerConfig.model_fields) | set(TimmNetworkConfig.model_fields)
+    assert set(_SETTINGS_NOT_IN_SHAPES) <= keys

@@ -90,7 +90,7 @@ def test_a_corpus_gone_bad_is_named_from_a_worker(tmp_path: Path) -> None:
     shard = Path(corpus.shard_url(0))
     shard.write_bytes(b"\0" * shard.stat().st_size)
     broken = ViewDataset(samples(corpus), VIEWS, MASKS, seed=0)
-    with pytest.raises(UserError, match=r"16 samples in a row cannot be used \(changed 16\)"):
+    with pytest.raises(UserError, match=r"16 samples in a row cannot be used \(checksum_mismatch 16\)"):
         next(batches(broken, RankBatchSampler(0, 1, 2, 1, 0, 1), workers=1))
 
 
