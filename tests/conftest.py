@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,12 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> SyntheticCorpora:
         for role in ("pool", "seed", "test")
     }
     return SyntheticCorpora(folder, **urls)
+
+
+def pytest_configure() -> None:
+    """Let children receive Ctrl-C, which a shell that starts the tests in the background makes them inherit as ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
