@@ -68,7 +68,7 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> SyntheticCorpora:
 
 
 def pytest_configure() -> None:
-    """Let children receive Ctrl-C, which a shell that starts the tests in the background makes them inherit as ignored."""
+    """Let children receive Ctrl-C: a shell that starts the tests in the background makes them ignore it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
