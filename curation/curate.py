@@ -14,7 +14,7 @@ from infra.artifacts.artifact import Artifact, ArtifactSpec, get_or_create
 from infra.artifacts.manifest import ArtifactRef
 from infra.hashing import hash_url
 
-VERSION = 4
+VERSION = 5
 
 
 def curate(config: CurateConfig) -> Artifact:

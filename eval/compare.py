@@ -19,7 +19,7 @@ from eval.stats.scores import paired_interval, select_headlines, t_interval
 from infra.artifacts.artifact import Artifact, ArtifactSpec, find, get_or_create, open_artifact
 from infra.errors import UserError
 
-VERSION = 3
+VERSION = 4
 _MODEL = "model"  # of a report: not its baselines
 Headlines = Mapping[str, Mapping[str, Any]]
 

@@ -13,7 +13,7 @@ from infra.artifacts.artifact import Artifact, ArtifactSpec, get_or_create
 from infra.notices import print_loading
 from pretrain.backbones.identity import backbone_identity
 
-VERSION = 4
+VERSION = 5
 _HOW = {"model", "datasets", "leaks", "features", "out", "restart", "batch", "workers", "gate", "suite"}
 DONE = ".done"
 """Folder of what an interrupted evaluation has scored."""

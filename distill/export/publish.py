@@ -14,7 +14,7 @@ from infra.errors import UserError
 from infra.notices import print_loading
 from pretrain.checkpoint.artifact import Checkpoint
 
-VERSION = 4
+VERSION = 5
 _PLACES = {"checkpoint", "images", "reports", "hf_repo", "hf_private", "out", "restart"}
 _USUAL: tuple[FormatName, ...] = ("timm", "torch_hub", "official")
 

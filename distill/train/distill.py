@@ -137,7 +137,7 @@ def _open_teacher_cache(setup: DistillationSetup, dataset: ViewDataset, spec: Ar
         **{name: spec.settings[name] for name in ("teachers", "num_cached_views")},
     }
     inputs = {name: each for name, each in spec.inputs.items() if not name.startswith("start_")}
-    plan = ArtifactSpec("embeddings", "teach", teacher_cache.VERSION, settings, inputs)
+    plan = ArtifactSpec("embeddings", "teacher_cache", teacher_cache.VERSION, settings, inputs)
     out = join(setup.config.teacher_cache or join(parent(url), "teacher_cache"), "{id}")
     if rank_and_world_size()[0] == 0:
         teacher_cache.get_or_create_cache(

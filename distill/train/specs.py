@@ -15,7 +15,7 @@ from pretrain.backbones.identity import backbone_identity
 from pretrain.checkpoint.spec import corpus_inputs
 from pretrain.config import identity_settings
 
-VERSION = 5
+VERSION = 6
 
 
 def checkpoint_spec(config: DistillConfig) -> ArtifactSpec:

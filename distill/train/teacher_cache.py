@@ -102,7 +102,7 @@ def _write(dataset: ViewDataset, compute: ComputeFeatures, directory: Path) -> M
     widths = {name: (said.class_token.shape[1], said.patch_tokens.shape[2]) for name, said in asked.items()}
     last = [f"{name}-{_TOKENS[-1]}" for name in widths][-1]
     done = sum(len(part) for number, part in enumerate(parts) if (directory / _file(last, number)).exists())
-    with progress("teach", views, done) as advance:
+    with progress("teacher cache", views, done) as advance:
         for number, part in enumerate(parts):
             if not (directory / _file(last, number)).exists():
                 _write_part(dataset, compute, part, number, directory, advance)

@@ -13,7 +13,7 @@ from infra.errors import UserError
 from infra.hashing import hash_file
 from infra.notices import print_loading
 
-VERSION = 2
+VERSION = 3
 
 
 def import_weights(config: ImportConfig) -> Artifact:

@@ -108,7 +108,7 @@ def get_or_create_features(
         decisive |= {"seed": extraction.seed}
     if corpus.rows is not None:
         decisive |= {"rows": hash_json(corpus.rows.tolist())}
-    plan = ArtifactSpec("embeddings", "freeze", VERSION, decisive, {"corpus": corpus.artifact.as_ref(), **inputs})
+    plan = ArtifactSpec("embeddings", "features", VERSION, decisive, {"corpus": corpus.artifact.as_ref(), **inputs})
 
     def write(directory: Path) -> Mapping[str, Any]:
         return _write(backbone, corpus, extraction, directory, title)

@@ -20,7 +20,7 @@ from infra.errors import UserError
 from infra.progress import progress
 from pretrain.monitoring import metrics_log
 
-VERSION = 4
+VERSION = 5
 
 
 def build_report(config: ReportConfig) -> Artifact:

@@ -22,7 +22,7 @@ from infra.corpus.selection import Selection
 
 _ROWS, _IMAGES = 200, 96  # of a page
 _MOST_SHARDS = 500
-_INTERNAL = ("freeze", "teach")  # stages whose artifacts only spare others work
+_INTERNAL = ("features", "teacher_cache")  # stages whose artifacts only spare others work
 
 
 def index(catalog: Catalog, asked: Mapping[str, str]) -> dict[str, Any]:

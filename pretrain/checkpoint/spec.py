@@ -8,7 +8,7 @@ from infra.artifacts.artifact import ArtifactSpec, open_artifact
 from infra.artifacts.manifest import ArtifactRef
 from pretrain.config import PretrainConfig, identity_settings
 
-VERSION = 5
+VERSION = 6
 
 
 def checkpoint_spec(config: PretrainConfig) -> ArtifactSpec:

@@ -17,7 +17,7 @@ from infra.storage.filesystem import is_folder, join, list_files
 from pretrain.checkpoint import artifact
 from pretrain.monitoring.reporter import TrainJob
 
-VERSION = 1
+VERSION = 2
 
 _log = logging.getLogger(__name__)
 
