@@ -192,8 +192,8 @@ class Heard(LaunchCallback):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def tell(self, line: str) -> None:
-        self.lines.append(line)
+    def on_message(self, message: str) -> None:
+        self.lines.append(message)
 
 
 @pytest.mark.parametrize("launcher", ["local", "torchrun"])

@@ -293,7 +293,7 @@ def test_26_class_names(case: Case, tmp_path: Path, capsys: pytest.CaptureFixtur
     quick = ["eval", "pixels", "quick", "--datasets.train", str(folder / "train")]
     for name, message in {
         "lack": "test lacks the class dog of train; ingest both the same way",
-        "unlabeled": "test has no labels; give class folders, or shards with .cls members",
+        "unlabelled": "test has no labels; give class folders, or shards with .cls members",
     }.items():
         out = ["--datasets.test", str(folder / name), "--out", str(tmp_path / name / "{id}")]
         assert message in failure(capsys, *quick, *out)
