@@ -200,7 +200,7 @@ class Heard(LaunchCallback):
 def test_ranks_that_died_are_started_again_and_those_that_gave_a_reason_are_not(
     launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "_FIRST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr("infra.launch.launcher._FIRST_PAUSE_SECONDS", 0.1)
     heard, settings = Heard(), Launch(nproc_per_node=1, max_restarts=2)
     launch(PROGRAM, told(tmp_path, "killed", attempts=3), tmp_path / "job", launcher, settings, heard)
     assert len((tmp_path / "ranks" / "rank-0.txt").read_text().splitlines()) == 3
