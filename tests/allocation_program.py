@@ -18,7 +18,8 @@ from pretrain.data.loader import Batch
 from pretrain.distributed import rank_and_world_size
 from pretrain.models.execution import Execution
 from pretrain.planning.dryrun import make_batch
-from pretrain.sharding import base
+from pretrain.sharding.base import Backend
+from pretrain.sharding.build import build as build_backend
 from pretrain.train import build_module
 from pretrain.trainer import parameter_groups
 
@@ -46,12 +47,12 @@ def main(settings: PretrainSettings, images: int) -> int:
         learner.precision = settings.sharding.precision
         learner.student.execution = Execution(settings.runtime.activation_checkpointing)
         groups = parameter_groups(learner, settings)
-        made["engine"] = build.build(learner, groups, settings.optimizer, settings.sharding, (images, 1))
+        made["engine"] = build_backend(learner, groups, settings.optimizer, settings.sharding, (images, 1))
         learner.begin_step(0)
 
     def step() -> None:
         engine = made["engine"]
-        assert isinstance(engine, base.Backend)
+        assert isinstance(engine, Backend)
         loss, _ = engine.forward(batch, 0.05)
         engine.backward(loss)
         del loss

@@ -273,6 +273,6 @@ def import_deepspeed(device: torch.device) -> Any:
 
     logger.setLevel(logging.WARNING)
     if device.type == "cpu":
-        # Building this op takes minutes and serves only tensor parallelizm.
+        # Building this op takes minutes and serves only tensor parallelism.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
