@@ -110,7 +110,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--seeds", type=int, default=6)
-    from flows.ablation import show
+    from flows.evaluation import show_comparison
+    from infra.artifacts.artifact import open_artifact
 
     given = parser.parse_args()
-    show(measure(Path(os.environ["FOVEA_DATA"]) / "cifar10", given.root, given.seeds))
+    show_comparison(
+        open_artifact(measure(Path(os.environ["FOVEA_DATA"]) / "cifar10", given.root, given.seeds), "report")
+    )

@@ -116,7 +116,7 @@ def learned(vectors: ShardedArray, workers: WorkerPool) -> Cells:
 
     settings, count = NearDuplicates(), default_num_cells(len(vectors))
     sample = vectors.take(np.random.default_rng(0).permutation(len(vectors))[: SAMPLE * count])
-    return Cells.learn(sample, count, settings.probes, settings.margin, workers)
+    return Cells.learn(sample, count, settings.nprobe, settings.margin, workers)
 
 
 def fovea(vectors: np.ndarray, threads: int = 1, memory: int = 4 << 30) -> int:

@@ -116,7 +116,7 @@ def test_groups_are_compared_report_by_report(tmp_path: Path) -> None:
     bare = get_or_create(
         ArtifactSpec("report", "x", 1, {}), str(tmp_path / "bare"), lambda directory: {"linear": {"model": 0.1}}
     )
-    with pytest.raises(UserError, match="tells no scores"):
+    with pytest.raises(UserError, match="has no scores"):
         compare(CompareConfig(groups={**urls, "bare": [bare.url]}, out=str(tmp_path / "x")))
     with pytest.raises(UserError, match="no report here"):
         compare(CompareConfig(groups={"raw": [str(tmp_path / "nowhere")]}, out=str(tmp_path / "x")))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -337,3 +339,27 @@ def test_plain_crops_are_the_global_crops_larger() -> None:
     assert crops.gram_pixels.shape == (20, 32, 32, 3)
     smaller = crops.gram_pixels.reshape(20, 16, 2, 16, 2, 3).mean((2, 4))
     np.testing.assert_allclose(smaller, crops.pixels, atol=3)
+
+
+FORKS = """
+import multiprocessing, os, sys
+from prefect.logging.handlers import APILogWorker
+from pretrain.data.loader import _init_worker
+
+APILogWorker.instance()  # a service, as a flow starts it
+target, arguments = (_init_worker, (0,)) if sys.argv[1] == "loader" else (print, ())
+child = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+child.start()
+child.join()
+print(child.exitcode, flush=True)
+os._exit(0)
+"""
+
+
+def test_loader_workers_end_well_after_a_flow_in_their_parent() -> None:
+    """Other forked processes end with 1; once they do not, Prefect has mended it and the loader's care can go."""
+    codes = []
+    for what in ("loader", "other"):
+        done = subprocess.run([sys.executable, "-c", FORKS, what], capture_output=True, text=True, check=True)
+        codes += done.stdout.split()
+    assert codes == ["0", "1"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
-from functools import cache
 from pathlib import Path
 
 _DEFAULTS = {
@@ -29,22 +27,6 @@ def set_up_prefect() -> None:
         from infra.artifacts.artifact import cache_directory
 
         os.environ["PREFECT_HOME"] = str(cache_directory() / "prefect")
-    _repair_forked_processes()
-
-
-@cache
-def _repair_forked_processes() -> None:
-    """Let forked processes, such as the loader's workers, end with exit code 0 after Prefect ran in their parent.
-
-    Prefect 3.8 resets its services in a child but keeps their calls at exit, which fail there. The child then ends
-    with exit code 1, and the loader reports a worker that "exited unexpectedly".
-    """
-    os.register_at_fork(after_in_child=_drop_exit_calls)
-
-
-def _drop_exit_calls() -> None:
-    calls = threading._threading_atexits  # type: ignore[attr-defined]
-    calls[:] = [call for call in calls if not (call.func.__module__ or "").startswith("prefect.")]
 
 
 def _is_writable(folder: Path) -> bool:

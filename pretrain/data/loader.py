@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -252,7 +253,18 @@ def batches(dataset: ViewDataset, sampler: RankBatchSampler, workers: int) -> It
 
 def _init_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    _drop_inherited_exit_calls()
     # SLURM asks all processes of a job to stop, while the trainer still needs its data to finish a step.
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_LAST_SECONDS))
     for number in (signal.SIGUSR1, signal.SIGINT):  # a terminal sends Ctrl-C to all of them
         signal.signal(number, signal.SIG_IGN)
+
+
+def _drop_inherited_exit_calls() -> None:
+    """Forget what the parent's threads asked for at exit, but for thread pools.
+
+    Those threads do not exist in a forked process. Prefect 3.8 resets its services there and leaves their calls, which
+    then fail: the worker would end with exit code 1, and the loader report that it "exited unexpectedly".
+    """
+    calls = threading._threading_atexits  # type: ignore[attr-defined]
+    calls[:] = [call for call in calls if (call.func.__module__ or "").startswith("concurrent.futures")]
