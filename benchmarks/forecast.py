@@ -77,7 +77,7 @@ def _measured(count: int) -> tuple[Constants, float]:
         assigned = time.process_time()
         join.run_partition(partition, None, lambda done: None)
         ended = time.process_time()
-        run = partition.add_lists()
+        run = partition.inverted_lists()
     visits = np.diff(run.starts)
     shares = run.primary / np.maximum(visits, 1)
     pairs = _pairs(visits, shares, cells.dense).sum()

@@ -125,7 +125,7 @@ def write_cells(path: Path, cells: Cells) -> None:
 
 def write_assignments(path: Path, partition: Partition) -> None:
     """Who visits which cells, by rows of the corpus."""
-    run = partition.add_lists()
+    run = partition.inverted_lists()
     few = np.uint32 if partition.rows.max(initial=0) < 1 << 32 else np.int64
     arrays = {"rows": partition.rows[run.rows].astype(few), "starts": run.starts, "primary": run.primary}
     np.savez(path, **arrays)

@@ -311,14 +311,8 @@ class PlanConfig(PretrainSettings):
     """Not read."""
 
 
-PLACES = (
-    "corpora",
-    "init_from",
-    "teacher_checkpoint",
-    "teacher_cache",
-    "out",
-    "restart",
-)  # inputs are known by their ids
+PLACES = ("corpora", "init_from", "teacher_checkpoint", "teacher_cache", "out", "restart")
+"""Keys that name places; inputs are known by their ids."""
 LAUNCHING = ("launcher", "launch")
 _SPREADING = {"backend", "zero_stage", "offload_optimizer", "offload_parameters", "nvme_path"}
 

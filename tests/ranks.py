@@ -20,7 +20,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from infra.launch.job import Job
-from infra.launch.launcher import _raise_for_exit
+from infra.launch.launcher import raise_for_exit
 from tests.daemons import free_ports
 
 _PRELOADED = ["deepspeed", "pretrain.trainer", "pretrain.train", "distill.train.distill"]
@@ -78,7 +78,7 @@ def run_module(module: str, config: BaseModel) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="fovea-") as scratch:
         ended = run_ranks(module, config, Path(scratch), 1)
-        _raise_for_exit(module, ended.returncode, Job(Path(scratch)))
+        raise_for_exit(module, ended.returncode, Job(Path(scratch)))
 
 
 def _wait(ranks: Sequence[ForkServerProcess]) -> None:

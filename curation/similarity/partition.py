@@ -120,7 +120,7 @@ class Partition:
             self._add(places[first : first + size], workers, alone=size >= len(places))
         return self
 
-    def add_lists(self) -> InvertedLists:
+    def inverted_lists(self) -> InvertedLists:
         """All visits, by places."""
         runs = [(held.run, held.places) for held in (*self._known, *self._fresh)]
         owners = np.sum([run.primary for run, _ in runs], axis=0)

@@ -16,7 +16,7 @@ from infra.artifacts.artifact import cache_directory
 
 def image_quality(context: Context, step: ImageQuality) -> Mapping[str, Any]:
     """Drop images on which there is next to nothing to be seen; of several reasons the first."""
-    stats = _read_stats(context, ["entropy", "sharpness"])
+    stats = read_stats(context, ["entropy", "sharpness"])
     entropy, sharpness = (stats[name].to_numpy(zero_copy_only=False) for name in ("entropy", "sharpness"))
     reasons = {
         "blank": (entropy < step.min_entropy, entropy),
@@ -26,7 +26,8 @@ def image_quality(context: Context, step: ImageQuality) -> Mapping[str, Any]:
     return context.state.drop_by_reason(step.kind, reasons)
 
 
-def _read_stats(context: Context, columns: list[str]) -> pa.Table:
+def read_stats(context: Context, columns: list[str]) -> pa.Table:
+    """Some image statistics of the whole corpus, a row for each image."""
     return ImageStats(context.corpus, cache_directory() / "image_stats").table(
         context.cores, context.report_progress, columns
     )

@@ -13,7 +13,7 @@ from curation.image_stats import SIDE, pca_hash
 from curation.similarity.forest import Forest
 from curation.similarity.hamming import pairs_within
 from curation.steps.config import Perceptual
-from curation.steps.image_quality import _read_stats
+from curation.steps.image_quality import read_stats
 from curation.steps.representative import count_pixels, first_of_each, sort_best_first
 from infra.errors import UserError
 
@@ -25,7 +25,7 @@ _BITS = 64
 def perceptual(context: Context, step: Perceptual) -> Mapping[str, Any]:
     """Of images that hang together by hashes with few different bits, keep the largest."""
     verdicts = context.state
-    stats = _read_stats(context, ["phash", "entropy"] if step.hash == "dct" else ["small", "entropy"])
+    stats = read_stats(context, ["phash", "entropy"] if step.hash == "dct" else ["small", "entropy"])
     entropy = stats["entropy"].to_numpy(zero_copy_only=False)
     rows = np.flatnonzero(verdicts.keep & (entropy >= step.min_entropy))  # NaN, where there is no picture, is not
     hashes = _hashes(context, stats, rows, step)

@@ -9,17 +9,19 @@ import numpy as np
 from eval.context import EvalContext
 from eval.eval_model import EvalModel
 from eval.protocols.config import ImageText
-from eval.protocols.zero_shot import _TOGETHER, _texts
+from eval.protocols.zero_shot import encode_texts
 from eval.stats.scores import ProtocolResult, Score
 from infra.corpus.corpus import Corpus
 from infra.errors import UserError
+
+_BLOCK = 256  # queries
 
 
 def image_text(task: ImageText, model: EvalModel, context: EvalContext) -> ProtocolResult:
     """Recall at k, of captions by images and of images by captions."""
     corpus, scorer = context.corpus(task.test), context.scorer(task, model.name)
     captions, owner = read_captions(corpus, task.captions_per_line)
-    images, texts = model.joint_vectors(corpus), _texts(model.text_model, captions)
+    images, texts = model.joint_vectors(corpus), encode_texts(model.text_model, captions)
     leaked = context.leaked.get(task.test)
     own = np.split(np.arange(len(owner)), np.flatnonzero(np.diff(owner)) + 1)
     to_text = rank_answers(images, texts, own)
@@ -67,8 +69,8 @@ def rank_answers(queries: np.ndarray, answers: np.ndarray, right: Sequence[np.nd
         right: rows of the right answers of each query.
     """
     found = np.empty(len(queries), dtype=np.int64)
-    for start in range(0, len(queries), _TOGETHER):
-        near = queries[start : start + _TOGETHER] @ answers.T
+    for start in range(0, len(queries), _BLOCK):
+        near = queries[start : start + _BLOCK] @ answers.T
         for i, similar in enumerate(near):
             rows = right[start + i]
             found[start + i] = (similar >= similar[rows].max()).sum() - (similar[rows] >= similar[rows].max()).sum()

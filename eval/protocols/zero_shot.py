@@ -29,12 +29,17 @@ _TOGETHER = 256  # texts
 
 def class_vectors(model: ImageTextModel, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
     """For each class the mean of its prompts' vectors, at unit length, `[classes, dim]` (CLIP, section 3.1.4)."""
-    found = _texts(model, [template.replace("{}", name) for name in names for template in templates])
+    found = encode_texts(model, [template.replace("{}", name) for name in names for template in templates])
     means = found.reshape(len(names), len(templates), -1).mean(1)
     return l2_normalize(means)
 
 
-def _texts(model: ImageTextModel, texts: Sequence[str]) -> np.ndarray:
+def encode_texts(model: ImageTextModel, texts: Sequence[str]) -> np.ndarray:
+    """Vectors of texts at unit length, float32 `[texts, dim]`.
+
+    Raises:
+        UserError: they are not all finite.
+    """
     found = np.concatenate([model.texts(texts[i : i + _TOGETHER]) for i in range(0, len(texts), _TOGETHER)])
     if not np.isfinite(found).all():
         raise UserError("the text tower gives vectors that are not finite; are its weights whole?")

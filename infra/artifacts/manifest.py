@@ -9,8 +9,6 @@ from pydantic import Field
 from infra.config import Config
 
 Kind = Literal["corpus", "embeddings", "selection", "checkpoint", "backbone", "report"]
-
-
 SCHEMA = 1
 
 

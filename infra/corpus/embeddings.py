@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from infra.artifacts.artifact import Artifact, open_artifact
 from infra.artifacts.manifest import ArtifactRef
-from infra.compute.sharded_array import ShardedArray
+from infra.compute.sharded_array import ShardedArray, l2_normalize
 from infra.errors import UserError
 from infra.hashing import hash_json
 from infra.storage.atomic import atomic_write
@@ -90,8 +90,7 @@ def to_float16(vectors: np.ndarray) -> np.ndarray:
     """
     if not np.isfinite(vectors).all():
         raise UserError("the backbone gives vectors that are not finite; are its weights whole?")
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return (vectors / np.maximum(norms, 1e-12)).astype(np.float16)
+    return l2_normalize(vectors).astype(np.float16)
 
 
 def write_undecodable(directory: Path, parts: int) -> int:

@@ -109,7 +109,7 @@ def _run_once(
         job.prepare(config)
         command, environment = _command(module, job, launcher, settings), _environment(launcher, settings)
         code = _run(command, job, environment, callback, signals)
-    _raise_for_exit(module, code, job)
+    raise_for_exit(module, code, job)
 
 
 def _require_settings_are_read(launcher: Launcher, settings: Launch) -> None:
@@ -134,7 +134,8 @@ def _run_on_slurm(module: str, config: BaseModel, job: Job, settings: Launch, ca
     return 0 if job.exit_status() is None or not settings.slurm.wait else 1
 
 
-def _raise_for_exit(module: str, code: int, job: Job) -> None:
+def raise_for_exit(module: str, code: int, job: Job) -> None:
+    """Raise the error that a job's ranks reported; nothing where they ended with exit code 0."""
     ended = job.exit_status()
     if code == 0:
         return

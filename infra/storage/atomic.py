@@ -42,12 +42,12 @@ def cached_json(path: Path, make: Callable[[], T]) -> T:
     return content
 
 
-def prune_older_than(folder: Path) -> None:
-    """Remove files and folders that were not used for a month, among them what processes left that died.
+def prune_older_than(folder: Path, seconds: float = _MONTH) -> None:
+    """Remove files and folders that were not used for some time, among them what processes left that died.
 
     Who has a file open or mapped keeps it. What another process renames or removes meanwhile is passed over.
     """
     for path in folder.iterdir():
         with suppress(FileNotFoundError):
-            if path.stat().st_mtime < time.time() - _MONTH:
+            if path.stat().st_mtime < time.time() - seconds:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

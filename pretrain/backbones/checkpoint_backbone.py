@@ -14,10 +14,7 @@ from torch import Tensor
 from infra.errors import UserError
 from pretrain.backbones import weights
 from pretrain.backbones.base import Backbone, Tokens, default_device, split_tokens
-from pretrain.backbones.config import (
-    CheckpointBackboneConfig,
-    OfficialBackboneConfig,
-)
+from pretrain.backbones.config import CheckpointBackboneConfig, OfficialBackboneConfig
 from pretrain.backbones.preprocessing import center_crop
 from pretrain.checkpoint.artifact import Checkpoint
 from pretrain.data.config import Views

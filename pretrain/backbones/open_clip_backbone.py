@@ -11,9 +11,7 @@ from torch import Tensor
 from infra.errors import UserError
 from pretrain.backbones import weight_files
 from pretrain.backbones.base import Tokens, default_device, split_tokens
-from pretrain.backbones.config import (
-    OpenClipBackboneConfig,
-)
+from pretrain.backbones.config import OpenClipBackboneConfig
 from pretrain.backbones.preprocessing import Normalizer, trim_aspect
 from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD
 

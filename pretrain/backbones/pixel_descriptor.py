@@ -7,9 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pretrain.backbones.config import (
-    PixelDescriptorConfig,
-)
+from pretrain.backbones.config import PixelDescriptorConfig
 
 _FLOOR = 1e-3  # below it a vector is rounding noise: an image of one color is like nothing
 

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from pretrain.backbones import weight_files
 from pretrain.backbones.base import Tokens, default_device, split_tokens
-from pretrain.backbones.config import (
-    TimmBackboneConfig,
-)
+from pretrain.backbones.config import TimmBackboneConfig
 from pretrain.backbones.preprocessing import Normalizer, trim_aspect
 from pretrain.backbones.weights import load_weights
 from pretrain.models import timm_network

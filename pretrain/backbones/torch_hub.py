@@ -11,9 +11,7 @@ from torch import Tensor
 
 from infra.errors import UserError
 from pretrain.backbones.base import Tokens, default_device, split_tokens
-from pretrain.backbones.config import (
-    TorchHubBackboneConfig,
-)
+from pretrain.backbones.config import TorchHubBackboneConfig
 from pretrain.backbones.torchscript import ModuleBackbone
 from pretrain.backbones.weights import load_weights
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,14 +11,8 @@ from torch import Tensor
 
 from infra.errors import UserError
 from pretrain.backbones.base import default_device
-from pretrain.backbones.config import (
-    TorchHubBackboneConfig,
-    TorchScriptBackboneConfig,
-)
+from pretrain.backbones.config import TorchHubBackboneConfig, TorchScriptBackboneConfig
 from pretrain.backbones.preprocessing import Normalizer, center_crop
-
-if TYPE_CHECKING:
-    pass
 
 
 def load_torchscript(config: TorchScriptBackboneConfig) -> ModuleBackbone:

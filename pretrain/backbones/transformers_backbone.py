@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,14 +13,9 @@ from torch import Tensor
 from infra.errors import UserError
 from pretrain.backbones import weight_files
 from pretrain.backbones.base import Tokens, default_device, split_tokens
-from pretrain.backbones.config import (
-    TransformersBackboneConfig,
-)
+from pretrain.backbones.config import TransformersBackboneConfig
 from pretrain.backbones.preprocessing import Normalizer, trim_aspect
 from pretrain.data.config import IMAGENET_MEAN, IMAGENET_STD
-
-if TYPE_CHECKING:
-    pass
 
 
 class TransformersBackbone:

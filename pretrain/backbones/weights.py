@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 
 from infra.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-from safetensors.torch import load_file
 
 
 def read_weights(path: str) -> Any:

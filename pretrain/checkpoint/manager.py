@@ -155,9 +155,8 @@ class CheckpointManager:
         oldest = time.time() - 3600 * self.retention.hours
         for step in sorted(state_files.list_complete_steps(self.url))[: -self.retention.latest]:
             if filesystem.mtime(self._state_url(step, TRAIN_STATE)) <= oldest:
-                filesystem.remove(
-                    self._state_url(step, TRAIN_STATE)
-                )  # first: half a state must not be taken for a whole one
+                # First: half a state must not be taken for a whole one.
+                filesystem.remove(self._state_url(step, TRAIN_STATE))
                 filesystem.remove(self._state_url(step))
 
     def load(self, backend: Backend, step: int) -> tuple[list[dict[str, float]], TrainState]:

@@ -1,4 +1,4 @@
-"""What keeps a training from harm: a bad loss is skipped, and a signal ends it at the end of a step."""
+"""Skips steps with a bad loss."""
 
 from __future__ import annotations
 

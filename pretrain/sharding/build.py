@@ -19,7 +19,7 @@ def build(
     sharding: Sharding,
     spread: tuple[int, int],
 ) -> Backend:
-    """The engine the settings ask for, on this rank's device.
+    """Build the backend that the settings ask for, on this rank's device.
 
     Args:
         module: what is trained.
